@@ -1,10 +1,11 @@
-# demo: the whole path on a generated model pair.  test: the same install, all tests.  check: format, lint, types.
+# demo: the whole path on a generated model pair.  test: the same install, all tests but the slowest.
+# test-rare: those.  check: format, lint, types.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check install browser clean
+.PHONY: demo test test-rare check install browser clean
 
 install: $(STAMP)
 
@@ -28,6 +29,9 @@ browser:
 
 test: install browser
 	@$(BIN)/python -m pytest
+
+test-rare: install browser
+	@$(BIN)/python -m pytest -m rare
 
 check: install
 	@$(BIN)/ruff format --check .
