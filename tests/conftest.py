@@ -12,13 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# Read once, when huggingface_hub is first imported, so it is set before anything of ours is.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 from runs import Finished
 
 from pipeline import cluster
 from pipeline.sections.how import ClusterSection
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when it is first imported
 
