@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from pipeline.errors import InputError
 from pipeline.sections.analyses import AnalysesSection
 from pipeline.sections.base import Name, Section
-from pipeline.sections.crosscoder import CrosscoderSection, TrainingSection
+from pipeline.sections.crosscoder import CrosscoderEntry, TrainingSection
 from pipeline.sections.data import (
     ActivationsSection,
     CorpusSection,
@@ -60,8 +60,8 @@ class RunConfig(Section):
     """Which rows of which layer are kept."""
     training: TrainingSection = TrainingSection()
     """The read of the activations."""
-    crosscoders: tuple[CrosscoderSection, ...] = Field(min_length=1)
-    """The dictionaries to fit."""
+    crosscoders: tuple[CrosscoderEntry, ...] = Field(min_length=1)
+    """The dictionaries to fit or to adopt."""
     analyses: AnalysesSection = AnalysesSection()
     """What is asked of each of them."""
     resources: ResourcesSection = ResourcesSection()

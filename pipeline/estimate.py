@@ -14,6 +14,7 @@ from pipeline.errors import InputError
 from pipeline.progress import format_seconds
 from pipeline.runner import DONE, StepState
 from pipeline.schema import MODEL_NAMES
+from pipeline.sections.crosscoder import CrosscoderSection
 from pipeline.storage import Storage
 
 _START_CLUSTER_SECONDS = 5.0
@@ -43,7 +44,7 @@ class Estimate(NamedTuple):
     num_bytes: int | None
     """Bytes of the activation store."""
     training_bytes_per_rank: int | None
-    """Parameters, gradients, Adam state and one batch of pre-activations of one rank."""
+    """Parameters, gradients, Adam state and one batch of pre-activations of one rank; None where nothing is fitted."""
     seconds: dict[str, float]
     """Per stage that is not done."""
 
@@ -69,9 +70,10 @@ def estimate(config: RunConfig, states: Sequence[StepState], activation_dim: int
     if "activations" in missing:
         per_token = 24 * width**2 * config.activations.layer * num_models
         seconds["activations"] = _LOAD_PAIR_SECONDS + num_rows * per_token / (flops * _FORWARD_EFFICIENCY)
-    sizes = [section.num_latents or (section.expansion or 0) * width for section in config.crosscoders]
+    fitted = [section for section in config.crosscoders if isinstance(section, CrosscoderSection)]
+    sizes = [section.num_latents or (section.expansion or 0) * width for section in fitted]
     encoder_flops = 2 * sum(sizes) * num_models * width
-    if "crosscoder" in missing:
+    if "crosscoder" in missing and fitted:
         per_row = encoder_flops * _STEP_FACTOR / flops
         num_steps = config.training.num_rows / config.training.batch_rows
         overhead = num_steps * len(sizes) * _STEP_OVERHEAD_SECONDS
@@ -83,8 +85,11 @@ def estimate(config: RunConfig, states: Sequence[StepState], activation_dim: int
     ranks = config.resources.training
     own_rows = config.training.batch_rows / ranks.data
     parameters = sum(2 * size * num_models * width for size in sizes) / ranks.latent
-    training_bytes = int(parameters * 4 * _BYTES_FP32 + 2.5 * own_rows * max(sizes) / ranks.latent * _BYTES_FP32)
-    return Estimate(num_rows, num_rows * num_models * width * _BYTES_BF16, training_bytes, seconds)
+    training_bytes = int(
+        parameters * 4 * _BYTES_FP32 + 2.5 * own_rows * max(sizes, default=0) / ranks.latent * _BYTES_FP32
+    )
+    num_bytes = num_rows * num_models * width * _BYTES_BF16
+    return Estimate(num_rows, num_bytes, training_bytes if fitted else None, seconds)
 
 
 def estimate_text(config: RunConfig, states: Sequence[StepState], storage: Storage) -> str:

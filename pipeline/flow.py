@@ -14,9 +14,20 @@ from pipeline.artifacts import artifact_key, digest_of_path
 from pipeline.config import RunConfig
 from pipeline.errors import InputError
 from pipeline.sections.base import Section
-from pipeline.sections.crosscoder import CrosscoderSection
+from pipeline.sections.crosscoder import AdoptedCrosscoderSection, CrosscoderSection
 from pipeline.sections.data import OrganismCorpus
-from pipeline.stages import activations, causality, corpus, crosscoder, measurements, organism, report, steering, tokens
+from pipeline.stages import (
+    activations,
+    adopt,
+    causality,
+    corpus,
+    crosscoder,
+    measurements,
+    organism,
+    report,
+    steering,
+    tokens,
+)
 from pipeline.stages.base import StageFunction, Step
 from pipeline.stages.models import Loading, locate_pair, model_identity
 
@@ -38,7 +49,11 @@ def build_flow(config: RunConfig) -> tuple[Group, ...]:
         Group(_RUN[step.key.stage], (step,), keeps_parts=step.key.stage == activations.NAME) for step in data.values()
     ]
     fits = [_crosscoder_step(section, config, data) for section in config.crosscoders]
-    groups.append(Group(crosscoder.run, tuple(fits)))
+    adopted = tuple(step for step in fits if isinstance(step.section, AdoptedCrosscoderSection))
+    if adopted:
+        groups.append(Group(adopt.run, adopted, needs_cluster=False))
+    if len(adopted) < len(fits):
+        groups.append(Group(crosscoder.run, tuple(step for step in fits if step not in adopted)))
     measured = [_measurement_steps(config, fit, data) for fit in fits]
     rows = tuple(step for own in measured for step in own.values() if step.key.stage in measurements.STAGES)
     groups.append(Group(measurements.run, rows))
@@ -141,8 +156,21 @@ def _file_identity(path: str, where: str) -> str:
         raise InputError(f"{where}: expected a readable file, got {path!r}: {error}") from error
 
 
-def _crosscoder_step(section: CrosscoderSection, config: RunConfig, data: Mapping[str, Step]) -> Step:
-    identity = section.model_dump(mode="json", exclude={"name"})  # a name is for people; renaming trains nothing anew
+def _crosscoder_step(
+    section: CrosscoderSection | AdoptedCrosscoderSection, config: RunConfig, data: Mapping[str, Step]
+) -> Step:
+    if isinstance(section, AdoptedCrosscoderSection):
+        return _step(
+            crosscoder.NAME,
+            adopt.VERSION,
+            section,
+            name=section.name,
+            identity=adopt.identity_of(section),
+            inputs={"activations": data["activations"]},
+            extra={"crosscoder": section.name},
+        )
+    # A name is for people: renaming trains nothing anew.
+    identity = section.model_dump(mode="json", exclude={"name", "kind"})
     return _step(
         crosscoder.NAME,
         crosscoder.VERSION,

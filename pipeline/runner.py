@@ -18,6 +18,8 @@ from pipeline.flow import Group, build_flow
 from pipeline.operators.pair import check_pair
 from pipeline.progress import Reporter, format_seconds
 from pipeline.runlog import RunLog
+from pipeline.sections.crosscoder import AdoptedCrosscoderSection
+from pipeline.stages import adopt
 from pipeline.stages.base import Context, Step
 from pipeline.stages.models import ModelLocation
 from pipeline.storage import Storage
@@ -143,14 +145,18 @@ def _log_path(storage: Storage) -> Path:
 
 
 def check_inputs(config: RunConfig, flow: Sequence[Group]) -> None:
-    """Raise an InputError for a pair that does not fit, before anything is written.
+    """Raise an InputError for a pair, or an adopted crosscoder, that does not fit, before anything is written.
 
-    The organism's pair fits by construction, apart from the layer, which is checked when it is loaded.
+    The organism's pair fits by construction, apart from the layer, which is checked when it is loaded; its width is
+    known, and held against an adopted crosscoder, when it is built.
     """
     step = next(step for group in flow for step in group.steps if step.key.stage == "tokens")
     locations: tuple[ModelLocation, ModelLocation] = step.extra["locations"]
     if not any(location.folder for location in locations):
-        check_pair(locations[0].spec, locations[1].spec, layer=config.activations.layer)
+        pair = check_pair(locations[0].spec, locations[1].spec, layer=config.activations.layer)
+        for section in config.crosscoders:
+            if isinstance(section, AdoptedCrosscoderSection):
+                adopt.read(section, pair.activation_dim)
 
 
 def _outcome(storage: Storage, report_step: Step, link: str | None, num_made: int, started: float) -> Outcome:

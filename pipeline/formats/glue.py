@@ -5,6 +5,7 @@ decided here that concerns bytes (published.py, export.py) or codes (numerics/cr
 module's fields, one to one. Optimiser and schedules are no part of it: a training run resumes from its own checkpoint.
 """
 
+import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ from pipeline.formats.layouts import (
 from pipeline.formats.published import read_published
 from pipeline.numerics.crosscoder import Crosscoder, Normalisation
 
+logger = logging.getLogger(__name__)
+
 CLASS_OF_ACTIVATION = {
     "relu": RELU_CLASS,
     "batch_topk": BATCH_TOPK_CLASS,
@@ -36,9 +39,18 @@ CLASS_OF_ACTIVATION = {
 def load_crosscoder(source: str | Path, **options: Any) -> Crosscoder:
     """The crosscoder at a folder, a weights file or a hub id, on the CPU in float32.
 
-    Options are those of `published.read_published`: revision, subfolder, activation_scale. Raises InputError.
+    Options are those of `published.read_published`: revision, subfolder, activation_scale. Raises InputError; warns
+    where the activations' scale is unknown.
     """
-    return from_checkpoint(read_published(source, **options))
+    checkpoint = read_published(source, **options)
+    if checkpoint.is_scale_unknown:
+        logger.warning(
+            "%s was trained on activations scaled to mean norm sqrt(D) = %.1f per model, and the scales are not in the "
+            "file: give it activations scaled so, or pass activation_scale=(sqrt(D) / mean |x| of each model)",
+            source,
+            checkpoint.activation_dim**0.5,
+        )
+    return from_checkpoint(checkpoint)
 
 
 def save_crosscoder(crosscoder: Crosscoder, folder: str | Path, *, trainer: Mapping[str, Any] | None = None) -> None:

@@ -7,7 +7,6 @@ is refused, with no switch to allow it. Files from the hub land in the hub's own
 """
 
 import json
-import logging
 import pickle
 import re
 import zipfile
@@ -20,8 +19,6 @@ from torch import Tensor
 
 from pipeline.errors import InputError
 from pipeline.formats.layouts import OWN_SETTINGS, PublishedCrosscoder, read_layout
-
-logger = logging.getLogger(__name__)
 
 WEIGHTS_NAMES = ("model.safetensors", "cc_weights.pt")
 """Preferred names of the weights; else the only safetensors file, else the only pickled state dict."""
@@ -51,25 +48,19 @@ def read_published(
 
     `revision` (branch, tag or commit) is only for hub ids. `activation_scale` is only for the layout with `cfg.json`
     and `cc_weights.pt`, whose weights expect activations scaled to mean norm sqrt(D) without saying by how much: one
-    number per model, sqrt(D) / mean |x^m| over the training rows. Without it such a file still loads, with a warning,
-    and expects activations that are already scaled. Raises InputError for anything missing, damaged, unknown or unsafe.
+    number per model, sqrt(D) / mean |x^m| over the training rows. Without it such a file still loads, marked
+    `is_scale_unknown`, and expects activations that are already scaled. Raises InputError for anything missing,
+    damaged, unknown or unsafe.
     """
-    files = _find_files(source, revision, subfolder)
+    files = find_files(source, revision=revision, subfolder=subfolder)
     tensors, header = _read_tensors(files.weights)
-    checkpoint = read_layout(
+    return read_layout(
         tensors, _read_settings(files, header), where=str(files.weights), activation_scale=activation_scale
     )
-    if checkpoint.is_scale_unknown:
-        logger.warning(
-            "%s was trained on activations scaled to mean norm sqrt(D) = %.1f per model, and the scales are not in the "
-            "file: give it activations scaled so, or pass activation_scale=(sqrt(D) / mean |x| of each model)",
-            files.weights,
-            checkpoint.activation_dim**0.5,
-        )
-    return checkpoint
 
 
-def _find_files(source: str | Path, revision: str | None, subfolder: str | None) -> CheckpointFiles:
+def find_files(source: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> CheckpointFiles:
+    """The files of a checkpoint on this machine; those of a hub id are downloaded into the hub's cache first."""
     path = Path(source)
     if not path.exists():
         return _fetch(str(source), revision, subfolder)

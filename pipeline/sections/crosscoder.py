@@ -1,8 +1,8 @@
-"""What is fitted: the crosscoders of a run, and the read of the activations that they share."""
+"""The crosscoders of a run: fitted on one shared read of the activations, or adopted from elsewhere."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Discriminator, Field, NonNegativeInt, PositiveFloat, PositiveInt, Tag, model_validator
 
 from pipeline.sections.base import Name, Section
 
@@ -66,6 +66,7 @@ Sparsity = Annotated[L1Sparsity | BatchTopKSparsity | TopKSparsity | JumpReluSpa
 class CrosscoderSection(Section):
     """One dictionary to fit; all crosscoders of a run are fitted from one read of the activations."""
 
+    kind: Literal["fitted"] = "fitted"
     name: Name
     """Name in tables, figures and MLflow."""
     sparsity: Sparsity
@@ -105,6 +106,32 @@ class CrosscoderSection(Section):
                 f"got k={k} and num_latents={self.num_latents}"
             )
         return self
+
+
+class AdoptedCrosscoderSection(Section):
+    """Someone else's crosscoder of this pair and layer: it enters at the analyses, nothing is fitted."""
+
+    kind: Literal["adopted"]
+    name: Name
+    """Name in tables, figures and MLflow."""
+    source: str
+    """Hub id (owner/name or owner/name/folder), local folder or weights file, in one of the published layouts."""
+    revision: str | None = None
+    """Commit or tag of a hub id; pin it, or the hub may change the result under an unchanged name."""
+    activation_scale: tuple[PositiveFloat, PositiveFloat] | None = None
+    """Factors of base and chat activations, for the layout cfg.json + cc_weights.pt, which does not hold them. None
+    measures sqrt(activation_dim) / mean |x| on this run's rows, which is what such crosscoders were trained on."""
+
+
+def _crosscoder_kind(value: Any) -> str:
+    """An entry without `kind` is fitted: that is what nearly everyone writes."""
+    return str(value.get("kind", "fitted") if isinstance(value, dict) else getattr(value, "kind", "fitted"))
+
+
+CrosscoderEntry = Annotated[
+    Annotated[CrosscoderSection, Tag("fitted")] | Annotated[AdoptedCrosscoderSection, Tag("adopted")],
+    Discriminator(_crosscoder_kind),
+]
 
 
 class TrainingSection(Section):

@@ -92,7 +92,7 @@ def spec_of(
 ) -> CrosscoderSpec:
     """The plain numbers of a crosscoder for these activations; an InputError where they do not fit."""
     width = store.manifest.activation_dim
-    settings = section.model_dump(exclude={"name", "expansion", "num_latents", "sparsity"})
+    settings = section.model_dump(exclude={"kind", "name", "expansion", "num_latents", "sparsity"})
     try:
         return CrosscoderSpec(
             num_models=store.manifest.num_models,
@@ -314,13 +314,15 @@ def _points(row: Mapping[str, float]) -> list[Point]:
 
 
 def curve_points(storage: Storage, folder: str) -> list[Point]:
-    """The whole curve of a finished crosscoder."""
-    return [point for row in read_curve(storage, folder).to_pylist() for point in _points(row)]
+    """The whole curve of a finished crosscoder; empty where it was adopted."""
+    curve = read_curve(storage, folder)
+    return [] if curve is None else [point for row in curve.to_pylist() for point in _points(row)]
 
 
-def read_curve(storage: Storage, folder: str) -> pa.Table:
-    """The training curve of a finished crosscoder: one row per logged step."""
-    return read_table(storage, f"{folder}/{CURVES_NAME}")
+def read_curve(storage: Storage, folder: str) -> pa.Table | None:
+    """The training curve of a finished crosscoder: one row per logged step; None where it was adopted."""
+    key = f"{folder}/{CURVES_NAME}"
+    return read_table(storage, key) if storage.exists(key) else None
 
 
 @contextmanager

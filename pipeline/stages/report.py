@@ -16,7 +16,7 @@ from pipeline.report.data import CrosscoderReport, LineageRow, ModelPairInfo, Re
 from pipeline.report.figures import figures
 from pipeline.report.page import render
 from pipeline.report.verdict import verdict_text
-from pipeline.sections.crosscoder import CrosscoderSection
+from pipeline.sections.crosscoder import AdoptedCrosscoderSection, CrosscoderSection
 from pipeline.stages import causality, steering
 from pipeline.stages.base import Context, Step
 from pipeline.stages.crosscoder import read_curve
@@ -31,7 +31,7 @@ _SHOWN_SETTINGS = {
     "corpus": ("validation_frac",),
     "tokens": ("num_tokens", "max_tokens_per_document"),
     "activations": ("layer", "dtype", "rows_per_shard"),
-    "crosscoder": ("sparsity", "num_latents", "expansion", "lr", "seed"),
+    "crosscoder": ("sparsity", "num_latents", "expansion", "lr", "seed", "source", "revision"),
 }
 
 
@@ -90,8 +90,12 @@ def _lineage(source: Step, context: Context) -> LineageRow:
 
 
 def _crosscoder(fit: Step, inputs: Sequence[Step], context: Context) -> CrosscoderReport:
-    section = fit.section
-    assert isinstance(section, CrosscoderSection)
+    section, curve = fit.section, read_curve(context.storage, fit.key.folder)
+    if isinstance(section, CrosscoderSection):
+        kind: str = section.sparsity.kind
+    else:
+        assert isinstance(section, AdoptedCrosscoderSection)
+        kind = context.record_of(fit).counts["sparsity"]
     own = {source.key.stage: source for source in inputs if source.inputs.get("crosscoder") is fit}
     latents = own["latents"]
     scaling = context.record_of(latents).identity["section"]
@@ -104,7 +108,7 @@ def _crosscoder(fit: Step, inputs: Sequence[Step], context: Context) -> Crosscod
 
     return CrosscoderReport(
         name=section.name,
-        kind=section.sparsity.kind,
+        kind=kind,
         settings=section.model_dump(mode="json", exclude={"name"}),
         fidelity=context.storage.read_json(f"{latents.key.folder}/{FIDELITY_NAME}"),
         latents=table("latents", LATENTS_NAME),
@@ -114,7 +118,7 @@ def _crosscoder(fit: Step, inputs: Sequence[Step], context: Context) -> Crosscod
         examples=table("examples", EXAMPLES_NAME),
         planted=table("planted", PLANTED_NAME),
         twins=table("latents", TWINS_NAME),
-        curves=read_curve(context.storage, fit.key.folder).to_pandas(),
+        curves=None if curve is None else curve.to_pandas(),
         nu_eps_threshold=scaling["nu_eps_threshold"],
         nu_r_threshold=scaling["nu_r_threshold"],
     )

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import InputError
+from pipeline.formats.glue import load_crosscoder
 from pipeline.formats.layouts import PublishedCrosscoder
 from pipeline.formats.published import choose_weights, read_published
 
@@ -174,6 +175,7 @@ def test_scaled_layout_without_scales_says_what_it_expects(tmp_path: Path, caplo
     checkpoint = read_published(write_scaled(tmp_path / "a"))
     assert checkpoint.is_scale_unknown
     assert checkpoint.norm is None
+    load_crosscoder(tmp_path / "a")
     assert "mean norm sqrt(D) = 2.2" in caplog.text
 
 
