@@ -115,6 +115,7 @@ class Verdict:
     """Delta_norm says chat-only, but the latent fires too rarely for a ratio that means anything."""
     BASE_ONLY = "base-only"
     SHARED = "shared"
+    """Delta_norm between 0.4 and 0.6; or Delta_norm is 1 by construction, and the base model's activations hold it."""
     OTHER = "other"
     """Delta_norm between the classes."""
     DEAD = "dead"
@@ -176,6 +177,10 @@ LATENT_COLUMNS = (
     *_interval_columns("nu_eps", "beta(error, base) / beta(error, chat); high = complete shrinkage"),
     *_interval_columns("nu_r", "beta(reconstruction, base) / beta(reconstruction, chat); high = latent decoupling"),
     *_interval_columns("nu_act", "beta(activation, base) / beta(activation, chat)"),
+    *_interval_columns(
+        "nu_act_centred",
+        "nu_act of activations less their mean: cov(f, <d^chat, x^base>) / cov(f, <d^chat, x^chat>)",
+    ),
     *BETA_COLUMNS,
     Column("twin", "int32", "most parallel twin of a chat-only or base-only latent (TWIN_COLUMNS); -1 = none"),
     Column("twin_cosine", "float64", "decoder cosine with the twin; NaN without one"),

@@ -16,16 +16,16 @@ from torch import Tensor
 from pipeline.analyses.rows import RowBatch, Sums, check_batch, merge_sums, require_rows
 from pipeline.errors import InputError
 from pipeline.numerics.crosscoder import Crosscoder
-from pipeline.numerics.scaling import TARGETS, add_scaling_sums, empty_scaling_sums, scaling_estimates
+from pipeline.numerics.scaling import CENTRED, TARGETS, add_scaling_sums, empty_scaling_sums, scaling_estimates
 from pipeline.numerics.statistics import DEFAULT_NUM_RESAMPLES, hash_documents
 from pipeline.schema import CHAT, MODEL_NAMES
 
-_NU_COLUMNS = {"nu_eps": "error", "nu_r": "reconstruction", "nu_act": "activation"}
+_NU_COLUMNS = {"nu_eps": "error", "nu_r": "reconstruction", "nu_act": "activation", "nu_act_centred": CENTRED}
 """Column of each ratio and the target it is taken from (arXiv 2504.02922, section 3)."""
 
 
 class LatentScaling:
-    """Row analysis: schema.BETA_COLUMNS, and nu_eps, nu_r and nu_act with their intervals."""
+    """Row analysis: schema.BETA_COLUMNS, and nu_eps, nu_r, nu_act and nu_act_centred, with intervals."""
 
     def __init__(
         self,
@@ -58,29 +58,31 @@ class LatentScaling:
         self.num_groups, self.num_resamples, self.seed = num_groups, num_resamples, seed
 
     def start(self) -> Sums:
-        """sums_SGF of numerics/scaling.py and the number of rows."""
-        num_latents, num_models, _ = self.W_dec_FMD.shape
+        """sums_SGF of numerics/scaling.py, the sum of x and the number of rows."""
+        num_latents, num_models, activation_dim = self.W_dec_FMD.shape
         scaling = empty_scaling_sums(
             num_groups=self.num_groups,
             num_models=num_models,
             num_latents=num_latents,
             is_decoupled=self.is_decoupled,
         )
-        return {"scaling": scaling, "num_rows": torch.zeros(1, dtype=torch.int64)}
+        x_MD = torch.zeros(num_models, activation_dim, dtype=torch.float64)
+        return {"scaling": scaling, "x": x_MD, "num_rows": torch.zeros(1, dtype=torch.int64)}
 
     def update(self, sums: Sums, batch: RowBatch) -> None:
         """Adds a batch; work proportional to the active pairs."""
         num_latents, num_models, activation_dim = self.W_dec_FMD.shape
         check_batch(batch, num_models=num_models, activation_dim=activation_dim, num_latents=num_latents)
-        scale_M1 = self.scale_M.to(batch.x_BMD)[:, None]
+        scale_M1, mean_MD = self.scale_M.to(batch.x_BMD)[:, None], self.mean_MD.to(batch.x_BMD)
         add_scaling_sums(
             sums["scaling"],
             batch.codes,
             error_BMD=(batch.x_BMD - batch.reconstruction_BMD) * scale_M1,
-            reconstruction_BMD=(batch.reconstruction_BMD - self.mean_MD.to(batch.x_BMD)) * scale_M1,
+            reconstruction_BMD=(batch.reconstruction_BMD - mean_MD) * scale_M1,
             groups_B=hash_documents(batch.doc_id_B, num_groups=self.num_groups),
             direction_FD=self.direction_FD.to(batch.x_BMD),
         )
+        sums["x"] += ((batch.x_BMD - mean_MD) * scale_M1).double().sum(0).cpu()
         sums["num_rows"] += len(batch.x_BMD)
 
     def merge(self, a: Sums, b: Sums) -> Sums:
@@ -95,6 +97,7 @@ class LatentScaling:
             W_dec_FMD=self.W_dec_FMD,
             b_dec_MD=self.b_dec_MD,
             direction_FD=self.direction_FD,
+            mean_MD=sums["x"] / sums["num_rows"],
             num_resamples=self.num_resamples,
             seed=self.seed,
         )

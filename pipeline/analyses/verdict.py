@@ -4,6 +4,11 @@ A latent that never fires is dead. One that Delta_norm calls chat-only is chat-s
 their thresholds, otherwise an artifact of shrinkage, decoupling or both (arXiv 2504.02922, section 3: nu_eps < 0.2 and
 nu_r < 0.5). It stays undecided where a ratio is undefined or the latent fires in too few documents for its ratios to
 mean anything. Everything else keeps its class by Delta_norm: this file never promotes a latent.
+
+A latent whose base decoder row is exactly 0 was made without one (a difference SAE, a dedicated latent). Its Delta_norm
+is 1 by construction and says nothing, and a difference SAE has no reconstruction of the base model to look into. Such a
+latent is judged by the activations themselves: chat-specific if nu_act_centred, the base model's share of what moves
+with the latent, is below nu_eps's threshold, else shared. `reason` says so.
 """
 
 from collections.abc import Hashable, Sequence
@@ -19,6 +24,9 @@ DEFAULT_NU_EPS_THRESHOLD = 0.2
 DEFAULT_NU_R_THRESHOLD = 0.5
 DEFAULT_MIN_DOCUMENTS = 10
 """Below about ten documents the intervals' small-sample factor exceeds 1.2 and single documents decide the ratio."""
+
+MADE_SO = "nu_act_centred"
+"""The ratio that judges latents whose Delta_norm is 1 by construction."""
 
 _BY_OWNERSHIP = {
     Ownership.BASE_ONLY: Verdict.BASE_ONLY,
@@ -39,7 +47,7 @@ def latent_table(
     """schema.LATENT_COLUMNS, one row per latent in order, from the tables of three analyses; twins by `with_twins`.
 
     is_confident is true for a chat-specific latent or artifact of which both intervals lie on one side of their
-    thresholds; false for every other verdict.
+    thresholds, and for a latent judged by nu_act_centred whose interval does; false for every other verdict.
     """
     latents = ownership["latent"].to_numpy()
     for name, other in (("Latent Scaling", scaling), ("templates", templates)):
@@ -51,28 +59,29 @@ def latent_table(
     table = ownership.merge(templates, on="latent", validate="1:1").merge(scaling, on="latent", validate="1:1")
     is_dead = table["frequency"].to_numpy() == 0
     is_chat_only = (table["ownership"] == Ownership.CHAT_ONLY).to_numpy()
-    nu_eps, nu_r = table["nu_eps"].to_numpy(), table["nu_r"].to_numpy()
-    is_decidable = np.isfinite(nu_eps) & np.isfinite(nu_r) & (table["num_documents"].to_numpy() >= min_documents)
-    has_shrunk, is_decoupled = nu_eps >= nu_eps_threshold, nu_r >= nu_r_threshold
+    is_made_so = is_chat_only & (table["decoder_norm_base"] == 0).to_numpy()
+    nu_eps, nu_r, nu_act = (table[name].to_numpy() for name in ("nu_eps", "nu_r", MADE_SO))
+    is_known = np.where(is_made_so, np.isfinite(nu_act), np.isfinite(nu_eps) & np.isfinite(nu_r))
+    is_decidable = is_known & (table["num_documents"].to_numpy() >= min_documents)
+    has_shrunk, is_decoupled, is_held = nu_eps >= nu_eps_threshold, nu_r >= nu_r_threshold, nu_act >= nu_eps_threshold
+    cases = [
+        (is_dead, Verdict.DEAD),
+        (~is_chat_only, table["ownership"].map(_BY_OWNERSHIP).to_numpy(dtype=object)),
+        (~is_decidable, Verdict.UNDECIDED),
+        (is_made_so & is_held, Verdict.SHARED),
+        (is_made_so, Verdict.CHAT_SPECIFIC),
+        (has_shrunk & is_decoupled, Verdict.BOTH),
+        (has_shrunk, Verdict.SHRINKAGE),
+        (is_decoupled, Verdict.DECOUPLING),
+    ]
     table["verdict"] = np.select(
-        [is_dead, ~is_chat_only, ~is_decidable, has_shrunk & is_decoupled, has_shrunk, is_decoupled],
-        [
-            np.full(len(table), Verdict.DEAD, dtype=object),
-            table["ownership"].map(_BY_OWNERSHIP).to_numpy(dtype=object),
-            *(
-                np.full(len(table), verdict, dtype=object)
-                for verdict in (Verdict.UNDECIDED, Verdict.BOTH, Verdict.SHRINKAGE, Verdict.DECOUPLING)
-            ),
-        ],
+        [case for case, _ in cases],
+        [np.broadcast_to(np.asarray(verdict, dtype=object), len(table)) for _, verdict in cases],
         default=Verdict.CHAT_SPECIFIC,
     )
-    table["is_confident"] = (
-        is_chat_only
-        & ~is_dead
-        & is_decidable
-        & _is_one_sided(table, "nu_eps", nu_eps_threshold)
-        & _is_one_sided(table, "nu_r", nu_r_threshold)
-    )
+    is_sure = _is_one_sided(table, "nu_eps", nu_eps_threshold) & _is_one_sided(table, "nu_r", nu_r_threshold)
+    is_sure_made_so = _is_one_sided(table, MADE_SO, nu_eps_threshold)
+    table["is_confident"] = is_chat_only & ~is_dead & is_decidable & np.where(is_made_so, is_sure_made_so, is_sure)
     thresholds = {"nu_eps": nu_eps_threshold, "nu_r": nu_r_threshold}
     table["reason"] = [_reason(row, thresholds, min_documents) for row in table.to_dict("records")]
     table["twin"] = np.full(len(table), -1, dtype=np.int32)
@@ -85,16 +94,20 @@ def _reason(row: dict[Hashable, Any], thresholds: dict[str, float], min_document
     if row["verdict"] == Verdict.DEAD:
         return "never fires on the validation rows"
     if row["ownership"] != Ownership.CHAT_ONLY:
-        return f"Delta_norm {row['delta_norm']:.2f}"
+        return f"Delta_norm {row['delta_norm']:.2f}{' by construction' if row['decoder_norm_chat'] == 0 else ''}"
+    is_made_so = row["decoder_norm_base"] == 0
+    if is_made_so:
+        thresholds = {MADE_SO: thresholds["nu_eps"]}
     if row["verdict"] == Verdict.UNDECIDED:
         undefined = [name for name in thresholds if not np.isfinite(row[name])]
         if row["num_documents"] < min_documents:
             return f"fires in {row['num_documents']} documents, fewer than {min_documents}"
         return f"{' and '.join(undefined)} undefined: the chat model's scale is not significantly above 0"
-    return ", ".join(
+    measured = ", ".join(
         f"{name} {row[name]:.2f} {'<' if row[name] < threshold else '>='} {threshold:g}"
         for name, threshold in thresholds.items()
     )
+    return f"{measured} (Delta_norm is 1 by construction)" if is_made_so else measured
 
 
 def with_twins(table: pd.DataFrame, twins: pd.DataFrame) -> pd.DataFrame:

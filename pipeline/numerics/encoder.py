@@ -96,7 +96,9 @@ class TrainingEncoder:
         k is the mean active latents per row of the global batch for batch_topk, exact for topk. dead_F holds the
         indices of this rank's dead latents. Collective over the mesh.
         """
-        norm_FM = sparsity.decoder_norms(parameters.W_dec_FN.view(len(parameters.b_enc_F), self._spec.num_models, -1))
+        norm_FM = sparsity.decoder_norms(
+            parameters.W_dec_FN.view(len(parameters.b_enc_F), self._spec.fitted_models, -1)
+        )
         weight_F = sparsity.code_weights(norm_FM, self._spec.code_weight)
         if self._spec.kind == "batch_topk":
             return self._select_batch(parameters, x_BN, k=k, norm_FM=norm_FM, dead_F=dead_F)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.numerics.gradients import Parameters
+from pipeline.numerics.recipes import fixed_rows, zero_fixed_rows
 from pipeline.numerics.spec import CrosscoderSpec
 
 _BLOCK_LATENTS = 1024
@@ -20,7 +21,10 @@ _BLOCK_LATENTS = 1024
 
 
 def initial_parameters(spec: CrosscoderSpec, latents: slice, device: torch.device) -> Parameters:
-    """Weights of the latents in `latents`: decoder rows of norm init_norm per model, encoder equal, biases 0."""
+    """Weights of the latents in `latents`: decoder rows of norm init_norm per model, encoder equal, biases 0.
+
+    Rows that a dedicated latent does not have are 0.
+    """
     dtype = getattr(torch, spec.dtype)
     direction_FD = torch.cat(
         [
@@ -28,10 +32,11 @@ def initial_parameters(spec: CrosscoderSpec, latents: slice, device: torch.devic
             for block in range(latents.start // _BLOCK_LATENTS * _BLOCK_LATENTS, latents.stop, _BLOCK_LATENTS)
         ]
     )
-    W_dec_FN = (spec.init_norm * direction_FD).to(device, dtype).repeat(1, spec.num_models)
+    W_dec_FN = (spec.init_norm * direction_FD).to(device, dtype).repeat(1, spec.fitted_models)
     log_threshold_F = None
     if spec.kind == "jumprelu":
         log_threshold_F = torch.full((len(W_dec_FN),), math.log(spec.initial_threshold), dtype=dtype, device=device)
+    zero_fixed_rows(W_dec_FN, fixed_rows(spec, latents))
     bias_F, bias_N = W_dec_FN.new_zeros(len(W_dec_FN)), W_dec_FN.new_zeros(W_dec_FN.shape[1])
     return Parameters(W_dec_FN.clone(), bias_F, W_dec_FN, bias_N, log_threshold_F)
 

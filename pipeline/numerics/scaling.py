@@ -26,6 +26,8 @@ TARGETS = ("activation", "activation_no_bias", "reconstruction", "error")
 """x^m; x^m - b_dec^m; the reconstruction, bias and latent j included; x^m minus it, with latent j put back."""
 NU_TARGETS = ("activation", "reconstruction", "error")
 """Targets whose ratio between the models is formed: nu_act, nu_r and nu_eps."""
+CENTRED = "activation_centred"
+"""x^m less its mean over the rows: its ratio compares cov(f_j, <u_j, x^m>), which no offset of a model can change."""
 
 
 class ScalingEstimates(NamedTuple):
@@ -34,7 +36,7 @@ class ScalingEstimates(NamedTuple):
     beta_TMF: Tensor
     """Least-squares scale per target and model, float64; NaN where the latent never fires or u_j is 0."""
     nu: dict[str, Interval]
-    """Per target of NU_TARGETS beta(base) / beta(chat) with its interval over documents.
+    """Per target of NU_TARGETS (and CENTRED) beta(base) / beta(chat) with its interval over documents.
 
     NaN where beta(chat) is not significantly above 0."""
 
@@ -128,10 +130,13 @@ def scaling_estimates(
     W_dec_FMD: Tensor,
     b_dec_MD: Tensor,
     direction_FD: Tensor,
+    mean_MD: Tensor | None = None,
     num_resamples: int = DEFAULT_NUM_RESAMPLES,
     seed: int = 0,
 ) -> ScalingEstimates:
     """Betas of all four targets, and nus of NU_TARGETS with 95% intervals, bootstrap over the document groups.
+
+    mean_MD, the mean of x over all rows, adds the nu of CENTRED; resampling takes it as known.
 
     nu needs M = 2 (base, chat). sum f^2 and |u|^2 cancel in it, so it is defined wherever the chat model's sum is
     significantly above 0.
@@ -150,4 +155,8 @@ def scaling_estimates(
         for target, (base_GF, chat_GF) in zip(TARGETS, sums_TMGF, strict=True)
         if target in NU_TARGETS
     }
+    if mean_MD is not None:
+        offset_MF = torch.einsum("FD,MD->MF", direction_FD.cpu().double(), mean_MD.cpu().double())
+        base_GF, chat_GF = sums_TMGF[TARGETS.index("activation")] - offset_MF[:, None] * sums_SGF[0].cpu()
+        nu[CENTRED] = bootstrap_interval(base_GF, chat_GF, num_resamples=num_resamples, seed=seed)
     return ScalingEstimates(beta_TMF, nu)

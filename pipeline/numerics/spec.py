@@ -16,6 +16,8 @@ from pipeline.numerics.sparsity import CODE_WEIGHTS, KINDS, check_choice
 PRECISIONS = ("float32", "tf32", "bfloat16")
 """Of matrix products over float32 weights. tf32 needs CUDA. bfloat16 rounds the factors of the encoder's product, on
 any device (on CUDA its sums stay float32 and all other dense products run in TF32)."""
+INPUTS = ("both", "difference")
+"""What a dictionary is fitted on: the activations of all models at once, or x^chat - x^base."""
 DTYPES = ("float32", "float64")
 """Of weights, gradients and Adam's moments; float64 is for tests."""
 
@@ -34,6 +36,11 @@ class CrosscoderSpec:
     """Optimiser steps of the whole run; the learning rate's decay ends there."""
     kind: str = "batch_topk"
     """l1, batch_topk, topk or jumprelu."""
+    inputs: str = "both"
+    """both, or difference: a dictionary of x^chat - x^base, published as a crosscoder of the pair (recipes.py)."""
+    dedicated_frac: float = 0.0
+    """Share of the latents that belong to the chat model alone, and as many to the base model alone: the other model's
+    encoder and decoder rows are 0 for good. 0 leaves every latent free."""
     k: int | None = None
     """Mean active latents per row (batch_topk) or exactly (topk)."""
     k_start: int | None = None
@@ -87,6 +94,7 @@ class CrosscoderSpec:
         check_choice("kind", self.kind, KINDS)
         check_choice("code_weight", self.code_weight, CODE_WEIGHTS)
         check_choice("reconstruction", self.reconstruction, RECONSTRUCTIONS)
+        check_choice("inputs", self.inputs, INPUTS)
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("dtype", self.dtype, DTYPES)
         is_fitting = self.precision == "float32" or self.dtype == "float32"
@@ -102,6 +110,7 @@ class CrosscoderSpec:
         for name in ("beta1", "beta2", "threshold_decay"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self._require("lr_decay_frac", 0 <= self.lr_decay_frac <= 1, "in [0, 1]")
+        self._require("dedicated_frac", 0 <= self.dedicated_frac <= 0.5, "in [0, 0.5]")
         self._require("clip_norm", self.clip_norm is None or self.clip_norm > 0, "> 0, or None")
         self._require("block_rows", self.block_rows is None or self.block_rows >= 1, ">= 1, or None")
         self._require("aux_k", self.aux_k is None or self.aux_k >= 1, ">= 1, or None")
@@ -109,6 +118,17 @@ class CrosscoderSpec:
             self._check_k("k", self.k)
             if self.k_start is not None:
                 self._check_k("k_start", self.k_start)
+        self._check_recipe()
+
+    @property
+    def fitted_models(self) -> int:
+        """Models that the fitted dictionary reads and reconstructs: 1 for a difference, else M."""
+        return 1 if self.inputs == "difference" else self.num_models
+
+    @property
+    def num_dedicated(self) -> int:
+        """Latents that belong to the chat model alone, and as many again that belong to the base model alone."""
+        return int(self.dedicated_frac * self.num_latents)
 
     @property
     def activation(self) -> str:
@@ -124,6 +144,19 @@ class CrosscoderSpec:
     def aux_latents(self) -> int:
         """Dead latents per row in the auxiliary loss, before the number of dead ones limits it."""
         return self.aux_k if self.aux_k is not None else max(1, self.activation_dim // 2)
+
+    def _check_recipe(self) -> None:
+        is_plain = self.inputs == "both" and self.dedicated_frac == 0
+        if not is_plain and self.num_models != 2:
+            raise ValueError(
+                f"expected num_models = 2 for inputs {self.inputs!r} and dedicated_frac {self.dedicated_frac}, got "
+                f"{self.num_models}: a difference and dedicated latents belong to one base and one chat model"
+            )
+        if self.inputs == "difference" and (self.dedicated_frac > 0 or self.code_weight == "decoupled"):
+            raise ValueError(
+                f"expected dedicated_frac = 0 and a code_weight other than decoupled for inputs 'difference', got "
+                f"{self.dedicated_frac} and {self.code_weight!r}: a difference is one activation, of no model alone"
+            )
 
     def _require(self, name: str, is_good: bool, expected: str) -> None:
         if not is_good:

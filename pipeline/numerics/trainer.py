@@ -29,6 +29,7 @@ from pipeline.numerics.initial import initial_parameters
 from pipeline.numerics.kernels import choose_kernels
 from pipeline.numerics.objective import Objective, reconstruction_loss
 from pipeline.numerics.parallel import Mesh, check_equal_rows
+from pipeline.numerics.recipes import check_fixed_rows, explained, fixed_rows, published, seen, zero_fixed_rows
 from pipeline.numerics.spec import CrosscoderSpec
 
 __all__ = ["CrosscoderSpec", "CrosscoderTrainer"]
@@ -56,6 +57,7 @@ class CrosscoderTrainer:
         self._latents = self.mesh.latent_slice(spec.num_latents)
         self._parameters = initial_parameters(spec, self._latents, self.device)
         self._gradients = self._parameters.empty_like()
+        self._fixed_rows = fixed_rows(spec, self._latents)
         self._adam = Adam(self._parameters, spec)
         self._encoder = TrainingEncoder(spec, self.kernels, self.mesh, self.device)
         self.num_steps_done = 0
@@ -78,7 +80,7 @@ class CrosscoderTrainer:
             raise ValueError(f"expected no step before initialise, got {self.num_steps_done} done: call it first")
         x_BN = self._prepare(x_BMD)
         if self.spec.kind == "batch_topk":
-            median_MD = moments.geometric_median(x_BN.view(x_BMD.shape), self.mesh)
+            median_MD = moments.geometric_median(self._per_model(x_BN), self.mesh)
             self._parameters.b_dec_N.copy_(median_MD.flatten())
 
     @torch.no_grad()
@@ -98,6 +100,8 @@ class CrosscoderTrainer:
         with matrix_products(self.spec.precision, self.device):
             losses, smallest = self._differentiate(x_BN, objective, k)
         totals = self._reduce(losses)
+        for gradient in (self._gradients.W_enc_FN, self._gradients.W_dec_FN):
+            zero_fixed_rows(gradient, self._fixed_rows)
         grad_norm = global_norm(self._gradients, self.mesh)
         is_finite = totals.isfinite().all() & grad_norm.isfinite() & (self._bad_step < 0)
         if self.device.type == "cpu" and not bool(is_finite):
@@ -112,19 +116,22 @@ class CrosscoderTrainer:
             "rows": objective.num_rows,
             "k": k,
             "grad_norm": grad_norm,
-            "x": moments.moments_of(x_BN.view(x_BMD.shape)),
+            "x": moments.moments_of(self._per_model(x_BN)),
             "residual": losses.residual,
             "lr": lr,
         }
 
     def _prepare(self, x_BMD: Tensor) -> Tensor:
-        """Normalised rows x_BN on the trainer's device in its dtype: the only place that normalises in training."""
+        """What the dictionary reads, x_BN on the trainer's device in its dtype: the only place that normalises."""
         check_activations(x_BMD, self.spec.num_models, self.spec.activation_dim)
         check_equal_rows(len(x_BMD), self.mesh, self.device)
         x_BMD = x_BMD.to(self.device, self._parameters.b_dec_N.dtype)
         if self.normalisation is not None:
             x_BMD = (x_BMD - self.normalisation.mean_MD) * self.normalisation.scale_M[:, None]
-        return x_BMD.flatten(1).contiguous()
+        return seen(x_BMD, self.spec.inputs).flatten(1).contiguous()
+
+    def _per_model(self, x_BN: Tensor) -> Tensor:
+        return x_BN.view(len(x_BN), self.spec.fitted_models, -1)
 
     def _objective(self, num_local_rows: int) -> Objective:
         spec = self.spec
@@ -140,7 +147,7 @@ class CrosscoderTrainer:
 
     def _differentiate(self, x_BN: Tensor, objective: Objective, k: float) -> tuple[Losses, Tensor | None]:
         """This rank's share of losses and gradients, and the smallest kept score if there was a selection."""
-        setting = Setting(self.spec.num_models, self.kernels, self.mesh)
+        setting = Setting(self.spec.fitted_models, self.kernels, self.mesh)
         if self.spec.kind in ("l1", "jumprelu") and self._encoder.is_dense(self._parameters, x_BN):
             parts: list[Losses] = []
             for rows_BN, preact_BF in self._encoder.blocks(self._parameters, x_BN):
@@ -257,7 +264,7 @@ class CrosscoderTrainer:
             "loss_penalty": penalty,
             "loss_auxiliary": auxiliary,
             "l0": num_active / self._last["rows"],
-            **moments.explained_fractions(x, residual),
+            **explained(x, residual, self.spec.inputs),
             "dead_frac": float(self.mesh.sum_(num_dead, "latent")) / self.spec.num_latents,
             "threshold": float(self._threshold.mean()),
             "lr": self._last["lr"],
@@ -277,13 +284,14 @@ class CrosscoderTrainer:
         x_BMD = x_BMD.to(self.device, self._parameters.b_dec_N.dtype)
         x_hat_BMD, codes = crosscoder(x_BMD, output_features=True)
         scale = 1.0 if self.normalisation is None else self.normalisation.scale_M[:, None]
-        residual_BMD = (x_BMD - x_hat_BMD) * scale
+        inputs = self.spec.inputs
+        residual_BMD = seen((x_BMD - x_hat_BMD) * scale, inputs)
         fired_F = torch.zeros(self.spec.num_latents, dtype=torch.bool, device=self.device)
         fired_F[codes.latents_P] = True
         return {
             "loss_reconstruction": float(reconstruction_loss(residual_BMD, self.spec.reconstruction, len(x_BMD)).loss),
             "l0": float(codes.l0()),
-            **moments.explained_fractions(moments.moments_of(x_BMD * scale), moments.moments_of(residual_BMD)),
+            **explained(moments.moments_of(seen(x_BMD * scale, inputs)), moments.moments_of(residual_BMD), inputs),
             "dead_frac": float((~fired_F).double().mean()),
         }
 
@@ -291,25 +299,8 @@ class CrosscoderTrainer:
     def crosscoder(self) -> Crosscoder:
         """A copy of all latents for inference, with threshold and normalisation. Collective over latent ranks."""
         self._raise_if_bad()
-        spec = self.spec
-        result = Crosscoder(
-            spec.num_latents,
-            spec.num_models,
-            spec.activation_dim,
-            activation=spec.activation,
-            code_weight=spec.code_weight,
-            k=spec.k,
-        ).to(self.device, self._parameters.b_dec_N.dtype)
         whole = Parameters(*(self._whole(name, tensor) for name, tensor in self._parameters._asdict().items()))
-        result.W_enc_FMD.copy_(whole.W_enc_FN.view_as(result.W_enc_FMD))
-        result.b_enc_F.copy_(whole.b_enc_F)
-        result.W_dec_FMD.copy_(whole.W_dec_FN.view_as(result.W_dec_FMD))
-        result.b_dec_MD.copy_(whole.b_dec_N.view_as(result.b_dec_MD))
-        result.threshold.copy_(self._threshold)
-        if whole.log_threshold_F is not None:
-            result.jump_threshold_F.copy_(whole.log_threshold_F.exp())
-        result.set_normalisation(self.normalisation)
-        return result
+        return published(self.spec, whole, threshold=self._threshold, normalisation=self.normalisation)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on, over all latents, as tensors and numbers on this device.
@@ -362,6 +353,7 @@ class CrosscoderTrainer:
                     f"checkpoint belongs to a crosscoder of another size"
                 )
             target.copy_(source)
+        check_fixed_rows(self._parameters, self._fixed_rows)
         self.num_steps_done, self.num_rows_seen = int(state["num_steps_done"]), int(state["num_rows_seen"])
         self.normalisation = normalisation
         self._bad_step.fill_(-1)

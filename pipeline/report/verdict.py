@@ -52,6 +52,8 @@ def _column(crosscoder: CrosscoderReport) -> dict[str, str]:
     fidelity = crosscoder.fidelity
     if fidelity is not None:
         column["fve"] = f"{fmt.decimal(fidelity['fve_base'])} / {fmt.decimal(fidelity['fve_chat'])}"
+        if fmt.is_missing(fidelity["fve_chat"]) and not fmt.is_missing(fidelity["fve"]):
+            column["fve"] = f"{fmt.decimal(fidelity['fve'])} (difference)"
         column["l0"] = fmt.decimal(fidelity["l0"], 1)
     if crosscoder.latents is None:
         return column

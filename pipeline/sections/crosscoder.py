@@ -75,6 +75,12 @@ class CrosscoderSection(Section):
     """Size F of the dictionary; give this or expansion."""
     expansion: PositiveInt | None = None
     """F as a multiple of the activation width (32 in the paper)."""
+    inputs: Literal["both", "difference"] = "both"
+    """Fit the dictionary on both models' activations, or on chat - base (a difference SAE). A difference is published
+    as a crosscoder of both models; its Delta_norm is 1 by construction and its FVE is that of the difference."""
+    dedicated_frac: float = Field(0.0, ge=0, le=0.5)
+    """Share of the latents that only the chat model has, and as many that only the base model has; their Delta_norm is
+    1 or 0 by construction. The verdict then rests on Latent Scaling's activation target."""
     code_weight: Literal["crosscoder", "sae", "mixed", "none", "decoupled"] = "crosscoder"
     """What a latent costs: sum of its decoder norms, norm of both together, a mix, 1, or per model."""
     reconstruction: Literal["l2", "mse"] = "l2"
@@ -98,6 +104,11 @@ class CrosscoderSection(Section):
             raise ValueError(
                 f"crosscoder {self.name!r}: expected exactly one of num_latents and expansion, "
                 f"got num_latents={self.num_latents} and expansion={self.expansion}"
+            )
+        if self.inputs == "difference" and (self.dedicated_frac > 0 or self.code_weight == "decoupled"):
+            raise ValueError(
+                f"crosscoder {self.name!r}: expected dedicated_frac 0 and a code_weight other than decoupled with "
+                f"inputs: difference, got {self.dedicated_frac} and {self.code_weight!r}"
             )
         k = getattr(self.sparsity, "k", None)
         if self.num_latents is not None and k is not None and k > self.num_latents:

@@ -33,6 +33,7 @@ from pipeline.analyses.templates import Templates
 from pipeline.analyses.twins import Twins
 from pipeline.analyses.verdict import latent_table, latents_with, verdict_counts, with_twins
 from pipeline.errors import InputError
+from pipeline.numerics.recipes import reads_difference
 from pipeline.operators.pair import load_tokenizer
 from pipeline.operators.tokenise import token_texts
 from pipeline.progress import Progress
@@ -56,7 +57,7 @@ from pipeline.storage import Storage
 from pipeline.store import ActivationStore, Shard
 
 STAGES = ("latents", "examples", "planted")
-VERSION = 1
+VERSION = 2
 
 LATENTS_NAME = "latents.parquet"
 FIDELITY_NAME = "fidelity.json"
@@ -133,7 +134,9 @@ def _first_questions(folder: str, own: Mapping[str, Step], store: ActivationStor
         section = own["latents"].section
         assert isinstance(section, LatentScalingSection)
         analyses |= {
-            "fidelity": Fidelity(activation_dim=width, num_latents=num_latents),
+            "fidelity": Fidelity(
+                activation_dim=width, num_latents=num_latents, is_difference=reads_difference(crosscoder)
+            ),
             "scaling": LatentScaling(
                 crosscoder,
                 num_groups=section.num_groups,

@@ -43,6 +43,17 @@ def test_perfect_and_mean_reconstructions_explain_all_and_nothing(make_world: Ca
     assert _table(batch._replace(reconstruction_BMD=batch.x_BMD + 3))["fve_chat"] == pytest.approx(1)
 
 
+def test_a_difference_is_explained_as_such_and_no_model_by_itself(make_world: Callable) -> None:
+    batch = make_world().batch()
+    x, error = batch.x_BMD.double(), batch.x_BMD.double() - batch.reconstruction_BMD.double()
+    expected = 1 - (error[:, 1] - error[:, 0]).var(0).sum() / (x[:, 1] - x[:, 0]).var(0).sum()
+    fidelity = Fidelity(activation_dim=6, num_latents=12, is_difference=True)
+    table = fidelity.table(analyse({"f": fidelity}, [batch])["f"])
+    assert table["fve"] == pytest.approx(float(expected))
+    assert table["fve_base"] != table["fve_base"] and table["fve_chat"] != table["fve_chat"]
+    assert table["mean_norm_chat"] == _table(batch)["mean_norm_chat"]
+
+
 def test_fve_is_nan_where_the_activations_are_constant(make_world: Callable) -> None:
     batch = make_world().batch()
     constant = torch.full_like(batch.x_BMD, 100.3)

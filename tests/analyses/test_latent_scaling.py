@@ -1,5 +1,6 @@
 from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -41,7 +42,13 @@ def test_columns_hold_the_betas_of_a_loop_over_latents(make_world: Callable) -> 
             if row[nu] == row[nu]:
                 assert row[nu] == pytest.approx(beta[f"beta_{target}_base"] / beta[f"beta_{target}_chat"], rel=1e-3)
                 assert row[f"{nu}_low"] <= row[nu] <= row[f"{nu}_high"]
+        dots_BM = torch.einsum("BMD,D->BM", x_BMD, u_D)
+        covariance_M = (f_B[:, None] * (dots_BM - dots_BM.mean(0))).sum(0)
+        if row["nu_act_centred"] == row["nu_act_centred"]:
+            assert row["nu_act_centred"] == pytest.approx(float(covariance_M[0] / covariance_M[1]), rel=1e-3)
+            assert row["nu_act_centred_low"] <= row["nu_act_centred"] <= row["nu_act_centred_high"]
     assert table["nu_eps"].notna().sum() >= 4
+    assert table["nu_act_centred"].notna().sum() >= 2
     assert table.iloc[0].drop("latent").isna().all()  # never fires: no number at all
 
 
@@ -53,6 +60,17 @@ def test_a_normalised_crosscoder_is_judged_in_its_own_units(make_world: Callable
     normalised.rows["x"] = plain.rows["x"] / scale_M[:, None] + mean_MD
     expected = _table(plain.crosscoder, plain.batch())
     pd.testing.assert_frame_equal(_table(normalised.crosscoder, normalised.batch()), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_an_offset_of_a_model_changes_no_centred_ratio(make_world: Callable) -> None:
+    """The same codes beside activations that are moved by a constant per model, as residual streams are."""
+    batch, crosscoder = (world := make_world(num_documents=80)).batch(), world.crosscoder
+    offset_MD = 50 * torch.randn(2, 6, generator=torch.Generator().manual_seed(2))
+    moved = batch._replace(x_BMD=batch.x_BMD + offset_MD)
+    before, after = _table(crosscoder, batch), _table(crosscoder, moved)
+    centred = after["nu_act_centred"].to_numpy()
+    np.testing.assert_allclose(centred, before["nu_act_centred"].to_numpy(), rtol=1e-2, atol=1e-2)
+    assert (after["nu_act"] - before["nu_act"]).abs().max() > 0.5
 
 
 def test_random_directions_find_no_owner(make_world: Callable) -> None:

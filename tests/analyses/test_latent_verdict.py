@@ -44,6 +44,7 @@ def _tables() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     scaling = pd.DataFrame({"latent": latent})
     for name, values in (("nu_eps", [case[1] for case in CASES]), ("nu_r", [case[2] for case in CASES])):
         scaling[[name, f"{name}_low", f"{name}_high"]] = np.array(values)
+    scaling[["nu_act_centred", "nu_act_centred_low", "nu_act_centred_high"]] = NAN
     scaling[["nu_act", "nu_act_low", "nu_act_high", *(column.name for column in BETA_COLUMNS)]] = 1.0
     templates = pd.DataFrame(
         {
@@ -76,6 +77,53 @@ def test_reasons_name_the_numbers_that_decided() -> None:
     assert reasons[9] == "fires in 9 documents, fewer than 10"
     assert reasons[11] == "never fires on the validation rows"
     assert reasons[12] == "Delta_norm 0.50"
+
+
+@pytest.mark.parametrize(
+    ("nu_act", "documents", "verdict", "is_confident", "reason"),
+    [
+        (
+            (0.05, 0.0, 0.1),
+            40,
+            Verdict.CHAT_SPECIFIC,
+            True,
+            "nu_act_centred 0.05 < 0.2 (Delta_norm is 1 by construction)",
+        ),
+        (
+            (0.15, 0.1, 0.3),
+            40,
+            Verdict.CHAT_SPECIFIC,
+            False,
+            "nu_act_centred 0.15 < 0.2 (Delta_norm is 1 by construction)",
+        ),
+        ((0.53, 0.5, 0.6), 40, Verdict.SHARED, True, "nu_act_centred 0.53 >= 0.2 (Delta_norm is 1 by construction)"),
+        ((0.05, 0.0, 0.1), 9, Verdict.UNDECIDED, False, "fires in 9 documents, fewer than 10"),
+        (
+            (NAN, NAN, NAN),
+            40,
+            Verdict.UNDECIDED,
+            False,
+            "nu_act_centred undefined: the chat model's scale is not significantly above 0",
+        ),
+    ],
+)
+def test_a_latent_made_without_a_base_decoder_is_judged_by_the_activations(
+    nu_act: tuple[float, float, float], documents: int, verdict: str, is_confident: bool, reason: str
+) -> None:
+    ownership, scaling, templates = (table.head(1).copy() for table in _tables())
+    ownership["decoder_norm_base"] = 0.0
+    scaling[["nu_eps", "nu_r"]] = 0.9  # of a difference SAE they mean nothing
+    scaling[["nu_act_centred", "nu_act_centred_low", "nu_act_centred_high"]] = nu_act
+    templates["num_documents"] = documents
+    row = latent_table(ownership, scaling, templates).iloc[0]
+    assert (row["verdict"], row["is_confident"], row["reason"]) == (verdict, is_confident, reason)
+
+
+def test_a_latent_made_without_a_chat_decoder_is_base_only_by_construction() -> None:
+    ownership, scaling, templates = (table[13:14].copy() for table in _tables())
+    ownership[["decoder_norm_chat", "delta_norm"]] = 0.0
+    row = latent_table(ownership, scaling, templates).iloc[0]
+    assert (row["verdict"], row["reason"]) == (Verdict.BASE_ONLY, "Delta_norm 0.00 by construction")
 
 
 def test_each_latent_is_given_its_most_parallel_twin() -> None:
@@ -130,7 +178,7 @@ def _planted_world(seed: int) -> tuple[Crosscoder, dict[str, torch.Tensor]]:
     crosscoder = Crosscoder(6, 2, 6)
     W_dec_FMD = torch.zeros(6, 2, 6)
     for latent, axis, scales in ((0, 0, (0, 1)), (1, 1, (0, 1)), (2, 2, (0, 1)), (3, 2, (1, 0)), (4, 3, (1, 1))):
-        W_dec_FMD[latent, :, axis] = torch.tensor(scales, dtype=torch.float32)
+        W_dec_FMD[latent, :, axis] = torch.tensor(scales, dtype=torch.float32).clamp(min=1e-6)  # learnt, so never 0
     with torch.no_grad():
         crosscoder.W_dec_FMD.copy_(W_dec_FMD)
         crosscoder.W_enc_FMD.copy_(W_dec_FMD / W_dec_FMD.square().sum((1, 2), keepdim=True).clamp(min=1e-9))

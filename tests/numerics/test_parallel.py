@@ -41,6 +41,8 @@ SPECS = {
     "mixed mse": dataclasses.replace(SPEC, code_weight="mixed", reconstruction="mse", dtype="float64", block_rows=3),
     "topk": dataclasses.replace(SPEC, kind="topk", dtype="float64", dead_after_rows=2 * B),
     "l1": dataclasses.replace(SPEC, kind="l1", mu=0.05, code_weight="sae", dtype="float64"),
+    "difference": dataclasses.replace(SPEC, inputs="difference", dtype="float64", dead_after_rows=2 * B),
+    "dedicated": dataclasses.replace(SPEC, dedicated_frac=0.3, dtype="float64", dead_after_rows=2 * B),
     "jumprelu": dataclasses.replace(SPEC, kind="jumprelu", mu=0.02, bandwidth=0.1, dtype="float64"),
 }
 LAYOUTS = {"data 4": (4, 1), "latent 4": (1, 4), "data 2 latent 2": (2, 2), "data 2": (2, 1), "latent 2": (1, 2)}

@@ -1,0 +1,111 @@
+"""What sets a recipe apart beyond its sparsity: what the dictionary reads, and which latents belong to one model alone.
+
+A difference dictionary is fitted on x^chat - x^base (one activation, M = 1 inside) and published as a crosscoder of the
+two models that computes the same codes: W_enc = [-w, +w], W_dec = [0, d], b_dec = [0, b]. Every analysis, intervention
+and steering then works on it unchanged, x^base + sum_j f_j (d_j^chat - d_j^base) being the reconstruction of x^chat up
+to b. Dedicated latents are the first ones of a dictionary: num_dedicated of the chat model alone, then as many of the
+base model alone; the other model's rows are 0, their gradients are masked, so Adam never moves them. In both recipes
+Delta_norm says how the latent was made, not what was found: the verdict must come from Latent Scaling.
+
+Shapes: B rows, M models (0 = base, 1 = chat), D width, F latents of this rank, N = fitted models * D.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.numerics.crosscoder import Crosscoder, Normalisation, activation_difference
+from pipeline.numerics.gradients import Parameters
+from pipeline.numerics.moments import Moments, explained_fractions
+from pipeline.numerics.spec import CrosscoderSpec
+
+_BASE, _CHAT = 0, 1
+
+
+class FixedRows(NamedTuple):
+    """Rows of encoder and decoder that stay 0: of these latents (counted on this rank) the columns of one model."""
+
+    latents: slice
+    columns: slice
+
+
+def seen(x_BMD: Tensor, inputs: str) -> Tensor:
+    """What a dictionary is fitted on: x itself for `both`, [B, 1, D] for `difference`."""
+    return activation_difference(x_BMD) if inputs == "difference" else x_BMD
+
+
+def explained(x: Moments, residual: Moments, inputs: str) -> dict[str, float]:
+    """FVE as fve_base, fve_chat and fve; of a difference only fve, the models' own are NaN."""
+    if inputs == "both":
+        return explained_fractions(x, residual)
+    return {"fve_base": math.nan, "fve_chat": math.nan, "fve": explained_fractions(x, residual)["fve"]}
+
+
+def fixed_rows(spec: CrosscoderSpec, latents: slice) -> tuple[FixedRows, ...]:
+    """The fixed rows among this rank's latents (`latents` in the whole dictionary); () where none is dedicated."""
+    found = []
+    for start, other in ((0, _BASE), (spec.num_dedicated, _CHAT)):
+        first, last = max(start, latents.start), min(start + spec.num_dedicated, latents.stop)
+        if first < last:
+            columns = slice(other * spec.activation_dim, (other + 1) * spec.activation_dim)
+            found.append(FixedRows(slice(first - latents.start, last - latents.start), columns))
+    return tuple(found)
+
+
+def zero_fixed_rows(rows_FN: Tensor, fixed: tuple[FixedRows, ...]) -> None:
+    """Sets the fixed rows of weights or of a gradient to 0, in place."""
+    for own in fixed:
+        rows_FN[own.latents, own.columns] = 0
+
+
+def check_fixed_rows(parameters: Parameters, fixed: tuple[FixedRows, ...]) -> None:
+    """Raises ValueError where loaded weights have numbers in fixed rows: nothing would ever train them away."""
+    for own in fixed:
+        for name in ("W_enc_FN", "W_dec_FN"):
+            num_wrong = int(getattr(parameters, name)[own.latents, own.columns].count_nonzero())
+            if num_wrong:
+                raise ValueError(
+                    f"expected 0 in the other model's rows of dedicated latents, got {num_wrong} other numbers in "
+                    f"{name}: the state was written with another dedicated_frac"
+                )
+
+
+@torch.no_grad()
+def published(
+    spec: CrosscoderSpec, parameters: Parameters, *, threshold: Tensor, normalisation: Normalisation | None
+) -> Crosscoder:
+    """The crosscoder for inference over num_models models, a copy of all latents' parameters on their device."""
+    dtype = parameters.b_dec_N.dtype
+    result = Crosscoder(
+        spec.num_latents,
+        spec.num_models,
+        spec.activation_dim,
+        activation=spec.activation,
+        code_weight=spec.code_weight,
+        k=spec.k,
+    ).to(parameters.b_dec_N.device, dtype)
+    if spec.inputs == "difference":
+        result.W_enc_FMD[:, _BASE] = -parameters.W_enc_FN
+        result.W_enc_FMD[:, _CHAT] = parameters.W_enc_FN
+        result.W_dec_FMD[:, _CHAT] = parameters.W_dec_FN
+        result.b_dec_MD[_CHAT] = parameters.b_dec_N
+    else:
+        result.W_enc_FMD.copy_(parameters.W_enc_FN.view_as(result.W_enc_FMD))
+        result.W_dec_FMD.copy_(parameters.W_dec_FN.view_as(result.W_dec_FMD))
+        result.b_dec_MD.copy_(parameters.b_dec_N.view_as(result.b_dec_MD))
+    result.b_enc_F.copy_(parameters.b_enc_F)
+    result.threshold.copy_(threshold)
+    if parameters.log_threshold_F is not None:
+        result.jump_threshold_F.copy_(parameters.log_threshold_F.exp())
+    result.set_normalisation(normalisation)
+    return result
+
+
+def reads_difference(crosscoder: Crosscoder) -> bool:
+    """Whether a crosscoder of two models sees and reconstructs x^chat - x^base alone, as `published` writes it."""
+    W_enc_FMD, W_dec_FMD = crosscoder.W_enc_FMD.detach(), crosscoder.W_dec_FMD.detach()
+    if crosscoder.num_models != 2 or bool(W_dec_FMD[:, _BASE].any()):
+        return False
+    return bool((W_enc_FMD[:, _BASE] == -W_enc_FMD[:, _CHAT]).all()) and bool(W_enc_FMD.any())
