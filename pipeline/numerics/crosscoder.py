@@ -6,7 +6,7 @@ This is the inference side: activations in, sparse codes out, reconstructions ba
 activations (a normalisation, if the crosscoder was trained with one, is applied and inverted here and nowhere else).
 Training has its own hand-written gradients (trainer.py), so nothing here builds an autograd graph. M = 2 is model
 diffing, M = models x layers a multi-layer crosscoder, M = 1 an SAE; a difference SAE (recipes.py) is published as a
-crosscoder of two models. BatchTopK is cut at its threshold row by row, so a row's code does not depend on its neighbours.
+crosscoder of two models. BatchTopK is cut at its threshold row by row: a row's code does not depend on its neighbours.
 
 Shapes: B rows, M models (0 = base, 1 = chat), D width, F latents, N = M * D, P active pairs.
 """

@@ -221,7 +221,7 @@ def test_training_does_not_depend_on_the_mesh(
     for rank in seen:
         run = rank[layout]["runs"][name]
         for ours, theirs in zip(run["curves"], expected["curves"], strict=True):
-            assert ours == pytest.approx(theirs, rel=tolerance, abs=tolerance)
+            assert ours == pytest.approx(theirs, rel=tolerance, abs=tolerance, nan_ok=True)
         for key, value in expected["state"].items():
             ours = torch.as_tensor(run["state"][key])
             scale = max(1e-30, float(torch.as_tensor(value).abs().max()))
