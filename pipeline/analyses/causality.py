@@ -30,7 +30,7 @@ from pipeline.analyses.interventions import (
 from pipeline.errors import InputError
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.numerics.statistics import DEFAULT_NUM_RESAMPLES, bootstrap_interval
-from pipeline.operators.activations import RowOptions, kept_positions, pad_documents, plan_batches
+from pipeline.operators.activations import RowOptions, kept_positions, pad_documents, plan_batches, within_norm_cap
 from pipeline.operators.pair import ModelPair
 from pipeline.schema import BASE, CAUSALITY_COLUMNS, CHAT, Flag
 
@@ -191,7 +191,7 @@ def causality_batches(
             [flags[i] for i in members],
             doc_ids=[int(documents["doc_id"][i]) for i in members],
             predicting=[predicting[i] for i in members],
-            kept=[kept_positions(flags[i], options) for i in members],
+            options=options,
         )
 
 
@@ -238,7 +238,7 @@ def _prepare(
     *,
     doc_ids: Sequence[int],
     predicting: Sequence[PredictingPositions],
-    kept: Sequence[np.ndarray],
+    options: RowOptions,
 ) -> CausalityBatch:
     padded = pad_documents(ids, flags)
     width = padded.ids_BT.shape[1]
@@ -246,8 +246,10 @@ def _prepare(
     h_BTMD = pair.activations(padded.ids_BT, padded.mask_BT)
     token_N = padded.mask_BT.flatten().nonzero().squeeze(1).to(device)
     has_codes = torch.zeros(padded.mask_BT.numel(), dtype=torch.bool)
-    for row, positions in enumerate(kept):
-        has_codes[row * width + torch.from_numpy(positions)] = True
+    for row, document_flags in enumerate(flags):
+        has_codes[row * width + torch.from_numpy(kept_positions(document_flags, options))] = True
+    if options.norm_cap is not None:
+        has_codes &= within_norm_cap(h_BTMD, padded.mask_BT, options.norm_cap).flatten().cpu()
     places = [row * width + found.position_P for row, found in enumerate(predicting)]
     batch = CausalityBatch(
         pair=pair,

@@ -34,6 +34,8 @@ class RowOptions(NamedTuple):
     """Leading tokens of every document that become no rows."""
     drop_bos: bool = False
     """Whether the BOS token becomes no row."""
+    norm_cap: float | None = None
+    """A token whose norm in either model exceeds this multiple of its document's median becomes no row."""
 
 
 class BatchPlan(NamedTuple):
@@ -60,6 +62,8 @@ class ActivationRows(NamedTuple):
     """int32."""
     real_token_frac: float
     """Of the forward passes that made these rows."""
+    num_capped: int
+    """Rows left out by norm_cap alone."""
 
 
 class TokenBatch(NamedTuple):
@@ -89,6 +93,7 @@ class ExtractRows:
         ends = np.cumsum([len(row) for row in positions], dtype=np.int64)
         num_rows = int(ends[-1]) if len(ends) else 0
         x_BMD = torch.empty(num_rows, len(MODEL_NAMES), self.pair.activation_dim, dtype=torch.bfloat16)
+        is_within_cap_B = torch.ones(num_rows, dtype=torch.bool)
         plan = plan_batches([len(row) for row in ids], self.options.tokens_per_batch)
         for members in plan.batches:
             batch = pad_documents([ids[i] for i in members], [flags[i] for i in members])
@@ -96,17 +101,22 @@ class ExtractRows:
             width = batch.ids_BT.shape[1]
             source = np.concatenate([row * width + positions[i] for row, i in enumerate(members)])
             target = np.concatenate([np.arange(ends[i] - len(positions[i]), ends[i]) for i in members])
-            kept = h_BTMD.flatten(0, 1)[torch.from_numpy(source).to(h_BTMD.device)]
-            x_BMD[torch.from_numpy(target)] = kept.to(torch.bfloat16).cpu()
+            source_B = torch.from_numpy(source).to(h_BTMD.device)
+            x_BMD[torch.from_numpy(target)] = h_BTMD.flatten(0, 1)[source_B].to(torch.bfloat16).cpu()
+            if self.options.norm_cap is not None:
+                is_within_BT = within_norm_cap(h_BTMD, batch.mask_BT, self.options.norm_cap)
+                is_within_cap_B[torch.from_numpy(target)] = is_within_BT.flatten()[source_B].cpu()
         lengths = [len(row) for row in positions]
-        return ActivationRows(
+        rows = ActivationRows(
             x_BMD,
             _take(ids, positions),
             torch.from_numpy(np.repeat(np.asarray(documents["doc_id"], dtype=np.int64), lengths)),
             torch.from_numpy(_concatenate(positions).astype(np.int32)),
             _take(flags, positions),
             plan.real_token_frac,
+            int((~is_within_cap_B).sum()),
         )
+        return rows if rows.num_capped == 0 else _of_rows(rows, is_within_cap_B)
 
 
 def kept_positions(flags: np.ndarray, options: RowOptions) -> np.ndarray:
@@ -117,12 +127,27 @@ def kept_positions(flags: np.ndarray, options: RowOptions) -> np.ndarray:
     return np.flatnonzero(is_kept)
 
 
+def within_norm_cap(h_BTMD: Tensor, mask_BT: Tensor, norm_cap: float) -> Tensor:
+    """bool [B, T]: tokens whose norm is at most norm_cap times the median of their document, in every model.
+
+    The median is over all tokens of the document, whether they become rows or not, so the answer depends on no other
+    document; of an even number it is the lower of the middle two, so that a sink beside one other token is found.
+    False at padding.
+    """
+    is_token_BT1 = (mask_BT.to(h_BTMD.device) != 0)[:, :, None]
+    norm_BTM = h_BTMD.float().norm(dim=-1).masked_fill(~is_token_BT1, float("nan"))
+    median_B1M = norm_BTM.nanmedian(dim=1, keepdim=True).values
+    return (norm_BTM <= norm_cap * median_B1M).all(dim=-1)
+
+
 def check_options(options: RowOptions) -> None:
     """InputError where an option has no meaning."""
     if options.tokens_per_batch < 1:
         raise InputError(f"expected tokens_per_batch of at least 1, got {options.tokens_per_batch}")
     if options.drop_first_tokens < 0:
         raise InputError(f"expected drop_first_tokens of at least 0, got {options.drop_first_tokens}")
+    if options.norm_cap is not None and not options.norm_cap > 0:
+        raise InputError(f"expected a norm_cap above 0, got {options.norm_cap}")
 
 
 def plan_batches(lengths: Sequence[int], tokens_per_batch: int, *, overhead_tokens: int = OVERHEAD_TOKENS) -> BatchPlan:
@@ -167,6 +192,16 @@ def pad_documents(ids: Sequence[np.ndarray], flags: Sequence[np.ndarray]) -> Tok
         flags_BT[row, : len(document)] = document_flags
     mask_BT = (np.arange(longest)[None] < lengths_B1).astype(np.int64)
     return TokenBatch(torch.from_numpy(ids_BT), torch.from_numpy(mask_BT), torch.from_numpy(flags_BT))
+
+
+def _of_rows(rows: ActivationRows, is_kept_B: Tensor) -> ActivationRows:
+    return rows._replace(
+        x_BMD=rows.x_BMD[is_kept_B],
+        token_id_B=rows.token_id_B[is_kept_B],
+        doc_id_B=rows.doc_id_B[is_kept_B],
+        position_B=rows.position_B[is_kept_B],
+        flags_B=rows.flags_B[is_kept_B],
+    )
 
 
 def _take(columns: Sequence[np.ndarray], positions: Sequence[np.ndarray]) -> Tensor:

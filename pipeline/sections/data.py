@@ -28,6 +28,8 @@ class HubModel(Section):
     """Hub id or folder of a LoRA adapter on top of `source`."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: such models are refused."""
+    token_replacements: dict[NonNegativeInt, NonNegativeInt] = Field(default_factory=dict)
+    """Ids that this model reads as other ids: template tokens that a base model never saw in training."""
 
 
 class OrganismModel(Section):
@@ -173,6 +175,9 @@ class ActivationsSection(Section):
     """Leading tokens of each document to leave out (25 for Llama 3, 21 for Qwen 2.5: their default system prompt)."""
     drop_bos: bool = True
     """Leave out the BOS row: an attention sink whose norm can exceed the median a hundredfold."""
+    norm_cap: PositiveFloat | None = None
+    """Leave out rows whose norm, in either model, exceeds this multiple of the median norm of their document's tokens
+    in that model: attention sinks other than BOS. None keeps every row."""
     rows_per_shard: PositiveInt = 50_000
     """Rows in one file of the store; a killed run repeats at most the shards in work."""
     tokens_per_batch: PositiveInt = 16_384

@@ -110,6 +110,7 @@ class ExtractShard:
             tokens_per_batch=section.tokens_per_batch,
             drop_first_tokens=section.drop_first_tokens,
             drop_bos=section.drop_bos,
+            norm_cap=section.norm_cap,
         )
         self.num_layers = pair.num_layers
         self.extract = ExtractRows(pair, options)
@@ -142,6 +143,7 @@ class ExtractShard:
             "num_tokens": item["num_tokens"],
             "sha256": hashlib.sha256(data).hexdigest(),
             "real_token_frac": extracted.real_token_frac,
+            "num_capped": extracted.num_capped,
             "mean_norm": rows.x_BMD.float().norm(dim=-1).mean(dim=0).tolist(),
             "shape": list(rows.x_BMD.shape[1:]),
             "num_layers": self.num_layers,
@@ -209,6 +211,7 @@ def _counts(described: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "num_rows": num_rows,
         "num_rows_train": sum(value["num_rows"] for value in described if value["split"] == Split.TRAIN),
         "num_rows_validation": sum(value["num_rows"] for value in described if value["split"] == Split.VALIDATION),
+        "num_rows_above_norm_cap": sum(value["num_capped"] for value in described),
         "num_shards": len(described),
         "num_bytes": sum(value["num_bytes"] for value in described),
         "activation_dim": described[0]["shape"][1],

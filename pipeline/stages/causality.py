@@ -103,7 +103,7 @@ def _row_options(step: Step, section: CausalitySection) -> RowOptions:
     """The same rows have codes as in training."""
     rows = step.inputs["activations"].section
     assert isinstance(rows, ActivationsSection)
-    return RowOptions(section.tokens_per_batch, rows.drop_first_tokens, rows.drop_bos)
+    return RowOptions(section.tokens_per_batch, rows.drop_first_tokens, rows.drop_bos, rows.norm_cap)
 
 
 def _measure(folder: str, plans: Mapping[str, Sequence[Intervention]], storage: Storage) -> Causality:

@@ -32,7 +32,13 @@ def locate(model: HubModel | OrganismModel, organism_folder: str) -> ModelLocati
     if isinstance(model, OrganismModel):
         spec = ModelSpec("", None, None, False)
         return ModelLocation(spec, f"{organism_folder}/{model.member}", f"organism {model.member}")
-    spec = ModelSpec(model.source, model.revision, model.adapter, model.trust_remote_code)
+    spec = ModelSpec(
+        model.source,
+        model.revision,
+        model.adapter,
+        model.trust_remote_code,
+        tuple(sorted(model.token_replacements.items())),
+    )
     shown = (
         model.source
         + (f"@{model.revision}" if model.revision else "")
@@ -47,7 +53,7 @@ def locate_pair(section: ModelsSection, organism_folder: str) -> tuple[ModelLoca
 
 
 def model_identity(model: HubModel | OrganismModel, where: str) -> dict[str, Any]:
-    """What a fingerprint says of a model: the content of local files, the id and revision of the hub's.
+    """What a fingerprint says of a model: content of local files, id and revision of the hub's, replaced token ids.
 
     The organism's models are identified by the organism artifact among the step's inputs. Raises InputError where a
     source that looks like a path is missing.
@@ -68,6 +74,8 @@ def model_identity(model: HubModel | OrganismModel, where: str) -> dict[str, Any
         else:
             identity[field] = source
             identity[f"{field}_revision"] = model.revision
+    if model.token_replacements:
+        identity["token_replacements"] = sorted(model.token_replacements.items())
     return identity
 
 

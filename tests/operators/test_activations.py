@@ -80,6 +80,34 @@ def test_dropped_tokens_leave_the_other_rows_unchanged(saved_pairs: Callable[[st
     assert torch.equal(without_three.x_BMD, everything.x_BMD[everything.position_B >= 3])
 
 
+def test_norm_cap_compares_each_token_with_its_own_document_alone(
+    saved_pairs: Callable[[str], tuple[str, str]],
+) -> None:
+    pair = _load(saved_pairs, "gpt2")
+    documents = _token_rows([5, 2, 30, 1, 11])
+    everything = ExtractRows(pair, RowOptions(1000))(documents)
+    cap = 1.15
+    is_kept = torch.ones(len(everything.x_BMD), dtype=torch.bool)
+    for doc_id in documents["doc_id"]:
+        norms = everything.x_BMD[everything.doc_id_B == doc_id].float().norm(dim=-1)
+        lower_median = norms.sort(dim=0).values[(len(norms) - 1) // 2]
+        is_kept[everything.doc_id_B == doc_id] = (norms <= cap * lower_median).all(dim=1)
+    assert 0 < int(is_kept.sum()) < len(is_kept)
+    for tokens_per_batch in (1000, 12):
+        capped = ExtractRows(pair, RowOptions(tokens_per_batch, norm_cap=cap))(documents)
+        assert capped.num_capped == int((~is_kept).sum())
+        assert torch.equal(capped.position_B, everything.position_B[is_kept])
+        assert torch.equal(capped.doc_id_B, everything.doc_id_B[is_kept])
+        torch.testing.assert_close(capped.x_BMD, everything.x_BMD[is_kept], rtol=2**-7, atol=1e-3)
+    # Dropped BOS rows still count for the median, but not as capped.
+    without_bos = ExtractRows(pair, RowOptions(1000, drop_bos=True, norm_cap=cap))(documents)
+    is_bos = (everything.flags_B & Flag.BOS) != 0
+    assert torch.equal(without_bos.x_BMD, everything.x_BMD[is_kept & ~is_bos])
+    assert without_bos.num_capped == int((~is_kept & ~is_bos).sum())
+    with pytest.raises(InputError, match="above 0, got 0"):
+        ExtractRows(pair, RowOptions(64, norm_cap=0))
+
+
 def test_no_documents_give_no_rows(saved_pairs: Callable[[str], tuple[str, str]]) -> None:
     rows = ExtractRows(_load(saved_pairs, "llama"), RowOptions(64))(_token_rows([]))
     assert rows.x_BMD.shape == (0, 2, 32)

@@ -1,0 +1,20 @@
+"""Where models come from, and what of it bears identity."""
+
+from pipeline.sections.data import HubModel, OrganismModel
+from pipeline.stages.models import locate, model_identity
+
+
+def test_token_replacements_reach_the_model_and_its_identity() -> None:
+    plain = HubModel(source="name/base", revision="abc")
+    replaced = HubModel(source="name/base", revision="abc", token_replacements={128009: 827, 128006: 1432})
+    assert locate(replaced, "").spec.token_replacements == ((128006, 1432), (128009, 827))
+    assert locate(plain, "").spec.token_replacements == ()
+    assert model_identity(plain, "models.base") == {"source": "name/base", "source_revision": "abc"}
+    expected = [(128006, 1432), (128009, 827)]
+    assert model_identity(replaced, "models.base")["token_replacements"] == expected
+
+
+def test_remote_code_stays_off_unless_asked_for() -> None:
+    assert not locate(HubModel(source="name/base"), "").spec.trust_remote_code
+    assert not locate(OrganismModel(kind="organism", member="base"), "folder").spec.trust_remote_code
+    assert locate(HubModel(source="name/base", trust_remote_code=True), "").spec.trust_remote_code
