@@ -6,12 +6,13 @@ builds a path under the root. Retrying and credentials are the file system's own
 """
 
 import errno
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ import fsspec
 from pipeline.errors import InputError
 
 _TEMPORARY_MARK = ".tmp-"
+_PIECE_BYTES = 1 << 20
 
 
 class Storage:
@@ -83,18 +85,51 @@ class Storage:
                 "remove the artifact's folder to make it again"
             ) from error
 
+    def local_path(self, key: str) -> Path | None:
+        """Where a file lies on this machine, for mapping it into memory; None on an object store."""
+        return Path(self.url(key)) if self.is_local else None
+
+    def size(self, key: str) -> int:
+        """Bytes of a file (never a cached answer)."""
+        self._fs.invalidate_cache()
+        with self._explained("look for", key):
+            return int(self._fs.size(self.url(key)))
+
+    def digest(self, key: str) -> tuple[int, str]:
+        """Size and SHA-256 of a file, read in small pieces where it is local."""
+        if not self.is_local:
+            data = self.read_bytes(key)
+            return len(data), hashlib.sha256(data).hexdigest()
+        with self._explained("read", key), Path(self.url(key)).open("rb", buffering=0) as file:
+            digest, piece, size = hashlib.sha256(), memoryview(bytearray(_PIECE_BYTES)), 0
+            while count := file.readinto(piece):
+                digest.update(piece[:count])
+                size += count
+        return size, digest.hexdigest()
+
+    def read_ahead(self, key: str) -> None:
+        """Ask the operating system to bring a local file into its cache; returns at once."""
+        if self.is_local and hasattr(os, "posix_fadvise"):
+            with self._explained("read", key), Path(self.url(key)).open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
     def write_bytes(self, key: str, data: bytes) -> None:
         """Publish `data` under `key` in one step: a reader sees the old content or the new one, never a part."""
+        self.write_parts(key, [data])
+
+    def write_parts(self, key: str, parts: Sequence[bytes | memoryview]) -> None:
+        """`write_bytes` of pieces that follow each other, without joining them in memory where the root is local."""
         with self._explained("write", key):
             if not self.is_local:
-                self._fs.pipe_file(self.url(key), data)
+                self._fs.pipe_file(self.url(key), b"".join(parts))
                 return
             path = Path(self.url(key))
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}{_TEMPORARY_MARK}{uuid.uuid4().hex[:8]}")
             try:
                 with temporary.open("wb") as file:
-                    file.write(data)
+                    for part in parts:
+                        file.write(part)
                     file.flush()
                     os.fsync(file.fileno())
                 temporary.replace(path)

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from pipeline.errors import ArtifactError, InputError
+from pipeline.shards import Rows, pack_shard
 from pipeline.storage import Storage
-from pipeline.store import MANIFEST_NAME, ActivationStore, Manifest, Rows, Shard, TrainingRows, pack_shard
+from pipeline.store import MANIFEST_NAME, ActivationStore, Manifest, Shard, StoredMoments
+from pipeline.training_rows import ReadOptions, TrainingRows
 
 SIZES = (7, 12, 5, 9, 11, 6)
 NUM_ROWS = sum(SIZES)
@@ -17,8 +19,11 @@ NUM_ROWS = sum(SIZES)
 
 @pytest.fixture
 def store(tmp_path: Path) -> ActivationStore:
+    return make_store(Storage(str(tmp_path)))
+
+
+def make_store(storage: Storage, compression: str = "none") -> ActivationStore:
     """Six shards whose rows carry their own number in every coordinate."""
-    storage = Storage(str(tmp_path))
     shards, start = [], 0
     for number, size in enumerate(SIZES):
         numbers = torch.arange(start, start + size)
@@ -30,13 +35,15 @@ def store(tmp_path: Path) -> ActivationStore:
                 position_B=numbers.int(),
                 flags_B=torch.zeros(size, dtype=torch.int32),
                 corpus_B=torch.zeros(size, dtype=torch.int32),
-            )
+            ),
+            compression,
         )
         name = f"train-{number:05d}.safetensors"
         storage.write_bytes(f"a/{name}", data)
         shards.append(Shard(name, "train", size, size, len(data), hashlib.sha256(data).hexdigest()))
         start += size
-    manifest = Manifest(tuple(shards), 2, 3, ("documents",), (), ())
+    moments = {"train": StoredMoments(start, ((0.5, 1.5, 2.5), (3.0, 4.0, 5.0)), (1.25, 0.1))}
+    manifest = Manifest(tuple(shards), 2, 3, ("documents",), (), (), compression, moments)
     storage.write_json(f"a/{MANIFEST_NAME}", manifest.to_json())
     return ActivationStore(storage, "a")
 
@@ -75,6 +82,34 @@ def test_ranks_share_the_batches_of_one_rank(store: ActivationStore, num_ranks: 
     ]
     for step, batch in enumerate(whole):
         assert torch.equal(torch.cat([part[step] for part in parts]), batch)
+
+
+@pytest.mark.parametrize("kind", ["lossless", "int8"])
+@pytest.mark.parametrize("memory_bytes", [0, 1 << 30])
+def test_the_order_knows_neither_compression_nor_memory(
+    store: ActivationStore, tmp_path: Path, kind: str, memory_bytes: int
+) -> None:
+    plain = list(TrainingRows(store, seed=3, batch_rows=10).batches(0, 12))
+    options = ReadOptions(dtype=torch.float32, memory_bytes=memory_bytes, num_threads=1)
+    packed = make_store(Storage(str(tmp_path / kind)), kind)
+    read = list(TrainingRows(packed, seed=3, batch_rows=10, options=options).batches(0, 12))
+    assert all(torch.equal(a.float(), b) for a, b in zip(plain, read, strict=True))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 6])
+def test_a_damaged_shard_is_noticed_by_exactly_one_rank(store: ActivationStore, num_ranks: int) -> None:
+    path = Path(store.storage.url(f"a/{store.manifest.shards[4].name}"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    refused = 0
+    for rank in range(num_ranks):
+        fresh = ActivationStore(store.storage, "a")
+        try:
+            list(TrainingRows(fresh, seed=3, batch_rows=6, rank=rank, num_ranks=num_ranks).batches(0, 10))
+        except ArtifactError:
+            refused += 1
+    assert refused == 1
 
 
 @pytest.mark.parametrize("first_step", [0, 1, 4, 5, 9, 14])

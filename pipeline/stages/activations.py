@@ -5,9 +5,9 @@ one shard and publishes it under its final name together with a small descriptio
 repeats at most the shards in work, and a shard that is made twice has the same bytes.
 """
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,15 +19,16 @@ from pipeline.operators.activations import ExtractRows, RowOptions
 from pipeline.progress import Progress
 from pipeline.schema import MODEL_NAMES, Split
 from pipeline.sections.data import ActivationsSection
+from pipeline.shards import Rows, publish_shard, require_finite, summarise
 from pipeline.stages.base import Context, Pool, Step, run_pool, shown
 from pipeline.stages.models import Loading, load_pair
 from pipeline.stages.tables import read_table
 from pipeline.stages.tokens import INDEX_NAME
 from pipeline.storage import Storage
-from pipeline.store import MANIFEST_NAME, Manifest, Rows, Shard, pack_shard, require_finite
+from pipeline.store import MANIFEST_NAME, Manifest, Shard, StoredMoments
 
 NAME = "activations"
-VERSION = 1
+VERSION = 2
 
 _DESCRIPTION_SUFFIX = ".json"
 
@@ -113,6 +114,7 @@ class ExtractShard:
             norm_cap=section.norm_cap,
         )
         self.num_layers = pair.num_layers
+        self.compression = section.compression
         self.extract = ExtractRows(pair, options)
         self.index = read_table(storage, f"{tokens_folder}/{INDEX_NAME}")
 
@@ -132,24 +134,26 @@ class ExtractShard:
             flags_B=extracted.flags_B,
             corpus_B=_lookup(extracted.doc_id_B, corpus_of),
         )
-        require_finite(rows, f"{self.folder}/{item['name']}")
-        data = pack_shard(rows)
+        key = f"{self.folder}/{item['name']}"
+        require_finite(rows, key)
+        summary = summarise(rows.x_BMD)
+        file = publish_shard(self.storage, key, rows, self.compression)
         description = {
             "name": item["name"],
             "split": item["split"],
             "num_rows": len(rows.x_BMD),
             "num_documents": len(documents["doc_id"]),
-            "num_bytes": len(data),
+            "num_bytes": file.num_bytes,
             "num_tokens": item["num_tokens"],
-            "sha256": hashlib.sha256(data).hexdigest(),
+            "sha256": file.sha256,
             "real_token_frac": extracted.real_token_frac,
             "num_capped": extracted.num_capped,
-            "mean_norm": rows.x_BMD.float().norm(dim=-1).mean(dim=0).tolist(),
+            "mean_norm": summary.mean_norm_M.tolist(),
+            "moments": asdict(StoredMoments.of(summary.moments)),
             "shape": list(rows.x_BMD.shape[1:]),
             "num_layers": self.num_layers,
         }
-        self.storage.write_bytes(f"{self.folder}/{item['name']}", data)
-        self.storage.write_json(f"{self.folder}/{item['name']}{_DESCRIPTION_SUFFIX}", description)
+        self.storage.write_json(f"{key}{_DESCRIPTION_SUFFIX}", description)
         return description
 
 
@@ -189,6 +193,7 @@ def _publish_manifest(
     step: Step, context: Context, described: Sequence[Mapping[str, Any]], corpora: tuple[str, ...], tokens: Record
 ) -> None:
     fields = Shard.__dataclass_fields__
+    assert isinstance(step.section, ActivationsSection)
     num_models, width = described[0]["shape"]
     manifest = Manifest(
         shards=tuple(Shard(**{name: value[name] for name in fields}) for value in described),
@@ -197,8 +202,20 @@ def _publish_manifest(
         corpora=corpora,
         labels=tuple(tokens.counts["labels"]),
         dialogue_corpora=tuple(corpora.index(name) for name in tokens.counts["dialogue_corpora"] if name in corpora),
+        compression=step.section.compression,
+        moments={split: _merged_moments(described, split) for split in (Split.TRAIN, Split.VALIDATION)},
     )
     context.storage.write_json(f"{step.key.folder}/{MANIFEST_NAME}", manifest.to_json())
+
+
+def _merged_moments(described: Sequence[Mapping[str, Any]], split: str) -> StoredMoments:
+    """Moments of all rows of a split, merged in the order of its shards."""
+    first, *others = (
+        StoredMoments.from_json(value["moments"]).moments() for value in described if value["split"] == split
+    )
+    for other in others:
+        first = first.merge(other)
+    return StoredMoments.of(first)
 
 
 def _counts(described: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -28,8 +28,9 @@ from pipeline.sections.how import TrainingResources
 from pipeline.stages.base import Context, Step, find_fault, shown
 from pipeline.stages.tables import read_table, write_table
 from pipeline.storage import Storage
-from pipeline.store import ActivationStore, TrainingRows
+from pipeline.store import ActivationStore
 from pipeline.tracking import Point
+from pipeline.training_rows import ReadOptions, TrainingRows
 
 NAME = "crosscoder"
 VERSION = 1
@@ -162,14 +163,15 @@ def _train(job: dict[str, Any]) -> list[dict[str, Any]]:
     training: TrainingSection = job["training"]
     mesh = make_mesh(data=resources.data, latent=resources.latent)
     store = ActivationStore(job["storage"], job["activations"])
+    device = str(ray.train.torch.get_device())
     rows = TrainingRows(
         store,
         seed=training.shuffle_seed,
         batch_rows=training.batch_rows,
         rank=mesh.data_rank,
         num_ranks=mesh.data_size,
+        options=ReadOptions(dtype=torch.float32 if device == "cpu" else torch.bfloat16),
     )
-    device = str(ray.train.torch.get_device())
     with _explained(job, first_step=None):
         trainers = [CrosscoderTrainer(spec, device=device, mesh=mesh) for spec in job["specs"]]
     log = _Log(job, is_first=ray.train.get_context().get_world_rank() == 0)
