@@ -6,6 +6,7 @@ file imports it from here. Nothing in this file reads or writes; it needs the st
 Model order: 0 = base, 1 = chat. Delta_norm: 1 = chat-only, 0 = base-only.
 """
 
+from collections.abc import Iterable
 from enum import IntFlag
 from typing import NamedTuple
 
@@ -135,11 +136,11 @@ class Ownership:
     """Between the classes, or undefined because both decoder rows are 0."""
 
 
-def _interval_columns(name: str, doc: str) -> tuple[Column, ...]:
+def _interval_columns(name: str, doc: str, method: str = "bootstrap over documents") -> tuple[Column, ...]:
     return (
         Column(name, "float64", doc),
-        Column(f"{name}_low", "float64", f"lower end of the 95% interval of {name}, bootstrap over documents"),
-        Column(f"{name}_high", "float64", f"upper end of the 95% interval of {name}, bootstrap over documents"),
+        Column(f"{name}_low", "float64", f"lower end of the 95% interval of {name}, {method}"),
+        Column(f"{name}_high", "float64", f"upper end of the 95% interval of {name}, {method}"),
     )
 
 
@@ -147,11 +148,14 @@ SCALING_TARGETS = ("activation", "activation_no_bias", "reconstruction", "error"
 """Latent Scaling's targets in table order (method: arXiv 2504.02922, section 3)."""
 
 BETA_COLUMNS = tuple(
-    Column(
-        f"beta_{target}_{model}", "float64", f"least-squares scale of the latent in the {model} model's {target} target"
-    )
+    column
     for target in SCALING_TARGETS
     for model in MODEL_NAMES
+    for column in _interval_columns(
+        f"beta_{target}_{model}",
+        f"least-squares scale of the latent in the {model} model's {target} target; NaN where it never fires",
+        "jackknife over documents",
+    )
 )
 
 LATENT_COLUMNS = (
@@ -177,16 +181,40 @@ LATENT_COLUMNS = (
     *_interval_columns("nu_eps", "beta(error, base) / beta(error, chat); high = complete shrinkage"),
     *_interval_columns("nu_r", "beta(reconstruction, base) / beta(reconstruction, chat); high = latent decoupling"),
     *_interval_columns("nu_act", "beta(activation, base) / beta(activation, chat)"),
+    *_interval_columns("nu_act_no_bias", "the same with the decoder's bias taken from the activations"),
     *_interval_columns(
         "nu_act_centred",
         "nu_act of activations less their mean: cov(f, <d^chat, x^base>) / cov(f, <d^chat, x^chat>)",
+    ),
+    Column(
+        "artifact_probability",
+        "float64",
+        "bootstrap probability that a ratio that decides (nu_eps or nu_r; nu_act_centred where decoder_norm_base is 0) "
+        "is at or above its threshold; NaN where undefined",
     ),
     *BETA_COLUMNS,
     Column("twin", "int32", "most parallel twin of a chat-only or base-only latent (TWIN_COLUMNS); -1 = none"),
     Column("twin_cosine", "float64", "decoder cosine with the twin; NaN without one"),
     Column("twin_divergence", "float64", "activation divergence from the twin, in [0, 1]; NaN without one"),
 )
-"""The latent table: Parquet, one row per latent."""
+"""The latent table: Parquet, one row per latent; the columns of `latent_corpus_columns` follow these."""
+
+
+def latent_corpus_columns(corpora: Iterable[str]) -> tuple[Column, ...]:
+    """Two columns of the latent table per corpus of the run."""
+    return tuple(
+        column
+        for corpus in corpora
+        for column in (
+            Column(
+                f"frequency_{corpus}",
+                "float64",
+                f"share of the validation rows of {corpus} on which the latent fires, in [0, 1]; NaN without rows",
+            ),
+            Column(f"max_activation_{corpus}", "float64", f"largest f_j on the rows of {corpus}; 0 if it never fires"),
+        )
+    )
+
 
 CAUSALITY_COLUMNS = (
     Column("intervention", "string", "what replaced the residual stream at layer L (method, section 6)"),
@@ -227,14 +255,6 @@ TWIN_COLUMNS = (
     Column("num_high_rows", "int64", "rows on which at least one of the two is above 0.4 of the pair's maximum"),
 )
 """Twins: the trace that Latent Decoupling leaves (arXiv 2504.02922, section 3)."""
-
-LATENT_CORPUS_COLUMNS = (
-    Column("latent", "int32", "index of the latent"),
-    Column("corpus", "string", "name of the corpus"),
-    Column("frequency", "float64", "share of the corpus' validation rows on which the latent fires; NaN without rows"),
-    Column("max_activation", "float64", "largest f_j on these rows; 0 where it never fires"),
-)
-"""One row per latent and corpus."""
 
 EXAMPLE_COLUMNS = (
     Column("latent", "int32", "index of the latent"),

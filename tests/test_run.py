@@ -13,7 +13,7 @@ from runs import Finished, command, contents, run_file
 from pipeline import runner
 from pipeline.config import load
 from pipeline.progress import SilentReporter
-from pipeline.schema import LATENT_COLUMNS, TABLE_METADATA, Verdict
+from pipeline.schema import LATENT_COLUMNS, TABLE_METADATA, Verdict, latent_corpus_columns
 from pipeline.store import ActivationStore
 from pipeline.tracking import RecordingTracker
 
@@ -88,7 +88,8 @@ def test_the_splits_share_no_document(finished: Finished) -> None:
 def test_the_latent_table_is_complete_and_its_verdicts_add_up(finished: Finished) -> None:
     for name in ("l1", "batch_topk"):
         table = finished.table(f"latents {name}", "latents.parquet")
-        assert list(table.columns) == [column.name for column in LATENT_COLUMNS]
+        columns = (*LATENT_COLUMNS, *latent_corpus_columns(["documents", "dialogues"]))
+        assert list(table.columns) == [column.name for column in columns]
         assert table["latent"].tolist() == list(range(128))
         assert set(table["verdict"]) <= set(Verdict.ALL)
         counts = finished.counts(f"latents {name}")

@@ -16,16 +16,31 @@ from torch import Tensor
 from pipeline.analyses.rows import RowBatch, Sums, check_batch, merge_sums, require_rows
 from pipeline.errors import InputError
 from pipeline.numerics.crosscoder import Crosscoder
-from pipeline.numerics.scaling import CENTRED, TARGETS, add_scaling_sums, empty_scaling_sums, scaling_estimates
-from pipeline.numerics.statistics import DEFAULT_NUM_RESAMPLES, hash_documents
-from pipeline.schema import CHAT, MODEL_NAMES
+from pipeline.numerics.scaling import (
+    CENTRED,
+    TARGETS,
+    ScalingEstimates,
+    add_scaling_sums,
+    empty_scaling_sums,
+    scaling_estimates,
+)
+from pipeline.numerics.statistics import DEFAULT_NUM_RESAMPLES, Interval, exceedance_probability, hash_documents
+from pipeline.schema import BASE, CHAT, MODEL_NAMES
 
-_NU_COLUMNS = {"nu_eps": "error", "nu_r": "reconstruction", "nu_act": "activation", "nu_act_centred": CENTRED}
+NU_COLUMNS = {
+    "nu_eps": "error",
+    "nu_r": "reconstruction",
+    "nu_act": "activation",
+    "nu_act_no_bias": "activation_no_bias",
+    "nu_act_centred": CENTRED,
+}
 """Column of each ratio and the target it is taken from (arXiv 2504.02922, section 3)."""
+DEFAULT_NU_EPS_THRESHOLD = 0.2
+DEFAULT_NU_R_THRESHOLD = 0.5
 
 
 class LatentScaling:
-    """Row analysis: schema.BETA_COLUMNS, and nu_eps, nu_r, nu_act and nu_act_centred, with intervals."""
+    """Row analysis: schema.BETA_COLUMNS, the ratios of NU_COLUMNS, all with intervals, and artifact_probability."""
 
     def __init__(
         self,
@@ -34,8 +49,10 @@ class LatentScaling:
         num_groups: int = 64,
         num_resamples: int = DEFAULT_NUM_RESAMPLES,
         seed: int = 0,
+        thresholds: tuple[float, float] = (DEFAULT_NU_EPS_THRESHOLD, DEFAULT_NU_R_THRESHOLD),
         direction_FD: Tensor | None = None,
     ) -> None:
+        """thresholds: nu_eps and nu_r from which on a latent is an artifact; direction_FD: u_j, or the chat decoder."""
         shape = tuple(crosscoder.W_dec_FMD.shape)
         if shape[1] != 2:
             raise InputError(
@@ -56,6 +73,7 @@ class LatentScaling:
         self.is_decoupled = crosscoder.code_weight == "decoupled"
         self.direction_FD = self.W_dec_FMD[:, CHAT].contiguous() if direction_FD is None else direction_FD.float().cpu()
         self.num_groups, self.num_resamples, self.seed = num_groups, num_resamples, seed
+        self.thresholds = thresholds
 
     def start(self) -> Sums:
         """sums_SGF of numerics/scaling.py, the sum of x and the number of rows."""
@@ -90,7 +108,7 @@ class LatentScaling:
         return merge_sums(a, b)
 
     def table(self, sums: Sums) -> pd.DataFrame:
-        """latent, nu columns with _low and _high, beta columns; NaN where a ratio is undefined."""
+        """latent, each nu and beta with _low and _high, artifact_probability; NaN where a ratio is undefined."""
         require_rows(int(sums["num_rows"]), "Latent Scaling")
         estimates = scaling_estimates(
             sums["scaling"],
@@ -102,15 +120,26 @@ class LatentScaling:
             seed=self.seed,
         )
         columns = {"latent": np.arange(len(self.W_dec_FMD), dtype=np.int32)}
-        for name, target in _NU_COLUMNS.items():
-            interval = estimates.nu[target]
-            columns |= {
-                name: interval.estimate.numpy(),
-                f"{name}_low": interval.low.numpy(),
-                f"{name}_high": interval.high.numpy(),
-            }
-        for target, beta_MF in zip(TARGETS, estimates.beta_TMF, strict=True):
-            columns |= {
-                f"beta_{target}_{model}": beta_F.numpy() for model, beta_F in zip(MODEL_NAMES, beta_MF, strict=True)
-            }
-        return pd.DataFrame(columns)
+        for name, target in NU_COLUMNS.items():
+            columns |= _interval_columns(name, estimates.nu[target])
+        for target in TARGETS:
+            for index, model in enumerate(MODEL_NAMES):
+                interval = Interval(*(value_MF[index] for value_MF in estimates.beta[target]))
+                columns |= _interval_columns(f"beta_{target}_{model}", interval)
+        return pd.DataFrame(columns | {"artifact_probability": self._artifact_probability(estimates).numpy()})
+
+    def _artifact_probability(self, estimates: ScalingEstimates) -> Tensor:
+        """Of the ratios that a verdict looks at: nu_eps and nu_r, or nu_act_centred where base has no decoder row."""
+        nu_eps, nu_r = self.thresholds
+        sums = estimates.ratio_sums
+        options = {"num_resamples": self.num_resamples, "seed": self.seed}
+        learnt_F = exceedance_probability([(*sums["error"], nu_eps), (*sums["reconstruction"], nu_r)], **options)
+        is_made_so_F = self.W_dec_FMD[:, BASE].norm(dim=1) == 0
+        if not is_made_so_F.any():
+            return learnt_F
+        return torch.where(is_made_so_F, exceedance_probability([(*sums[CENTRED], nu_eps)], **options), learnt_F)
+
+
+def _interval_columns(name: str, interval: Interval) -> dict[str, np.ndarray]:
+    names = (name, f"{name}_low", f"{name}_high")
+    return {column: value_F.numpy() for column, value_F in zip(names, interval, strict=True)}

@@ -16,13 +16,13 @@ import torch
 
 from pipeline.analyses.rows import RowBatch, Sums, document_index, merge_sums, require_rows, sum_by_latent
 from pipeline.errors import InputError
-from pipeline.schema import Flag
+from pipeline.schema import Flag, latent_corpus_columns
 
 _ROLES = {"template": Flag.TEMPLATE, "user": Flag.USER, "assistant": Flag.ASSISTANT, "bos": Flag.BOS}
 
 
 class Templates:
-    """Row analysis: frequency, num_documents, max_activation, mean_activation and the shares per role."""
+    """Row analysis: frequency (also per corpus), documents, largest (also per corpus) and mean activation, shares."""
 
     def __init__(self, *, num_latents: int, corpora: Sequence[str]) -> None:
         if not corpora:
@@ -75,6 +75,8 @@ class Templates:
         num_rows = int(sums["num_rows"].sum())
         require_rows(num_rows, "templates")
         count_F, total_F = sums["count"].sum(0), sums["sum"]
+        frequency_CF = sums["count"].double() / sums["num_rows"][:, None]
+        per_corpus = [value for pair in zip(frequency_CF, sums["max"], strict=True) for value in pair]
         return pd.DataFrame(
             {
                 "latent": np.arange(self.num_latents, dtype=np.int32),
@@ -83,17 +85,9 @@ class Templates:
                 "max_activation": sums["max"].amax(0).numpy(),
                 "mean_activation": (total_F / count_F).numpy(),
                 **{f"{name}_frac": (sums[name] / total_F).clamp(0, 1).numpy() for name in _ROLES},
-            }
-        )
-
-    def corpus_table(self, sums: Sums) -> pd.DataFrame:
-        """schema.LATENT_CORPUS_COLUMNS: frequency and maximum of each latent in each corpus, latents outermost."""
-        frequency_CF = sums["count"].double() / sums["num_rows"][:, None]
-        return pd.DataFrame(
-            {
-                "latent": np.arange(self.num_latents, dtype=np.int32).repeat(len(self.corpora)),
-                "corpus": np.tile(np.array(self.corpora, dtype=object), self.num_latents),
-                "frequency": frequency_CF.T.flatten().numpy(),
-                "max_activation": sums["max"].T.flatten().numpy(),
+                **{
+                    column.name: value_F.numpy()
+                    for column, value_F in zip(latent_corpus_columns(self.corpora), per_corpus, strict=True)
+                },
             }
         )

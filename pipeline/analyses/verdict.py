@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pipeline.analyses.latent_scaling import DEFAULT_NU_EPS_THRESHOLD, DEFAULT_NU_R_THRESHOLD
 from pipeline.errors import InputError
 from pipeline.schema import LATENT_COLUMNS, Ownership, Verdict
 
-DEFAULT_NU_EPS_THRESHOLD = 0.2
-DEFAULT_NU_R_THRESHOLD = 0.5
 DEFAULT_MIN_DOCUMENTS = 10
 """Below about ten documents the intervals' small-sample factor exceeds 1.2 and single documents decide the ratio."""
 
@@ -45,6 +44,8 @@ def latent_table(
     min_documents: int = DEFAULT_MIN_DOCUMENTS,
 ) -> pd.DataFrame:
     """schema.LATENT_COLUMNS, one row per latent in order, from the tables of three analyses; twins by `with_twins`.
+
+    The columns per corpus that `templates` brings follow.
 
     is_confident is true for a chat-specific latent or artifact of which both intervals lie on one side of their
     thresholds, and for a latent judged by nu_act_centred whose interval does; false for every other verdict.
@@ -86,7 +87,8 @@ def latent_table(
     table["reason"] = [_reason(row, thresholds, min_documents) for row in table.to_dict("records")]
     table["twin"] = np.full(len(table), -1, dtype=np.int32)
     table["twin_cosine"] = table["twin_divergence"] = np.nan
-    return table[[column.name for column in LATENT_COLUMNS]]
+    fixed = [column.name for column in LATENT_COLUMNS]
+    return table[fixed + [name for name in templates.columns if name not in fixed]]
 
 
 def _reason(row: dict[Hashable, Any], thresholds: dict[str, float], min_documents: int) -> str:

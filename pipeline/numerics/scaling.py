@@ -5,8 +5,8 @@ the same direction u_j (the chat decoder's row) for every target (arXiv 2504.029
 latents follow from six sums over the active (row, latent) pairs, because putting latent j back into the error is
 linear: <u_j, e_i^m + f_ij d_j^m> = <u_j, e_i^m> + f_ij <u_j, d_j^m>. Nothing of size rows x F or rows x F x D is built.
 
-The sums are float64 and kept per group of documents, so that shards add up and statistics.bootstrap_interval gives the
-ratios their intervals. The trade-off is memory of S x G x F numbers, independent of the number of rows. What a ratio
+The sums are float64 and kept per group of documents, so that shards add up and statistics.py gives betas and ratios
+their intervals. The trade-off is memory of S x G x F numbers, independent of the number of rows. What a ratio
 means for a latent's verdict is decided elsewhere (analyses/verdict.py).
 
 Shapes: B rows, M models (0 = base, 1 = chat), D width, F latents, P active pairs, G document groups, S = 2 + 2 M sums,
@@ -20,12 +20,15 @@ from torch import Tensor
 
 from pipeline.numerics.codes import SparseCodes
 from pipeline.numerics.kernels import choose_kernels
-from pipeline.numerics.statistics import DEFAULT_NUM_RESAMPLES, Interval, bootstrap_interval
+from pipeline.numerics.statistics import (
+    DEFAULT_NUM_RESAMPLES,
+    Interval,
+    bootstrap_interval,
+    jackknife_interval,
+)
 
 TARGETS = ("activation", "activation_no_bias", "reconstruction", "error")
 """x^m; x^m - b_dec^m; the reconstruction, bias and latent j included; x^m minus it, with latent j put back."""
-NU_TARGETS = ("activation", "reconstruction", "error")
-"""Targets whose ratio between the models is formed: nu_act, nu_r and nu_eps."""
 CENTRED = "activation_centred"
 """x^m less its mean over the rows: its ratio compares cov(f_j, <u_j, x^m>), which no offset of a model can change."""
 
@@ -33,12 +36,16 @@ CENTRED = "activation_centred"
 class ScalingEstimates(NamedTuple):
     """Latent Scaling of every latent; NaN where undefined."""
 
-    beta_TMF: Tensor
-    """Least-squares scale per target and model, float64; NaN where the latent never fires or u_j is 0."""
+    beta: dict[str, Interval]
+    """Per target the least-squares scale of each model [M, F], with its jackknife interval over documents.
+
+    NaN where the latent never fires or u_j is 0."""
     nu: dict[str, Interval]
-    """Per target of NU_TARGETS (and CENTRED) beta(base) / beta(chat) with its interval over documents.
+    """Per target (and CENTRED) beta(base) / beta(chat) [F] with its bootstrap interval over documents.
 
     NaN where beta(chat) is not significantly above 0."""
+    ratio_sums: dict[str, tuple[Tensor, Tensor]]
+    """Per target the sums of base and chat [G, F] whose ratio nu is."""
 
 
 def empty_scaling_sums(*, num_groups: int, num_models: int, num_latents: int, is_decoupled: bool = False) -> Tensor:
@@ -134,29 +141,31 @@ def scaling_estimates(
     num_resamples: int = DEFAULT_NUM_RESAMPLES,
     seed: int = 0,
 ) -> ScalingEstimates:
-    """Betas of all four targets, and nus of NU_TARGETS with 95% intervals, bootstrap over the document groups.
+    """Betas and nus of all four targets with 95% intervals over the document groups.
 
     mean_MD, the mean of x over all rows, adds the nu of CENTRED; resampling takes it as known.
 
     nu needs M = 2 (base, chat). sum f^2 and |u|^2 cancel in it, so it is defined wherever the chat model's sum is
     significantly above 0.
     """
-    sums_TMGF = target_sums(
-        sums_SGF.cpu(), W_dec_FMD=W_dec_FMD.cpu(), b_dec_MD=b_dec_MD.cpu(), direction_FD=direction_FD.cpu()
-    )
+    sums_SGF, direction_FD = sums_SGF.cpu(), direction_FD.cpu()
+    sums_TMGF = target_sums(sums_SGF, W_dec_FMD=W_dec_FMD.cpu(), b_dec_MD=b_dec_MD.cpu(), direction_FD=direction_FD)
     if sums_TMGF.shape[1] != 2:
         raise ValueError(
             f"expected two models (base, chat), got {sums_TMGF.shape[1]}: nu is a ratio between two models"
         )
-    scale_F = direction_FD.cpu().double().square().sum(1) * sums_SGF[1].cpu().sum(0)
-    beta_TMF = torch.where(scale_F > 0, sums_TMGF.sum(2) / scale_F, torch.nan)
+    scale_GF = direction_FD.double().square().sum(1) * sums_SGF[1]
+    beta = {}
+    for target, sums_MGF in zip(TARGETS, sums_TMGF, strict=True):
+        own = [jackknife_interval(sums_GF, scale_GF) for sums_GF in sums_MGF]
+        beta[target] = Interval(*(torch.stack(parts) for parts in zip(*own, strict=True)))
+    ratio_sums = {target: (base_GF, chat_GF) for target, (base_GF, chat_GF) in zip(TARGETS, sums_TMGF, strict=True)}
+    if mean_MD is not None:
+        offset_MF = torch.einsum("FD,MD->MF", direction_FD.double(), mean_MD.cpu().double())
+        base_GF, chat_GF = sums_TMGF[TARGETS.index("activation")] - offset_MF[:, None] * sums_SGF[0]
+        ratio_sums[CENTRED] = (base_GF, chat_GF)
     nu = {
         target: bootstrap_interval(base_GF, chat_GF, num_resamples=num_resamples, seed=seed)
-        for target, (base_GF, chat_GF) in zip(TARGETS, sums_TMGF, strict=True)
-        if target in NU_TARGETS
+        for target, (base_GF, chat_GF) in ratio_sums.items()
     }
-    if mean_MD is not None:
-        offset_MF = torch.einsum("FD,MD->MF", direction_FD.cpu().double(), mean_MD.cpu().double())
-        base_GF, chat_GF = sums_TMGF[TARGETS.index("activation")] - offset_MF[:, None] * sums_SGF[0].cpu()
-        nu[CENTRED] = bootstrap_interval(base_GF, chat_GF, num_resamples=num_resamples, seed=seed)
-    return ScalingEstimates(beta_TMF, nu)
+    return ScalingEstimates(beta, nu, ratio_sums)

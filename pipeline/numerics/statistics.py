@@ -1,8 +1,8 @@
-"""Uncertainty from documents: bootstrap intervals of ratios of sums, and exact AUROC with ties.
+"""Uncertainty from documents: intervals of ratios of sums, their error probabilities, and exact AUROC with ties.
 
-Rows of one document are not independent, so everything here resamples whole documents (or conversations). Documents are
-hashed into G groups, every statistic is a float64 sum per group, and sums of shards simply add up; the bootstrap then
-needs the sums alone, never the rows. It does not decide what is significant: callers read the intervals.
+Rows of one document are not independent, so everything here resamples or leaves out whole documents (or conversations).
+Documents are hashed into G groups, every statistic is a float64 sum per group, and sums of shards simply add up; the
+bootstrap then needs the sums alone, never the rows. It does not decide what is significant: callers read the intervals.
 
 The trade-off: a plain percentile interval is too narrow when few documents carry the weight (87 to 92% coverage instead
 of 95% with 8 to 30 documents of unequal size). Its half-widths are therefore multiplied by a Student-t factor for the
@@ -13,9 +13,9 @@ L labels.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -109,14 +109,7 @@ def _check_sums(numerator_GF: Tensor, denominator_GF: Tensor, confidence: float)
 
 def _ratio_interval(numerator_GF: Tensor, denominator_GF: Tensor, counts_RG: Tensor, confidence: float) -> Interval:
     tail = (1 - confidence) / 2
-    total_F = denominator_GF.sum(0)
-    estimate_F = numerator_GF.sum(0) / total_F
-    # Resampled in units of the total: float32 is then exact enough for quantiles, and takes half the time.
-    counts_GR = counts_RG.T.float()
-    denominator_FR = (denominator_GF / total_F.abs()).T.float() @ counts_GR
-    significant_F = (total_F > 0) & ((denominator_FR <= 0).float().mean(1) < tail)
-    # A resample whose denominator is not positive has no ratio: it counts as far out on the numerator's side.
-    ratio_FR = ((numerator_GF / total_F.abs()).T.float() @ counts_GR).div_(denominator_FR.clamp_(min=1e-12))
+    estimate_F, ratio_FR, significant_F = _resampled_ratio(numerator_GF, denominator_GF, counts_RG, tail)
     quantile_low_F, quantile_high_F = (value_F.double() for value_F in _quantiles(ratio_FR, tail, 1 - tail))
     factor_F = small_sample_factor(effective_groups(denominator_GF), confidence=confidence)
     low_F = estimate_F - factor_F * (estimate_F - quantile_low_F)
@@ -124,15 +117,87 @@ def _ratio_interval(numerator_GF: Tensor, denominator_GF: Tensor, counts_RG: Ten
     return Interval(*(torch.where(significant_F, value_F, torch.nan) for value_F in (estimate_F, low_F, high_F)))
 
 
+def _resampled_ratio(
+    numerator_GF: Tensor, denominator_GF: Tensor, counts_RG: Tensor, tail: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(ratio of the totals [F], of each resample [F, R], whether the denominator is significantly above 0 [F])."""
+    total_F = denominator_GF.sum(0)
+    # Resampled in units of the total: float32 is then exact enough for quantiles, and takes half the time.
+    counts_GR = counts_RG.T.float()
+    denominator_FR = (denominator_GF / total_F.abs()).T.float() @ counts_GR
+    share_below_F = torch.from_numpy((denominator_FR.numpy() <= 0).mean(axis=1))  # a quarter of torch's time
+    significant_F = (total_F > 0) & (share_below_F < tail)
+    # A resample whose denominator is not positive has no ratio: it counts as far out on the numerator's side.
+    ratio_FR = ((numerator_GF / total_F.abs()).T.float() @ counts_GR).div_(denominator_FR.clamp_(min=1e-12))
+    return numerator_GF.sum(0) / total_F, ratio_FR, significant_F
+
+
+def exceedance_probability(
+    ratios: Sequence[tuple[Tensor, Tensor, float]],
+    *,
+    num_resamples: int = DEFAULT_NUM_RESAMPLES,
+    seed: int = 0,
+    chunk: int = 2048,
+) -> Tensor:
+    """Probability, per statistic, that at least one of several ratios is at or above its limit; float64 [F].
+
+    `ratios` holds (numerator_GF, denominator_GF, limit) of each. It is the share of bootstrap resamples, all ratios
+    taken from the same resample and their deviations widened by the small-sample factor, as the intervals are: 0.025
+    where a single ratio's 95% interval ends at the limit. NaN where any of the ratios has no interval.
+    """
+    counts_RG = bootstrap_counts(ratios[0][0].shape[0], num_resamples=num_resamples, seed=seed)
+    tail = (1 - DEFAULT_CONFIDENCE) / 2
+    parts = []
+    for start in range(0, ratios[0][0].shape[1], chunk):
+        is_over_FR, is_defined_F = torch.zeros(1, 1, dtype=torch.bool), torch.ones(1, dtype=torch.bool)
+        for numerator_GF, denominator_GF, limit in ratios:
+            own = (value_GF[:, start : start + chunk].double().cpu() for value_GF in (numerator_GF, denominator_GF))
+            numerator, denominator = own
+            estimate_F, ratio_FR, significant_F = _resampled_ratio(numerator, denominator, counts_RG, tail)
+            factor_F = small_sample_factor(effective_groups(denominator))
+            # estimate + factor * (ratio - estimate) >= limit, solved for the ratio.
+            bound_F = estimate_F + (limit - estimate_F) / factor_F
+            is_over_FR = is_over_FR | (ratio_FR >= bound_F[:, None].float())
+            is_defined_F = is_defined_F & significant_F & factor_F.isfinite()
+        parts.append(torch.where(is_defined_F, is_over_FR.double().mean(1), torch.nan))
+    return torch.cat(parts)
+
+
+def jackknife_interval(
+    numerator_GF: Tensor, denominator_GF: Tensor, *, confidence: float = DEFAULT_CONFIDENCE
+) -> Interval:
+    """Ratio of sums of each of F statistics with an interval over groups, without resampling; for denominators >= 0.
+
+    Leaving out group g changes the ratio by (numerator_g - ratio denominator_g) / (denominator - denominator_g). The
+    standard error is the jackknife's (Efron and Tibshirani 1993, section 11.2) without its factor sqrt((n - 1) / n),
+    with which intervals of few unequal documents covered 92%; the half-width is its Student-t multiple for the
+    effective number of groups n. All NaN where the denominator is not above 0; NaN ends where n is below 2.
+    """
+    _check_sums(numerator_GF, denominator_GF, confidence)
+    numerator_GF, denominator_GF = numerator_GF.double(), denominator_GF.double()
+    total_F = denominator_GF.sum(0)
+    estimate_F = torch.where(total_F > 0, numerator_GF.sum(0) / total_F, torch.nan)
+    change_GF = (numerator_GF - estimate_F * denominator_GF) / (total_F - denominator_GF)
+    size_F = effective_groups(denominator_GF)
+    freedom_F = (size_F - 1).clamp(min=1.0)
+    error_F = change_GF.square().sum(0).sqrt()
+    half_F = torch.where(size_F >= 2, student_t_quantile((1 + confidence) / 2, freedom_F) * error_F, torch.nan)
+    return Interval(estimate_F, estimate_F - half_F, estimate_F + half_F)
+
+
 def _quantiles(sample_FR: Tensor, *probabilities: float) -> list[Tensor]:
-    """Linearly interpolated quantiles over the last axis. numpy's sort, being vectorised, takes a sixth of torch's."""
-    sorted_FR = torch.from_numpy(np.sort(sample_FR.numpy(), axis=1))
-    last = sample_FR.shape[1] - 1
+    """Linearly interpolated quantiles over the last axis; reorders sample_FR.
+
+    numpy's sort and partition, being vectorised, take a sixth of the time of torch's sort.
+    """
+    sample, last = sample_FR.numpy(), sample_FR.shape[1] - 1
     quantiles = []
     for probability in probabilities:
-        below = int(probability * last)
-        share = probability * last - below
-        quantiles.append(torch.lerp(sorted_FR[:, below], sorted_FR[:, min(below + 1, last)], share))
+        below = min(int(probability * last), last - 1) if last else 0
+        sample.partition(min(below + 1, last), axis=1)
+        lower_F = torch.from_numpy(sample[:, : below + 1].max(axis=1))
+        upper_F = torch.from_numpy(sample[:, min(below + 1, last)].copy())
+        quantiles.append(torch.lerp(lower_F, upper_F, probability * last - below))
     return quantiles
 
 

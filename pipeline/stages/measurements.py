@@ -40,13 +40,13 @@ from pipeline.progress import Progress
 from pipeline.schema import (
     EXAMPLE_COLUMNS,
     LATENT_COLUMNS,
-    LATENT_CORPUS_COLUMNS,
     PLANTED_COLUMNS,
     SHARD_TENSORS,
     TWIN_COLUMNS,
     Ownership,
     Split,
     Verdict,
+    latent_corpus_columns,
 )
 from pipeline.sections.analyses import ExamplesSection, LatentScalingSection, PlantedSection
 from pipeline.stages.base import Context, Pool, Step, run_pool, shown
@@ -57,17 +57,14 @@ from pipeline.storage import Storage
 from pipeline.store import ActivationStore, Shard
 
 STAGES = ("latents", "examples", "planted")
-VERSION = 2
+VERSION = 3
 
 LATENTS_NAME = "latents.parquet"
 FIDELITY_NAME = "fidelity.json"
 TWINS_NAME = "twins.parquet"
-CORPORA_NAME = "corpora.parquet"
 EXAMPLES_NAME = "examples.parquet"
 PLANTED_NAME = "planted.parquet"
-LATENT_SCHEMA = arrow_schema(LATENT_COLUMNS)
 TWIN_SCHEMA = arrow_schema(TWIN_COLUMNS)
-LATENT_CORPUS_SCHEMA = arrow_schema(LATENT_CORPUS_COLUMNS)
 EXAMPLE_SCHEMA = arrow_schema(EXAMPLE_COLUMNS)
 PLANTED_SCHEMA = arrow_schema(PLANTED_COLUMNS)
 
@@ -142,6 +139,7 @@ def _first_questions(folder: str, own: Mapping[str, Step], store: ActivationStor
                 num_groups=section.num_groups,
                 num_resamples=section.num_resamples,
                 seed=section.seed,
+                thresholds=(section.nu_eps_threshold, section.nu_r_threshold),
             ),
             "templates": Templates(num_latents=num_latents, corpora=corpora),
             "twins": Twins(W_dec_FMD=W_dec_FMD),
@@ -254,7 +252,6 @@ def _publish_latents(
     with fitted(context.storage, step.inputs["crosscoder"].key.folder) as crosscoder:
         ownership = ownership_table(W_enc_FMD=crosscoder.W_enc_FMD, W_dec_FMD=crosscoder.W_dec_FMD)
     templates: Templates = _named(questions, step.inputs["crosscoder"].key.folder, "templates")
-    tables["corpora"] = templates.corpus_table(sums["templates"])
     table = latent_table(
         ownership,
         tables["scaling"],
@@ -265,9 +262,9 @@ def _publish_latents(
     )
     table = with_twins(table, tables["twins"])
     folder = step.key.folder
-    write_frame(context.storage, f"{folder}/{LATENTS_NAME}", table, LATENT_SCHEMA)
+    columns = (*LATENT_COLUMNS, *latent_corpus_columns(templates.corpora))
+    write_frame(context.storage, f"{folder}/{LATENTS_NAME}", table, arrow_schema(columns))
     write_frame(context.storage, f"{folder}/{TWINS_NAME}", tables["twins"], TWIN_SCHEMA)
-    write_frame(context.storage, f"{folder}/{CORPORA_NAME}", tables["corpora"], LATENT_CORPUS_SCHEMA)
     context.storage.write_json(f"{folder}/{FIDELITY_NAME}", tables["fidelity"])
     chat_only = table[table["ownership"] == Ownership.CHAT_ONLY]
     is_artifact = chat_only["verdict"].isin(list(Verdict.ARTIFACTS))

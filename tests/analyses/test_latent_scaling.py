@@ -5,10 +5,11 @@ import pandas as pd
 import pytest
 import torch
 
-from pipeline.analyses.latent_scaling import LatentScaling
+from pipeline.analyses.latent_scaling import NU_COLUMNS, LatentScaling
 from pipeline.analyses.rows import RowBatch, analyse
 from pipeline.errors import InputError
 from pipeline.numerics.crosscoder import Crosscoder, Normalisation
+from pipeline.numerics.scaling import CENTRED
 from pipeline.schema import BETA_COLUMNS
 
 
@@ -37,8 +38,10 @@ def test_columns_hold_the_betas_of_a_loop_over_latents(make_world: Callable) -> 
             for target, y_BD in targets.items():
                 beta[f"beta_{target}_{name}"] = float((f_B[:, None] * y_BD).sum(0) @ u_D / (f_B @ f_B * (u_D @ u_D)))
         row = table.iloc[latent]
-        assert {column.name: row[column.name] for column in BETA_COLUMNS} == pytest.approx(beta, rel=1e-4, nan_ok=True)
-        for nu, target in (("nu_eps", "error"), ("nu_r", "reconstruction"), ("nu_act", "activation")):
+        assert {name: row[name] for name in beta} == pytest.approx(beta, rel=1e-4, nan_ok=True)
+        for nu, target in NU_COLUMNS.items():
+            if target == CENTRED:
+                continue
             if row[nu] == row[nu]:
                 assert row[nu] == pytest.approx(beta[f"beta_{target}_base"] / beta[f"beta_{target}_chat"], rel=1e-3)
                 assert row[f"{nu}_low"] <= row[nu] <= row[f"{nu}_high"]
@@ -47,6 +50,8 @@ def test_columns_hold_the_betas_of_a_loop_over_latents(make_world: Callable) -> 
         if row["nu_act_centred"] == row["nu_act_centred"]:
             assert row["nu_act_centred"] == pytest.approx(float(covariance_M[0] / covariance_M[1]), rel=1e-3)
             assert row["nu_act_centred_low"] <= row["nu_act_centred"] <= row["nu_act_centred_high"]
+    names = {name for beta_name in beta for name in (beta_name, f"{beta_name}_low", f"{beta_name}_high")}
+    assert names == {column.name for column in BETA_COLUMNS} <= set(table.columns)
     assert table["nu_eps"].notna().sum() >= 4
     assert table["nu_act_centred"].notna().sum() >= 2
     assert table.iloc[0].drop("latent").isna().all()  # never fires: no number at all

@@ -45,7 +45,8 @@ def _tables() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     for name, values in (("nu_eps", [case[1] for case in CASES]), ("nu_r", [case[2] for case in CASES])):
         scaling[[name, f"{name}_low", f"{name}_high"]] = np.array(values)
     scaling[["nu_act_centred", "nu_act_centred_low", "nu_act_centred_high"]] = NAN
-    scaling[["nu_act", "nu_act_low", "nu_act_high", *(column.name for column in BETA_COLUMNS)]] = 1.0
+    names = [f"nu_act{kind}{end}" for kind in ("", "_no_bias") for end in ("", "_low", "_high")]
+    scaling[[*names, "artifact_probability", *(column.name for column in BETA_COLUMNS)]] = 1.0
     templates = pd.DataFrame(
         {
             "latent": latent,
@@ -56,6 +57,7 @@ def _tables() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
                 for name in ("max_activation", "mean_activation", "template_frac", "user_frac", "assistant_frac")
             },
             "bos_frac": 0.0,
+            "frequency_web": 0.1,
         }
     )
     return ownership, scaling, templates
@@ -65,7 +67,7 @@ def test_each_verdict_follows_from_its_evidence() -> None:
     table = latent_table(*_tables())
     assert table["verdict"].tolist() == [case[5] for case in CASES]
     assert table["is_confident"].tolist() == [case[6] for case in CASES]
-    assert list(table.columns) == [column.name for column in LATENT_COLUMNS]
+    assert list(table.columns) == [*(column.name for column in LATENT_COLUMNS), "frequency_web"]
     assert table["is_confident"].dtype == bool
 
 

@@ -6,14 +6,14 @@ import torch
 from pipeline.analyses.rows import analyse
 from pipeline.analyses.templates import Templates
 from pipeline.errors import InputError
-from pipeline.schema import LATENT_CORPUS_COLUMNS, Flag
+from pipeline.schema import Flag, latent_corpus_columns
 
 
 def test_every_column_equals_a_loop_over_dense_codes(make_world: Callable) -> None:
     world = make_world()
     analysis = Templates(num_latents=12, corpora=("web", "chat"))
     sums = analyse({"t": analysis}, world.batches(17))["t"]
-    table, corpus_table = analysis.table(sums), analysis.corpus_table(sums)
+    table = analysis.table(sums)
     code = world.batch().codes.to_dense().double()
     rows = world.rows
     roles = {"template": Flag.TEMPLATE, "user": Flag.USER, "assistant": Flag.ASSISTANT, "bos": Flag.BOS}
@@ -27,14 +27,13 @@ def test_every_column_equals_a_loop_over_dense_codes(make_world: Callable) -> No
             share = float(f[rows["flags"] & int(flag) != 0].sum() / f.sum())
             assert row[f"{name}_frac"] == pytest.approx(share, nan_ok=True)
         for corpus, name in enumerate(("web", "chat")):
-            mine = corpus_table[(corpus_table["latent"] == latent) & (corpus_table["corpus"] == name)].iloc[0]
             part = f[rows["corpus"] == corpus]
-            assert mine["frequency"] == pytest.approx(float((part > 0).double().mean()))
-            assert mine["max_activation"] == pytest.approx(float(part.max()))
+            assert row[f"frequency_{name}"] == pytest.approx(float((part > 0).double().mean()))
+            assert row[f"max_activation_{name}"] == pytest.approx(float(part.max()))
     assert table["frequency"][0] == 0
     assert table["frequency"].max() > 0.1
     assert table["mean_activation"].isna()[0]
-    assert list(corpus_table.columns) == [column.name for column in LATENT_CORPUS_COLUMNS]
+    assert list(table.columns)[-4:] == [column.name for column in latent_corpus_columns(("web", "chat"))]
 
 
 def test_a_latent_that_fires_twice_in_a_document_counts_it_once(batch_of: Callable) -> None:

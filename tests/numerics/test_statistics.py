@@ -11,7 +11,9 @@ from pipeline.numerics.statistics import (
     bootstrap_counts,
     bootstrap_interval,
     effective_groups,
+    exceedance_probability,
     hash_documents,
+    jackknife_interval,
     small_sample_factor,
     student_t_quantile,
 )
@@ -57,6 +59,34 @@ def test_counts_are_seeded_and_sum_to_the_number_of_groups() -> None:
     assert counts.sum(1).tolist() == [10.0] * 50
     torch.testing.assert_close(counts, bootstrap_counts(10, num_resamples=50, seed=3))
     assert not torch.equal(counts, bootstrap_counts(10, num_resamples=50, seed=4))
+
+
+def test_the_jackknife_interval_of_a_mean_is_students() -> None:
+    """With equal denominators the ratio is a mean of n values: mean +- t_(n-1) s / sqrt(n - 1)."""
+    value = torch.randn(12, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    interval = jackknife_interval(value, torch.ones_like(value))
+    half = 2.2010 * value.std(0) / 11**0.5
+    torch.testing.assert_close(interval.estimate, value.mean(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(interval.high - interval.estimate, half, rtol=3e-4, atol=0)
+    torch.testing.assert_close(interval.estimate - interval.low, half, rtol=3e-4, atol=0)
+    undefined = jackknife_interval(value, -torch.ones_like(value))
+    assert all(part.isnan().all() for part in undefined)
+
+
+def test_the_probability_beyond_a_limit_agrees_with_the_interval_that_ends_there() -> None:
+    generator = torch.Generator().manual_seed(0)
+    denominator = torch.rand(40, 4, dtype=torch.float64, generator=generator) + 0.5
+    numerator = 0.3 * denominator + 0.2 * torch.randn(40, 4, dtype=torch.float64, generator=generator)
+    interval = bootstrap_interval(numerator, denominator, seed=3)
+    for end, expected in ((interval.low, 0.975), (interval.high, 0.025)):
+        beyond = [
+            exceedance_probability([(numerator[:, [j]], denominator[:, [j]], float(end[j]))], seed=3) for j in range(4)
+        ]
+        torch.testing.assert_close(torch.cat(beyond), torch.full((4,), expected).double(), rtol=0, atol=2e-3)
+    far, twice = (numerator, denominator, 9.0), (numerator, denominator, float(interval.estimate[0]))
+    assert exceedance_probability([far]).tolist() == [0.0] * 4
+    torch.testing.assert_close(exceedance_probability([far, twice]), exceedance_probability([twice]))
+    assert exceedance_probability([far, (numerator, -denominator, 1.0)]).isnan().all()
 
 
 def test_a_ratio_that_is_the_same_in_every_group_has_no_uncertainty() -> None:

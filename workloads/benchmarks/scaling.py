@@ -1,0 +1,157 @@
+"""What Latent Scaling of all latents costs, beside encoding the same rows once; and that its memory knows no rows.
+
+    python -m workloads.benchmarks.scaling                       # F=8192, D=256, 64 active latents, 16,384 rows
+    python -m workloads.benchmarks.scaling --rows 16384,131072   # peak memory at 1x and 8x the rows
+
+Each number of rows is measured in a process of its own, by turns of encoding, decoding and adding one batch, so that a
+busy machine slows all of them alike. Latent Scaling is everything from the sums of a batch to the table with the
+intervals of all ratios. Readings with machine and date are kept in scaling_notes.md.
+"""
+
+import argparse
+import multiprocessing
+import platform
+import resource
+import time
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.analyses.latent_scaling import LatentScaling
+from pipeline.analyses.rows import RowBatch
+from pipeline.numerics.crosscoder import Crosscoder
+
+MIB = 1 << 20
+BATCH_ROWS = 4096
+ROWS_PER_DOCUMENT = 64
+
+
+class Case(NamedTuple):
+    """One size."""
+
+    dim: int
+    latents: int
+    k: int
+    rows: int
+    groups: int
+    resamples: int
+    threads: int
+
+
+class Reading(NamedTuple):
+    """What one process measured."""
+
+    seconds: dict[str, float]
+    """Total of each part."""
+    peak_bytes: int
+    """Above what the process held before the first batch."""
+    active: float
+    """Mean active latents per row."""
+
+
+def make_crosscoder(case: Case) -> Crosscoder:
+    """A random BatchTopK dictionary that reads with its decoder."""
+    crosscoder = Crosscoder(case.latents, 2, case.dim, activation="batch_topk", k=case.k)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        W_FMD = torch.randn(case.latents, 2, case.dim, generator=generator) / case.dim**0.5
+        crosscoder.W_dec_FMD.copy_(W_FMD)
+        crosscoder.W_enc_FMD.copy_(W_FMD / 2)
+        # The threshold that keeps k latents a row, from the scores of a few rows.
+        x_BN = make_rows(case, crosscoder, 256, seed=1 << 20).flatten(1)
+        score_BF = (x_BN @ crosscoder.W_enc_FMD.flatten(1).T) * crosscoder.code_weights_F()
+        crosscoder.threshold.fill_(float(score_BF.flatten().topk(case.k * 256).values[-1]))
+    return crosscoder
+
+
+def make_rows(case: Case, crosscoder: Crosscoder, num_rows: int, seed: int) -> Tensor:
+    """x_BMD: sums of k / 2 of the dictionary's directions, with noise."""
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(case.latents, (num_rows, max(case.k // 2, 1)), generator=generator)
+    strengths = 1 + torch.rand(picks.shape, generator=generator)
+    table_FN = crosscoder.W_dec_FMD.detach().flatten(1)
+    x_BN = torch.nn.functional.embedding_bag(picks, table_FN, mode="sum", per_sample_weights=strengths)
+    return (x_BN + 0.1 * torch.randn(x_BN.shape, generator=generator)).view(num_rows, 2, case.dim)
+
+
+def measure(case: Case) -> Reading:
+    """Time of each part over all rows, batch by batch; batches are made and thrown away between the clocks."""
+    torch.set_num_threads(case.threads)
+    crosscoder = make_crosscoder(case)
+    analysis = LatentScaling(crosscoder, num_groups=case.groups, num_resamples=case.resamples)
+    sums = analysis.start()
+    seconds: dict[str, float] = defaultdict(float)
+    num_pairs = 0
+    for index in range(-1, case.rows // BATCH_ROWS):  # the first is a warm-up
+        x_BMD = make_rows(case, crosscoder, BATCH_ROWS, seed=index + 1)
+        doc_id_B = (torch.arange(BATCH_ROWS) + (index + 1) * BATCH_ROWS) // ROWS_PER_DOCUMENT
+        start = time.perf_counter()
+        codes = crosscoder.encode(x_BMD)
+        encoded = time.perf_counter()
+        reconstruction_BMD = crosscoder.decode(codes)
+        decoded = time.perf_counter()
+        zeros_B = torch.zeros(BATCH_ROWS, dtype=torch.int32)
+        analysis.update(sums, RowBatch(x_BMD, codes, reconstruction_BMD, zeros_B, doc_id_B, zeros_B, zeros_B, zeros_B))
+        added = time.perf_counter()
+        if index < 0:
+            sums, before = analysis.start(), peak_bytes()
+            continue
+        num_pairs += codes.num_pairs
+        for name, value in (("encode", encoded - start), ("decode", decoded - encoded), ("sums", added - decoded)):
+            seconds[name] += value
+    start = time.perf_counter()
+    analysis.table(sums)
+    seconds["intervals"] = time.perf_counter() - start
+    return Reading(dict(seconds), peak_bytes() - before, num_pairs / case.rows)
+
+
+def peak_bytes() -> int:
+    """Peak resident bytes of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def in_own_process(case: Case) -> Reading:
+    """A reading from a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        reading: Reading = pool.apply(measure, (case,))
+    return reading
+
+
+def print_reading(case: Case, reading: Reading) -> None:
+    """The parts of one case and the ratio that is promised."""
+    size = f"D={case.dim} F={case.latents} rows={case.rows} active={reading.active:.1f}"
+    print(f"\n{size} groups={case.groups} resamples={case.resamples} threads={case.threads}")
+    for name, value in reading.seconds.items():
+        print(f"  {name:10s} {value:8.3f} s  {case.rows / value:12.0f} rows/s")
+    scaling = reading.seconds["sums"] + reading.seconds["intervals"]
+    print(f"  Latent Scaling / encoding {scaling / reading.seconds['encode']:.2f} (all ratios with intervals included)")
+    print(f"  peak memory above the start {reading.peak_bytes / MIB:.0f} MiB")
+
+
+def parse() -> list[Case]:
+    """Cases from the command line, one per number of rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--latents", type=int, default=8192)
+    parser.add_argument("--k", type=int, default=64)
+    parser.add_argument("--rows", default="16384", help="validation rows; several separated by commas")
+    parser.add_argument("--groups", type=int, default=64)
+    parser.add_argument("--resamples", type=int, default=1000)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parsed: dict[str, Any] = vars(parser.parse_args())
+    rows = [int(number) for number in parsed.pop("rows").split(",")]
+    return [Case(rows=number, **parsed) for number in rows]
+
+
+def main() -> None:
+    """Measures and prints every case."""
+    print(f"torch {torch.__version__}, {platform.machine()}, python {platform.python_version()}, {time.strftime('%F')}")
+    for case in parse():
+        print_reading(case, in_own_process(case))
+
+
+if __name__ == "__main__":
+    main()
