@@ -225,6 +225,29 @@ CAUSALITY_COLUMNS = (
     Column("num_latents", "int64", "size of the latent set, or 0 where none is used"),
 )
 
+CAUSALITY_DIFFERENCE_COLUMNS = (
+    Column("intervention", "string", "as in the causality table; random_half_mean_* is the mean over random halves"),
+    Column("reference", "string", "the intervention whose KL is subtracted"),
+    Column("positions", "string", "as in the causality table"),
+    *_interval_columns("difference", "KL(intervention) - KL(reference), nats per token; paired within conversations"),
+    Column("num_tokens", "int64", "positions averaged"),
+    Column("num_conversations", "int64", "conversations averaged"),
+)
+"""Differences between interventions of one crosscoder, measured on the same tokens. With intervention `none` it is what
+the reference takes off the KL."""
+
+CAUSALITY_CURVE_COLUMNS = (
+    Column("order", "string", "evidence (most chat-specific first: rank(nu_eps) + rank(nu_r)), or random_<i>"),
+    Column("positions", "string", "as in the causality table"),
+    Column("num_latents", "int64", "latents added to the base stream: 0, 1, 2, 4, ..., N"),
+    *_interval_columns("kl", "mean KL(p_chat || p_edited), nats per token; resampled by conversation"),
+    *_interval_columns(
+        "kl_per_latent",
+        "KL taken off per latent since the point before, nats per token and latent, paired; NaN at 0 latents",
+    ),
+)
+"""KL against the number of latents added, in order of evidence and, as control, in random orders."""
+
 STEERING_COLUMNS = (
     Column("behavior", "string", "planted behaviour whose rate is measured"),
     Column("latent", "int32", "steered latent; -1 for the unsteered run"),

@@ -6,7 +6,8 @@ it, and the answer is KL(p_chat || p_edited) in nats per token, at the positions
 crosscoder are measured once for all.
 
 Sums are kept per conversation, so parts merge by concatenation and the interval resamples conversations. The trade-off:
-the chat model's upper half runs once per intervention; the logits never exist for more than a chunk of positions.
+the chat model's upper half runs once per distinct edit; the logits never exist for more than a chunk of positions, and
+no pass over the vocabulary is made that the KL does not need.
 
 Shapes: B conversations, T positions, M models, D width, V vocabulary, N tokens of a batch, P predicting positions,
 G conversations summed, I interventions, S position sets.
@@ -16,27 +17,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
+from pipeline.analyses.causal_tables import POSITION_SETS, Bootstrap, CausalTables, causal_tables
 from pipeline.analyses.interventions import (
     Intervention,
     Kind,
+    SharedInputs,
     StreamEditor,
     shared_interventions,
-    unedited_stream,
+    shared_stream,
 )
 from pipeline.errors import InputError
 from pipeline.numerics.crosscoder import Crosscoder
-from pipeline.numerics.statistics import DEFAULT_NUM_RESAMPLES, bootstrap_interval
 from pipeline.operators.activations import RowOptions, kept_positions, pad_documents, plan_batches, within_norm_cap
 from pipeline.operators.pair import ModelPair
-from pipeline.schema import BASE, CAUSALITY_COLUMNS, CHAT, Flag
+from pipeline.schema import BASE, CHAT, Flag
 
 Sums = dict[str, Tensor]
 
-POSITION_SETS = ("all", "first_9", "rest")
 NUM_FIRST = 10
 """Predicting positions at the start of a turn; without the template position among them, the paper's "first 9"."""
 
@@ -66,7 +66,6 @@ class CausalityBatch(NamedTuple):
     """int64: place of every token in the flattened [B, T]."""
     x_NMD: Tensor
     """float32: both streams at layer L."""
-    is_template_N: Tensor
     has_codes_N: Tensor
     """bool: rows of the kind that the crosscoder was trained on; the others stay unedited."""
     predicting_P: Tensor
@@ -127,57 +126,43 @@ class Causality:
         order_G = joined["doc_id_G"].argsort(stable=True)
         return {name: value[order_G] for name, value in joined.items()}
 
-    def table(self, sums: Sums, *, num_resamples: int = DEFAULT_NUM_RESAMPLES, seed: int = 0) -> pd.DataFrame:
-        """schema.CAUSALITY_COLUMNS: one row per intervention and position set, mean KL in nats per token.
-
-        The mean is over tokens, its 95% interval over conversations; NaN where a set holds no token (or too few
-        conversations for an interval). InputError where no conversation was seen.
-        """
-        num_conversations = len(sums["doc_id_G"])
-        if num_conversations == 0:
+    def tables(self, sums: Sums, bootstrap: Bootstrap | None = None) -> CausalTables:
+        """KL, paired differences and curves (causal_tables.py). InputError where no conversation was seen."""
+        if len(sums["doc_id_G"]) == 0:
             raise InputError(
                 "expected validation dialogues with assistant turns for the causality analysis, got 0; add a chat "
                 "corpus or turn the analysis off"
             )
-        kl_GF = sums["kl_GIS"].flatten(1)
-        tokens_GF = sums["tokens_GS"][:, None, :].expand_as(sums["kl_GIS"]).flatten(1)
-        interval = bootstrap_interval(kl_GF, tokens_GF, num_resamples=num_resamples, seed=seed)
-        mean_F = kl_GF.sum(0) / tokens_GF.sum(0)
-        rows = [
-            {
-                "intervention": item.name,
-                "positions": positions,
-                "kl": float(mean_F[i * len(POSITION_SETS) + s]),
-                "kl_low": float(interval.low[i * len(POSITION_SETS) + s]),
-                "kl_high": float(interval.high[i * len(POSITION_SETS) + s]),
-                "num_tokens": int(sums["tokens_GS"][:, s].sum()),
-                "num_conversations": int((sums["tokens_GS"][:, s] > 0).sum()),
-                "num_latents": self.num_latents if item.kind in ("all", "error") else len(item.latents),
-            }
-            for i, item in enumerate(self.interventions)
-            for s, positions in enumerate(POSITION_SETS)
-        ]
-        return pd.DataFrame(rows, columns=[column.name for column in CAUSALITY_COLUMNS])
+        return causal_tables(self.interventions, sums, num_latents=self.num_latents, bootstrap=bootstrap or Bootstrap())
 
     def _edited_streams(self, batch: CausalityBatch, edits: Sequence[Edit]) -> Iterator[Tensor]:
         """h' [N, D] of each edit, on the crosscoder's device."""
         crosscoder = self._editor.crosscoder
         device = crosscoder.W_enc_FMD.device
-        x_NMD, is_template_N = batch.x_NMD.to(device), batch.is_template_N.to(device)
+        x_NMD = batch.x_NMD.to(device)
         codes = crosscoder.encode(x_NMD.to(crosscoder.W_enc_FMD.dtype))
         codes = codes.keep(batch.has_codes_N.to(device)[codes.rows_P()])
         for edit in edits:
-            yield self._editor.edited_stream(Intervention("", *edit), x_NMD, codes, is_template_N)
+            yield self._editor.edited_stream(Intervention("", *edit), x_NMD, codes)
 
 
 def causality_batches(
-    pair: ModelPair, documents: Mapping[str, Sequence[Any]], options: RowOptions
+    pair: ModelPair,
+    documents: Mapping[str, Sequence[Any]],
+    options: RowOptions,
+    mean_difference_D: Tensor | None = None,
 ) -> Iterator[CausalityBatch]:
     """Batches of the dialogues among token rows (schema.TOKEN_COLUMNS), longest first.
 
     options: as for the rows that the crosscoder was trained on; tokens that it drops are not edited by latents.
-    Documents in which nothing predicts an assistant token are left out.
+    mean_difference_D: mean of x^chat - x^base, for the interventions along it. Documents in which nothing predicts an
+    assistant token are left out.
     """
+    if mean_difference_D is not None and tuple(mean_difference_D.shape) != (pair.activation_dim,):
+        raise InputError(
+            f"expected a mean difference of width {pair.activation_dim}, got {tuple(mean_difference_D.shape)}; take it "
+            "from activations of the same pair"
+        )
     ids = [np.asarray(row, dtype=np.int32) for row in documents["input_ids"]]
     flags = [np.asarray(row, dtype=np.int32) for row in documents["flags"]]
     predicting = [predicting_positions(row) for row in flags]
@@ -192,6 +177,7 @@ def causality_batches(
             doc_ids=[int(documents["doc_id"][i]) for i in members],
             predicting=[predicting[i] for i in members],
             options=options,
+            mean_difference_D=mean_difference_D,
         )
 
 
@@ -239,6 +225,7 @@ def _prepare(
     doc_ids: Sequence[int],
     predicting: Sequence[PredictingPositions],
     options: RowOptions,
+    mean_difference_D: Tensor | None,
 ) -> CausalityBatch:
     padded = pad_documents(ids, flags)
     width = padded.ids_BT.shape[1]
@@ -256,7 +243,6 @@ def _prepare(
         mask_BT=padded.mask_BT,
         token_N=token_N,
         x_NMD=_at_least_float32(h_BTMD.flatten(0, 1)[token_N]),
-        is_template_N=((padded.flags_BT.to(device).flatten()[token_N]) & int(Flag.TEMPLATE)) != 0,
         has_codes_N=has_codes.to(device)[token_N],
         predicting_P=torch.from_numpy(np.concatenate(places)).to(device),
         conversation_P=torch.from_numpy(np.repeat(np.arange(len(ids)), [len(place) for place in places])).to(device),
@@ -266,13 +252,20 @@ def _prepare(
         shared_kl_P={},
     )
     batch = batch._replace(reference_PD=_predicting_hidden(batch, CHAT, batch.x_NMD[:, CHAT]))
-    return batch._replace(shared_kl_P=_shared_kl(batch))
+    inputs = SharedInputs(
+        batch.x_NMD,
+        is_template_N=(padded.flags_BT.to(device).flatten()[token_N] & int(Flag.TEMPLATE)) != 0,
+        has_codes_N=batch.has_codes_N,
+        mean_difference_D=mean_difference_D,
+    )
+    return batch._replace(shared_kl_P=_shared_kl(batch, inputs))
 
 
-def _shared_kl(batch: CausalityBatch) -> dict[Kind, Tensor]:
+def _shared_kl(batch: CausalityBatch, inputs: SharedInputs) -> dict[Kind, Tensor]:
     """`base` is the base model's own upper half; the others continue in the chat model's."""
-    edits = [item.kind for item in shared_interventions() if item.kind != "base"]
-    streams = (unedited_stream(kind, batch.x_NMD, batch.is_template_N) for kind in edits)
+    shared = shared_interventions(with_mean_difference=inputs.mean_difference_D is not None)
+    edits = [item.kind for item in shared if item.kind != "base"]
+    streams = (shared_stream(kind, inputs) for kind in edits)
     kl = dict[Kind, Tensor](zip(edits, kl_to_chat(batch, streams), strict=True))
     base_hidden = _predicting_hidden(batch, BASE, batch.x_NMD[:, BASE])
     return kl | {"base": _kl_of_hidden(batch, [base_hidden], model=BASE)[0]}

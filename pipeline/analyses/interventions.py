@@ -1,8 +1,8 @@
 """Edits of the residual stream at layer L: which latents are put in or taken out, and how.
 
 Each intervention turns the base or chat stream into h', on which the chat model's upper half continues
-(arXiv 2504.02922, section 4; formulas in the docstring of `edited_stream`). This file chooses the latent sets from the
-latent table and does the arithmetic; it runs no model and measures nothing.
+(arXiv 2504.02922, section 4; formulas in the docstrings of `edited_stream` and `shared_stream`). This file chooses the
+latent sets from the latent table and does the arithmetic; it runs no model and measures nothing.
 
 Rows without codes (positions that the crosscoder was not trained on) stay unedited.
 
@@ -22,9 +22,25 @@ from pipeline.numerics.codes import SparseCodes
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.schema import BASE, CHAT, Ownership
 
-Kind = Literal["none", "template", "chat", "base", "all", "error", "replace", "add"]
-SHARED_KINDS: tuple[Kind, ...] = ("none", "template", "chat", "base")
+Kind = Literal[
+    "none",
+    "template",
+    "chat",
+    "base",
+    "mean_difference",
+    "mean_difference_projection",
+    "all",
+    "error",
+    "replace",
+    "add",
+]
+MEAN_DIFFERENCE_KINDS: tuple[Kind, ...] = ("mean_difference", "mean_difference_projection")
+"""Edits along the mean of x^chat - x^base: the baseline that a crosscoder must beat (arXiv 2510.13900)."""
+SHARED_KINDS: tuple[Kind, ...] = ("none", "template", "chat", "base", *MEAN_DIFFERENCE_KINDS)
 """Kinds that need no crosscoder: their KL is the same for every crosscoder of a pair."""
+
+BY_EVIDENCE = "evidence"
+"""Order of a curve that adds latents from most to least chat-specific; the others are `random_0`, `random_1`, ..."""
 
 NU_RANGE = (-0.1, 2.0)
 """Latents whose nu_eps or nu_r lies outside are left out of the sets: their ratio is noise."""
@@ -38,23 +54,37 @@ class Intervention(NamedTuple):
     kind: Kind
     latents: tuple[int, ...] = ()
     """The set S of kinds replace and add, ascending."""
+    order: str = ""
+    """For a point of a curve: the order in which latents are added (BY_EVIDENCE or random_<i>); else empty."""
 
 
-def shared_interventions() -> tuple[Intervention, ...]:
+class SharedInputs(NamedTuple):
+    """What the interventions without a crosscoder read, N rows."""
+
+    x_NMD: Tensor
+    is_template_N: Tensor
+    has_codes_N: Tensor
+    """bool: rows of the kind that crosscoders are trained on; along the mean difference only these are edited."""
+    mean_difference_D: Tensor | None = None
+    """Mean of x^chat - x^base; None leaves its interventions out."""
+
+
+def shared_interventions(*, with_mean_difference: bool = False) -> tuple[Intervention, ...]:
     """The interventions that need no crosscoder."""
-    return tuple(Intervention(kind, kind) for kind in SHARED_KINDS)
+    kinds = [kind for kind in SHARED_KINDS if with_mean_difference or kind not in MEAN_DIFFERENCE_KINDS]
+    return tuple(Intervention(kind, kind) for kind in kinds)
 
 
 def plan_interventions(
-    latents: pd.DataFrame, *, num_latents: int | None = None, num_random_halves: int = 2, seed: int = 0
+    chosen: pd.DataFrame, *, num_random_halves: int = 2, seed: int = 0, with_mean_difference: bool = False
 ) -> tuple[Intervention, ...]:
-    """Every intervention that a crosscoder's latent table asks for, shared ones included, in table order.
+    """Every intervention on the chosen latents (`candidate_latents`), shared ones included, in table order.
 
     Halves have floor(N / 2) latents each of the N chosen ones; the middle one of an odd number is in neither. They are
     empty where fewer than two latents qualify, and then equal `none`.
     """
-    chosen = chat_only_latents(latents, num_latents=num_latents)
-    plan = [*shared_interventions(), Intervention("all", "all"), Intervention("error", "error")]
+    plan = [*shared_interventions(with_mean_difference=with_mean_difference)]
+    plan += [Intervention("all", "all"), Intervention("error", "error")]
     for suffix, order in (("", rank_by_nu(chosen)), ("_by_delta_norm", rank_by_delta_norm(chosen))):
         half = len(order) // 2
         halves = {"best": order[:half], "worst": order[len(order) - half :]}
@@ -66,6 +96,44 @@ def plan_interventions(
         members = generator.permutation(candidates)[: len(candidates) // 2]
         plan += [_on_set(f"random_half_{number}_{kind}", kind, members) for kind in ("replace", "add")]
     return tuple(plan)
+
+
+def plan_curve(chosen: pd.DataFrame, *, num_random_orders: int = 1, seed: int = 0) -> tuple[Intervention, ...]:
+    """Kind replace on the first n = 0, 1, 2, 4, ..., N of the chosen latents, by evidence and in random orders.
+
+    n = 0 equals `none`; the N-th point is the same set in every order, so it costs nothing more.
+    """
+    by_evidence = rank_by_nu(chosen)
+    generator = np.random.default_rng((seed, 1))  # orders that do not depend on how many random halves are drawn
+    orders = {BY_EVIDENCE: by_evidence}
+    orders |= {f"random_{i}": generator.permutation(np.sort(by_evidence)) for i in range(num_random_orders)}
+    return tuple(
+        _on_set(f"first_{size}_{name}", "replace", order[:size])._replace(order=name)
+        for name, order in orders.items()
+        for size in curve_sizes(len(order))
+    )
+
+
+def curve_sizes(num_latents: int) -> list[int]:
+    """0, 1, 2, 4, ... up to the number of latents, which is always the last."""
+    powers = [1 << i for i in range(num_latents.bit_length()) if 1 << i < num_latents]
+    return [0, *powers, num_latents] if num_latents else [0]
+
+
+def candidate_latents(latents: pd.DataFrame, *, num_latents: int | None = None, min_latents: int = 0) -> pd.DataFrame:
+    """The set that is divided and ranked: chat-only latents (at most num_latents), filled up to min_latents.
+
+    Where fewer than min_latents are chat-only, the set is filled with the alive latents of next highest Delta_norm, so
+    that a crosscoder with a handful of chat-only latents still has halves to compare; ranks then compare chat-only
+    latents with such that Delta_norm itself rejects. Latents whose nu_eps or nu_r is undefined or outside NU_RANGE
+    never qualify.
+    """
+    chosen = chat_only_latents(latents, num_latents=num_latents)
+    if len(chosen) >= min_latents:
+        return chosen
+    others = latents[_has_meaningful_ratios(latents) & ~latents["latent"].isin(chosen["latent"])]
+    others = others.sort_values(["delta_norm", "latent"], ascending=[False, True])
+    return pd.concat([chosen, others.head(min_latents - len(chosen))])
 
 
 def chat_only_latents(latents: pd.DataFrame, *, num_latents: int | None = None) -> pd.DataFrame:
@@ -80,9 +148,7 @@ def chat_only_latents(latents: pd.DataFrame, *, num_latents: int | None = None) 
             f"expected a latent table with {', '.join(columns)}, {', '.join(missing)} is missing; run the analyses of "
             "this version again"
         )
-    is_chosen = latents["ownership"] == Ownership.CHAT_ONLY
-    for name in ("nu_eps", "nu_r"):
-        is_chosen &= latents[name].between(*NU_RANGE)
+    is_chosen = (latents["ownership"] == Ownership.CHAT_ONLY) & _has_meaningful_ratios(latents)
     chosen = latents[is_chosen].sort_values(["delta_norm", "latent"], ascending=[False, True])
     return chosen if num_latents is None else chosen.head(num_latents)
 
@@ -113,18 +179,15 @@ class StreamEditor:
         self._chat_FD = decoder_FMD[:, CHAT].contiguous()
         self._delta_FD = self._chat_FD - self._base_FD
 
-    def edited_stream(
-        self, intervention: Intervention, x_NMD: Tensor, codes: SparseCodes, is_template_N: Tensor
-    ) -> Tensor:
+    def edited_stream(self, intervention: Intervention, x_NMD: Tensor, codes: SparseCodes) -> Tensor:
         """h' [N, D], float32, with f the codes and delta_j = d_j^chat - d_j^base:
 
-        none x^base; template x^base, but x^chat on template tokens; chat x^chat; base x^base;
         all x^base + sum_j f_j delta_j; error x^chat - sum_j f_j delta_j;
         replace x^base + sum_{j in S} f_j delta_j; add x^base + sum_{j in S} f_j d_j^chat.
+        The kinds that need no crosscoder are those of `shared_stream`.
         """
+        assert intervention.kind not in SHARED_KINDS, intervention.kind
         base_ND, chat_ND = x_NMD[:, BASE], x_NMD[:, CHAT]
-        if intervention.kind in SHARED_KINDS:
-            return unedited_stream(intervention.kind, x_NMD, is_template_N)
         if intervention.kind == "all":
             return base_ND + self._difference(codes)
         if intervention.kind == "error":
@@ -148,12 +211,29 @@ class StreamEditor:
         return self.crosscoder.kernels.decode(codes, direction_FD)
 
 
-def unedited_stream(kind: Kind, x_NMD: Tensor, is_template_N: Tensor) -> Tensor:
-    """h' [N, D] of the kinds that need no crosscoder."""
+def shared_stream(kind: Kind, inputs: SharedInputs) -> Tensor:
+    """h' [N, D] of the kinds that need no crosscoder, with m the mean difference:
+
+    none x^base; template x^base, but x^chat on template tokens; chat x^chat; base x^base; mean_difference x^base + m;
+    mean_difference_projection x^base + <x^chat - x^base, m> m / |m|^2, the best that this one direction can do.
+    """
     assert kind in SHARED_KINDS
+    base_ND, chat_ND = inputs.x_NMD[:, BASE], inputs.x_NMD[:, CHAT]
     if kind == "template":
-        return torch.where(is_template_N[:, None], x_NMD[:, CHAT], x_NMD[:, BASE])
-    return x_NMD[:, CHAT if kind == "chat" else BASE]
+        return torch.where(inputs.is_template_N[:, None], chat_ND, base_ND)
+    if kind not in MEAN_DIFFERENCE_KINDS:
+        return chat_ND if kind == "chat" else base_ND
+    assert inputs.mean_difference_D is not None
+    mean_D = inputs.mean_difference_D.to(base_ND)
+    added_ND = mean_D.expand_as(base_ND)
+    if kind == "mean_difference_projection":
+        squared_norm = (mean_D @ mean_D).clamp_min(torch.finfo(mean_D.dtype).tiny)  # a mean of 0 adds 0
+        added_ND = ((chat_ND - base_ND) @ mean_D / squared_norm)[:, None] * mean_D
+    return torch.where(inputs.has_codes_N[:, None], base_ND + added_ND, base_ND)
+
+
+def _has_meaningful_ratios(latents: pd.DataFrame) -> "pd.Series[bool]":
+    return latents["nu_eps"].between(*NU_RANGE) & latents["nu_r"].between(*NU_RANGE)
 
 
 def _on_set(name: str, kind: str, members: Sequence[int] | np.ndarray) -> Intervention:

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from pipeline.sections.base import Section
 
@@ -50,12 +50,25 @@ class CausalitySection(Section):
     """Random halves of the latent set as control."""
     max_latents: PositiveInt | None = None
     """Use only this many latents of highest Delta_norm; None takes the whole chat-only set."""
+    min_latents: NonNegativeInt = 0
+    """Where fewer latents are chat-only, fill the set with those of next highest Delta_norm; 0 never does."""
+    num_random_orders: NonNegativeInt = 1
+    """Random orders beside the order of evidence in which the curve adds latents, as control."""
     tokens_per_batch: PositiveInt = 4096
     """Tokens in one forward pass."""
     num_resamples: Annotated[int, Field(ge=100)] = 1000
     """Bootstrap resamples over conversations."""
     seed: NonNegativeInt = 0
-    """Seed of the random halves and the bootstrap."""
+    """Seed of the random halves and orders and of the bootstrap."""
+
+    @model_validator(mode="after")
+    def _limits_agree(self) -> "CausalitySection":
+        if self.max_latents is not None and self.min_latents > self.max_latents:
+            raise ValueError(
+                f"expected min_latents of at most max_latents, got {self.min_latents} and {self.max_latents}; "
+                "lower the one or raise the other"
+            )
+        return self
 
 
 class SteeringSection(Section):

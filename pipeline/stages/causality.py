@@ -1,7 +1,8 @@
 """KL of interventions, measured on held-out dialogues with both models in the worker.
 
 One pass serves all crosscoders whose causality is missing: the lower halves of both models run once per batch, and each
-crosscoder's interventions continue from there.
+crosscoder's interventions continue from there. The mean difference is taken before, over rows of the validation
+dialogues: D numbers from very many more rows, so that it flatters this baseline by next to nothing.
 """
 
 import time
@@ -10,31 +11,48 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from pipeline import cluster
+from pipeline.analyses.causal_tables import Bootstrap
 from pipeline.analyses.causality import Causality, causality_batches
-from pipeline.analyses.interventions import Intervention, plan_interventions
+from pipeline.analyses.interventions import Intervention, candidate_latents, plan_curve, plan_interventions
 from pipeline.analyses.rows import sums_from_bytes, sums_to_bytes
 from pipeline.errors import InputError
 from pipeline.operators.activations import RowOptions
 from pipeline.progress import Progress
-from pipeline.schema import CAUSALITY_COLUMNS, Split
+from pipeline.schema import (
+    BASE,
+    CAUSALITY_COLUMNS,
+    CAUSALITY_CURVE_COLUMNS,
+    CAUSALITY_DIFFERENCE_COLUMNS,
+    CHAT,
+    Split,
+)
 from pipeline.sections.analyses import CausalitySection
 from pipeline.sections.data import ActivationsSection
 from pipeline.stages.activations import read_token_rows
-from pipeline.stages.base import Context, Pool, Step, run_pool, shown
+from pipeline.stages.base import Context, Pool, Step, run_pool, run_task, shown
 from pipeline.stages.crosscoder import fitted
 from pipeline.stages.measurements import LATENTS_NAME
 from pipeline.stages.models import Loading, load_pair
 from pipeline.stages.tables import arrow_schema, numbers_of, read_table, write_frame
 from pipeline.stages.tokens import INDEX_NAME
 from pipeline.storage import Storage
+from pipeline.store import ActivationStore
 
 NAME = "causality"
-VERSION = 1
+VERSION = 2
 
 TABLE_NAME = "causality.parquet"
+DIFFERENCES_NAME = "differences.parquet"
+CURVE_NAME = "curve.parquet"
 CAUSALITY_SCHEMA = arrow_schema(CAUSALITY_COLUMNS)
+DIFFERENCES_SCHEMA = arrow_schema(CAUSALITY_DIFFERENCE_COLUMNS)
+CURVE_SCHEMA = arrow_schema(CAUSALITY_CURVE_COLUMNS)
+
+_MEAN_DIFFERENCE_ROWS = 200_000
+"""Rows behind the mean difference: whole shards are read until there are as many."""
 
 _CALLS_PER_WORKER = 4
 """Worker calls per worker: more show progress more often and even out conversations of unequal length."""
@@ -52,8 +70,12 @@ def run(steps: Sequence[Step], context: Context) -> None:
     parts = np.array_split(np.arange(index.num_rows), min(index.num_rows, workers * _CALLS_PER_WORKER))
     progress = Progress(NAME, index.num_rows, "dialogues")
     shown(context, progress, 0)
-    arguments = (context.storage, tokens.key.folder, steps[0].extra["loading"], _row_options(steps[0], section), plans)
-    pool = Pool("analyses", context.resources.analyses, MeasureDialogues, (*arguments, steps[0].extra["layer"]))
+    activations = steps[0].inputs["activations"].key.folder
+    cpus = min(context.resources.analyses.cpus, cluster.total_cpus())
+    mean_difference_D = run_task(mean_difference, context.storage, activations, num_cpus=cpus)
+    models = (steps[0].extra["loading"], steps[0].extra["layer"], _row_options(steps[0], section))
+    arguments = (context.storage, tokens.key.folder, models, plans, mean_difference_D)
+    pool = Pool("analyses", context.resources.analyses, MeasureDialogues, arguments)
     measures = {folder: _measure(folder, plans, context.storage) for folder in plans}
     sums = {folder: measure.start() for folder, measure in measures.items()}
     done = 0
@@ -64,10 +86,16 @@ def run(steps: Sequence[Step], context: Context) -> None:
             sums[folder] = measures[folder].merge(sums[folder], sums_from_bytes(data))
     for step in steps:
         folder = step.inputs["crosscoder"].key.folder
-        table = measures[folder].table(sums[folder], num_resamples=section.num_resamples, seed=section.seed)
-        write_frame(context.storage, f"{step.key.folder}/{TABLE_NAME}", table, CAUSALITY_SCHEMA)
-        kl = numbers_of(table, "kl", by=("intervention", "positions"))
-        counts = {"kl": kl, "num_conversations": int(table["num_conversations"].max())}
+        tables = measures[folder].tables(sums[folder], Bootstrap(section.num_resamples, section.seed))
+        write_frame(context.storage, f"{step.key.folder}/{TABLE_NAME}", tables.kl, CAUSALITY_SCHEMA)
+        write_frame(context.storage, f"{step.key.folder}/{DIFFERENCES_NAME}", tables.differences, DIFFERENCES_SCHEMA)
+        write_frame(context.storage, f"{step.key.folder}/{CURVE_NAME}", tables.curve, CURVE_SCHEMA)
+        kl = numbers_of(tables.kl, "kl", by=("intervention", "positions"))
+        counts = {
+            "kl": kl,
+            "num_conversations": int(tables.kl["num_conversations"].max()),
+            "num_latents": int(tables.curve["num_latents"].max()),
+        }
         context.finish(step, counts, time.monotonic() - started)
 
 
@@ -75,11 +103,12 @@ def _interventions(step: Step, context: Context) -> tuple[Intervention, ...]:
     section = step.section
     assert isinstance(section, CausalitySection)
     latents = read_table(context.storage, f"{step.inputs['latents'].key.folder}/{LATENTS_NAME}").to_pandas()
-    return plan_interventions(
-        latents,
-        num_latents=section.max_latents,
-        num_random_halves=section.num_random_halves,
-        seed=section.seed,
+    chosen = candidate_latents(latents, num_latents=section.max_latents, min_latents=section.min_latents)
+    return (
+        *plan_interventions(
+            chosen, num_random_halves=section.num_random_halves, seed=section.seed, with_mean_difference=True
+        ),
+        *plan_curve(chosen, num_random_orders=section.num_random_orders, seed=section.seed),
     )
 
 
@@ -97,6 +126,29 @@ def _dialogues(step: Step, section: CausalitySection, context: Context) -> pa.Ta
             "analyses.causality to null"
         )
     return index.take(chosen.index.to_numpy())
+
+
+def mean_difference(storage: Storage, activations_folder: str) -> torch.Tensor:
+    """Mean of x^chat - x^base over rows of the validation dialogues, float32 [D]; runs in a worker."""
+    store = ActivationStore(storage, activations_folder)
+    manifest = store.manifest
+    dialogues = torch.tensor(manifest.dialogue_corpora)
+    total_D = torch.zeros(manifest.activation_dim, dtype=torch.float64)
+    num_rows = 0
+    for shard in manifest.of_split(Split.VALIDATION):
+        rows = store.read(shard)
+        x_BMD = rows.x_BMD[torch.isin(rows.corpus_B.long(), dialogues)]
+        # Each row exactly, the sum in float64: x is bfloat16, and its differences cancel.
+        total_D += (x_BMD[:, CHAT].float() - x_BMD[:, BASE].float()).sum(0, dtype=torch.float64)
+        num_rows += len(x_BMD)
+        if num_rows >= _MEAN_DIFFERENCE_ROWS:
+            break
+    if num_rows == 0:
+        raise InputError(
+            "analyses.causality: expected activation rows of validation dialogues, got none; add a corpus with "
+            "messages_column or set analyses.causality to null"
+        )
+    return (total_D / num_rows).float()
 
 
 def _row_options(step: Step, section: CausalitySection) -> RowOptions:
@@ -118,12 +170,12 @@ class MeasureDialogues:
         self,
         storage: Storage,
         tokens_folder: str,
-        loading: Loading,
-        options: RowOptions,
+        models: tuple[Loading, int, RowOptions],
         plans: Mapping[str, Sequence[Intervention]],
-        layer: int,
+        mean_difference_D: torch.Tensor,
     ) -> None:
-        self.storage, self.tokens_folder, self.options = storage, tokens_folder, options
+        loading, layer, self.options = models
+        self.storage, self.tokens_folder, self.mean_difference_D = storage, tokens_folder, mean_difference_D
         self.pair = load_pair(storage, loading, layer=layer)
         self.measures = {folder: _measure(folder, plans, storage) for folder in plans}
 
@@ -131,7 +183,7 @@ class MeasureDialogues:
         """Sums per crosscoder over some dialogues."""
         documents = read_token_rows(self.storage, self.tokens_folder, item["index"])
         sums = {folder: measure.start() for folder, measure in self.measures.items()}
-        for batch in causality_batches(self.pair, documents, self.options):
+        for batch in causality_batches(self.pair, documents, self.options, self.mean_difference_D):
             for folder, measure in self.measures.items():
                 measure.update(sums[folder], batch)
         packed = {folder: sums_to_bytes(own) for folder, own in sums.items()}

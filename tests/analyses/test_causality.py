@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config
 
-from pipeline.analyses.causality import POSITION_SETS, Causality, causality_batches, predicting_positions
+from pipeline.analyses.causal_tables import POSITION_SETS, Bootstrap
+from pipeline.analyses.causality import Causality, causality_batches, predicting_positions
 from pipeline.analyses.interventions import Intervention, shared_interventions
 from pipeline.errors import InputError
 from pipeline.numerics.crosscoder import Crosscoder
@@ -18,7 +19,7 @@ from pipeline.schema import BASE, CAUSALITY_COLUMNS, CHAT, Flag
 
 LAYER, WIDTH, VOCAB, NUM_LATENTS = 2, 16, 53, 24
 INTERVENTIONS = (
-    *shared_interventions(),
+    *shared_interventions(with_mean_difference=True),
     Intervention("all", "all"),
     Intervention("error", "error"),
     Intervention("half_replace", "replace", tuple(range(0, NUM_LATENTS, 2))),
@@ -100,9 +101,12 @@ def _documents() -> dict[str, list[Any]]:
     }
 
 
+MEAN_D = torch.linspace(-1, 1, WIDTH, dtype=torch.float64)
+
+
 def _sums(pair: ModelPair, analysis: Causality, documents: dict[str, list[Any]], options: RowOptions) -> Any:
     sums = analysis.start()
-    for batch in causality_batches(pair, documents, options):
+    for batch in causality_batches(pair, documents, options, MEAN_D):
         analysis.update(sums, batch)
     return sums
 
@@ -134,8 +138,10 @@ def _brute_force(models: tuple[Any, Any], crosscoder: Crosscoder, drop_bos: bool
         x_base, base_log = _plain(models[0], ids)
         x_chat, chat_log = _plain(models[1], ids)
         code = crosscoder.encode(torch.stack([x_base, x_chat], dim=1)).to_dense()
+        is_kept = torch.ones(len(ids), 1, dtype=torch.float64)
         if drop_bos:
-            code[torch.from_numpy((flags & Flag.BOS) != 0)] = 0
+            is_kept[torch.from_numpy((flags & Flag.BOS) != 0)] = 0
+        code = code * is_kept
         is_template = torch.from_numpy((flags & Flag.TEMPLATE) != 0)
         for item in INTERVENTIONS:
             chosen = code[:, list(item.latents)]
@@ -143,6 +149,9 @@ def _brute_force(models: tuple[Any, Any], crosscoder: Crosscoder, drop_bos: bool
                 "none": x_base,
                 "template": torch.where(is_template[:, None], x_chat, x_base),
                 "chat": x_chat,
+                "mean_difference": x_base + is_kept * MEAN_D,
+                "mean_difference_projection": x_base
+                + is_kept * torch.outer((x_chat - x_base) @ MEAN_D / MEAN_D.square().sum(), MEAN_D),
                 "all": x_base + code @ (chat_D - base_D),
                 "error": x_chat - code @ (chat_D - base_D),
                 "replace": x_base + chosen @ (chat_D - base_D)[list(item.latents)],
@@ -165,7 +174,7 @@ def test_kl_equals_brute_force_over_full_logits(
 ) -> None:
     analysis = Causality(crosscoder, INTERVENTIONS)
     sums = _sums(pair, analysis, _documents(), RowOptions(40, drop_bos=drop_bos))
-    table = analysis.table(sums).set_index(["intervention", "positions"])
+    table = analysis.tables(sums).kl.set_index(["intervention", "positions"])
     expected = _brute_force(models, crosscoder, drop_bos)
     for item in INTERVENTIONS:
         for s, positions in enumerate(POSITION_SETS):
@@ -187,7 +196,7 @@ def test_kl_equals_brute_force_over_full_logits(
 
 def test_intervals_enclose_the_mean_and_columns_are_the_schema(pair: ModelPair, crosscoder: Crosscoder) -> None:
     analysis = Causality(crosscoder, INTERVENTIONS)
-    table = analysis.table(_sums(pair, analysis, _documents(), RowOptions(40)), num_resamples=200)
+    table = analysis.tables(_sums(pair, analysis, _documents(), RowOptions(40)), Bootstrap(200)).kl
     assert list(table.columns) == [column.name for column in CAUSALITY_COLUMNS]
     everywhere = table[table["positions"] == "all"]
     assert (everywhere["kl_low"] <= everywhere["kl"]).all()
@@ -217,7 +226,7 @@ def test_bfloat16_pair_gives_exactly_zero_for_the_unedited_chat_model(
     base, chat = (copy.deepcopy(model).to(torch.bfloat16) for model in models)
     pair = ModelPair(SplitDecoder(base, LAYER), SplitDecoder(chat, LAYER), None)
     analysis = Causality(copy.deepcopy(crosscoder).float(), INTERVENTIONS)
-    table = analysis.table(_sums(pair, analysis, _documents(), RowOptions(1000)))
+    table = analysis.tables(_sums(pair, analysis, _documents(), RowOptions(1000))).kl
     assert (table[table["intervention"] == "chat"]["kl"] == 0).all()
     assert (table[table["intervention"] == "none"]["kl"] > 0).all()
 
@@ -238,4 +247,4 @@ def test_wrong_sets_and_missing_dialogues_are_input_errors(pair: ModelPair, cros
     analysis = Causality(crosscoder, INTERVENTIONS)
     documents = {name: column[1:2] for name, column in _documents().items()}
     with pytest.raises(InputError, match="assistant turns for the causality analysis, got 0"):
-        analysis.table(_sums(pair, analysis, documents, RowOptions(40)))
+        analysis.tables(_sums(pair, analysis, documents, RowOptions(40)))

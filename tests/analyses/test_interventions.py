@@ -5,11 +5,16 @@ import torch
 
 from pipeline.analyses.interventions import (
     Intervention,
+    SharedInputs,
     StreamEditor,
+    candidate_latents,
     chat_only_latents,
+    curve_sizes,
+    plan_curve,
     plan_interventions,
     rank_by_delta_norm,
     rank_by_nu,
+    shared_stream,
 )
 from pipeline.errors import InputError
 from pipeline.numerics.codes import SparseCodes
@@ -44,8 +49,12 @@ def test_rankings_follow_rank_sums_and_delta_norm() -> None:
     assert rank_by_delta_norm(chosen).tolist() == [2, 0, 6, 1, 4]
 
 
+def _chosen() -> pd.DataFrame:
+    return candidate_latents(_latents())
+
+
 def test_plan_names_every_intervention_with_its_set() -> None:
-    plan = {item.name: item for item in plan_interventions(_latents(), num_random_halves=2, seed=1)}
+    plan = {item.name: item for item in plan_interventions(_chosen(), num_random_halves=2, seed=1)}
     assert list(plan)[:6] == ["none", "template", "chat", "base", "all", "error"]
     assert plan["best_half_replace"].latents == (0, 2)
     assert plan["worst_half_add"] == Intervention("worst_half_add", "add", (1, 6))
@@ -55,13 +64,37 @@ def test_plan_names_every_intervention_with_its_set() -> None:
     assert random[0] == random[1]
     assert random[2] == random[3]
     assert all(len(members) == 2 and set(members) <= {0, 1, 2, 4, 6} for members in random)
-    assert plan == {item.name: item for item in plan_interventions(_latents(), num_random_halves=2, seed=1)}
+    assert plan == {item.name: item for item in plan_interventions(_chosen(), num_random_halves=2, seed=1)}
     assert len(plan) == 6 + 8 + 4
 
 
 def test_plan_without_qualifying_latents_has_empty_sets() -> None:
-    plan = plan_interventions(_latents().query("latent == 7"))
+    nothing = candidate_latents(_latents().query("latent == 7"))
+    plan = plan_interventions(nothing, with_mean_difference=True)
     assert all(item.latents == () for item in plan)
+    assert [item.name for item in plan][4:6] == ["mean_difference", "mean_difference_projection"]
+    assert [item.name for item in plan_curve(nothing)] == ["first_0_evidence", "first_0_random_0"]
+
+
+def test_a_set_that_is_too_small_is_filled_by_delta_norm() -> None:
+    assert candidate_latents(_latents(), min_latents=5)["latent"].tolist() == [2, 0, 6, 1, 4]
+    # latent 7 is shared but has ratios; 3 and 5 have none that mean anything
+    assert candidate_latents(_latents(), min_latents=8)["latent"].tolist() == [2, 0, 6, 1, 4, 7]
+    assert candidate_latents(_latents(), num_latents=2, min_latents=1)["latent"].tolist() == [2, 0]
+
+
+def test_curves_add_latents_in_powers_of_two_and_end_in_the_same_set() -> None:
+    assert [curve_sizes(n) for n in (0, 1, 2, 3, 4, 5, 8)] == [
+        [0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 4], [0, 1, 2, 4, 5], [0, 1, 2, 4, 8],
+    ]  # fmt: skip
+    curve = plan_curve(_chosen(), num_random_orders=2, seed=3)
+    by_order = {name: [item.latents for item in curve if item.order == name] for name in ("evidence", "random_1")}
+    assert by_order["evidence"] == [(), (2,), (0, 2), (0, 2, 4, 6), (0, 1, 2, 4, 6)]
+    assert [len(members) for members in by_order["random_1"]] == [0, 1, 2, 4, 5]
+    assert by_order["random_1"][-1] == by_order["evidence"][-1]
+    assert all(set(a) < set(b) for a, b in zip(by_order["random_1"], by_order["random_1"][1:], strict=False))
+    assert curve == plan_curve(_chosen(), num_random_orders=2, seed=3)
+    assert len({item.name for item in curve}) == len(curve) == 15
 
 
 @pytest.mark.parametrize("with_mask", [False, True])
@@ -79,15 +112,10 @@ def test_edited_streams_equal_the_dense_formulas(with_mask: bool) -> None:
     if with_mask:
         code_BMF[codes.rows_P(), :, codes.latents_P] *= mask_PM
     x_BMD = torch.randn(6, 2, 5, generator=generator)
-    is_template = torch.tensor([True, False, False, True, True, False])
     part_BMFD = code_BMF[..., None] * crosscoder.W_dec_FMD.detach().permute(1, 0, 2)
     delta_BFD = part_BMFD[:, CHAT] - part_BMFD[:, BASE]
     chosen = torch.isin(torch.arange(9), torch.tensor([1, 4, 5]))
     expected = {
-        "none": x_BMD[:, BASE],
-        "base": x_BMD[:, BASE],
-        "chat": x_BMD[:, CHAT],
-        "template": torch.where(is_template[:, None], x_BMD[:, CHAT], x_BMD[:, BASE]),
         "all": x_BMD[:, BASE] + delta_BFD.sum(1),
         "error": x_BMD[:, CHAT] - delta_BFD.sum(1),
         "replace": x_BMD[:, BASE] + delta_BFD[:, chosen].sum(1),
@@ -95,10 +123,33 @@ def test_edited_streams_equal_the_dense_formulas(with_mask: bool) -> None:
     }
     editor = StreamEditor(crosscoder)
     for kind, stream in expected.items():
-        ours = editor.edited_stream(Intervention(kind, kind, (1, 4, 5)), x_BMD, codes, is_template)
+        ours = editor.edited_stream(Intervention(kind, kind, (1, 4, 5)), x_BMD, codes)
         torch.testing.assert_close(ours, stream)
-    empty = editor.edited_stream(Intervention("none", "replace"), x_BMD, codes, is_template)
+    empty = editor.edited_stream(Intervention("none", "replace"), x_BMD, codes)
     assert torch.equal(empty, x_BMD[:, BASE])
+
+
+def test_streams_without_a_crosscoder_equal_their_formulas() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_NMD, mean_D = torch.randn(6, 2, 5, generator=generator), torch.randn(5, generator=generator)
+    is_template = torch.tensor([True, False, False, True, True, False])
+    has_codes = torch.tensor([False, True, True, True, True, True])
+    inputs = SharedInputs(x_NMD, is_template, has_codes, mean_D)
+    base_ND, chat_ND = x_NMD[:, BASE], x_NMD[:, CHAT]
+    unit_D = mean_D / mean_D.norm()
+    projected_ND = torch.stack([row + ((other - row) @ unit_D) * unit_D for row, other in zip(base_ND, chat_ND)])  # noqa: B905
+    expected = {
+        "none": base_ND,
+        "base": base_ND,
+        "chat": chat_ND,
+        "template": torch.where(is_template[:, None], chat_ND, base_ND),
+        "mean_difference": torch.where(has_codes[:, None], base_ND + mean_D, base_ND),
+        "mean_difference_projection": torch.where(has_codes[:, None], projected_ND, base_ND),
+    }
+    for kind, stream in expected.items():
+        torch.testing.assert_close(shared_stream(kind, inputs), stream)
+    no_difference = inputs._replace(mean_difference_D=torch.zeros(5))
+    assert torch.equal(shared_stream("mean_difference_projection", no_difference), base_ND)
 
 
 def test_more_than_two_models_are_refused() -> None:
