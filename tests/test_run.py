@@ -112,6 +112,12 @@ def test_causality_is_zero_for_the_unedited_chat_model(finished: Finished) -> No
     assert len(chat) == 3
     assert (chat["kl"] == 0).all()
     assert (table[table["intervention"] == "none"]["kl"] > 0).all()
+    assert {"mean_difference", "mean_difference_projection"} <= set(table["intervention"])
+    differences = finished.table("causality batch_topk", "differences.parquet")
+    assert ("none", "all") in set(zip(differences["intervention"], differences["reference"], strict=True))
+    curve = finished.table("causality batch_topk", "curve.parquet")
+    none = table[table["intervention"] == "none"]["kl"].tolist()
+    assert curve[(curve["order"] == "evidence") & (curve["num_latents"] == 0)]["kl"].tolist() == none
 
 
 def test_the_tracker_knows_the_run_its_steps_and_their_inputs(finished: Finished) -> None:

@@ -95,8 +95,8 @@ def contrasts(interventions: Sequence[Intervention]) -> list[Contrast]:
     sides: dict[str, tuple[int, ...]] = {name: (i,) for name, i in place.items()}
     pairs: list[tuple[str, str]] = []
     for kind in ("replace", "add"):
-        for suffix in ("", "_by_delta_norm"):
-            pairs.append((f"worst_half_{kind}{suffix}", f"best_half_{kind}{suffix}"))
+        rankings = (f"{kind}{suffix}" for suffix in ("", "_by_delta_norm"))
+        pairs += [(f"worst_half_{ranking}", f"best_half_{ranking}") for ranking in rankings]
         drawn = [name for name in place if name.startswith("random_half_") and name.endswith(f"_{kind}")]
         if len(drawn) > 1:
             sides[f"random_half_mean_{kind}"] = tuple(place[name] for name in drawn)
