@@ -6,8 +6,8 @@ it, and the answer is KL(p_chat || p_edited) in nats per token, at the positions
 crosscoder are measured once for all.
 
 Sums are kept per conversation, so parts merge by concatenation and the interval resamples conversations. The trade-off:
-the chat model's upper half runs once per distinct edit; the logits never exist for more than a chunk of positions, and
-no pass over the vocabulary is made that the KL does not need.
+the chat model's upper half runs once per distinct edit, and that is where the time goes; the logits never exist for more
+than a chunk of positions.
 
 Shapes: B conversations, T positions, M models, D width, V vocabulary, N tokens of a batch, P predicting positions,
 G conversations summed, I interventions, S position sets.
@@ -75,6 +75,8 @@ class CausalityBatch(NamedTuple):
     in_set_PS: Tensor
     """bool, see PredictingPositions."""
     doc_id_B: Tensor
+    dtype: torch.dtype
+    """Of the models, in which edited streams go on."""
     reference_PD: Tensor
     """The chat model's final hidden state at predicting positions."""
     shared_kl_P: Mapping[Kind, Tensor]
@@ -212,7 +214,7 @@ def _kl_of_hidden(batch: CausalityBatch, hidden: Sequence[Tensor], *, model: int
         reference_PV = _log_softmax(pair.head(CHAT, batch.reference_PD[here]))
         probability_PV = reference_PV.exp()
         for part, hidden_PD in zip(parts, hidden, strict=True):
-            edited_PV = _log_softmax(pair.head(model, hidden_PD[here]))
+            edited_PV = _log_softmax(pair.head(model, hidden_PD[here])).to(reference_PV.device)
             part.append((probability_PV * (reference_PV - edited_PV)).sum(-1))
     return [torch.cat(part) for part in parts]
 
@@ -248,6 +250,7 @@ def _prepare(
         conversation_P=torch.from_numpy(np.repeat(np.arange(len(ids)), [len(place) for place in places])).to(device),
         in_set_PS=torch.from_numpy(np.concatenate([found.in_set_PS for found in predicting])).to(device),
         doc_id_B=torch.tensor(doc_ids, dtype=torch.int64),
+        dtype=h_BTMD.dtype,
         reference_PD=torch.empty(0),
         shared_kl_P={},
     )
@@ -274,11 +277,10 @@ def _shared_kl(batch: CausalityBatch, inputs: SharedInputs) -> dict[Kind, Tensor
 def _predicting_hidden(batch: CausalityBatch, model: int, stream_ND: Tensor) -> Tensor:
     """hidden_PD of one model's upper half continued from a stream given at the tokens; padding is 0."""
     size_B, width_T = batch.mask_BT.shape
-    dtype = batch.pair.decoders[model].base.dtype
-    h_BTD = torch.zeros(size_B * width_T, stream_ND.shape[1], dtype=dtype, device=batch.token_N.device)
-    h_BTD[batch.token_N] = stream_ND.to(h_BTD.device, dtype)
+    h_BTD = torch.zeros(size_B * width_T, stream_ND.shape[1], dtype=batch.dtype, device=batch.token_N.device)
+    h_BTD[batch.token_N] = stream_ND.to(h_BTD.device, batch.dtype)
     hidden_BTD = batch.pair.upper(model, h_BTD.view(size_B, width_T, -1), batch.mask_BT)
-    return hidden_BTD.flatten(0, 1)[batch.predicting_P]
+    return hidden_BTD.flatten(0, 1).to(batch.predicting_P.device)[batch.predicting_P]
 
 
 def _edit(intervention: Intervention) -> Edit:
