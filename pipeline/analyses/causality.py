@@ -6,7 +6,7 @@ it, and the answer is KL(p_chat || p_edited) in nats per token, at the positions
 crosscoder are measured once for all.
 
 Sums are kept per conversation, so parts merge by concatenation and the interval resamples conversations. The trade-off:
-the chat model's upper half runs once per distinct edit, and that is where the time goes; the logits never exist for more
+the chat model's upper half runs once per distinct edit, which is where the time goes; the logits never exist for more
 than a chunk of positions.
 
 Shapes: B conversations, T positions, M models, D width, V vocabulary, N tokens of a batch, P predicting positions,
