@@ -13,6 +13,8 @@ import fsspec
 from pipeline.artifacts import artifact_key, digest_of_path
 from pipeline.config import RunConfig
 from pipeline.errors import InputError
+from pipeline.operators.files import expand_paths, read_text, reading
+from pipeline.operators.text import check_template
 from pipeline.sections.base import Section
 from pipeline.sections.crosscoder import AdoptedCrosscoderSection, CrosscoderSection
 from pipeline.sections.data import OrganismCorpus
@@ -101,7 +103,8 @@ def _data_steps(config: RunConfig) -> dict[str, Step]:
         "base": model_identity(config.models.base, "models.base"),
         "chat": model_identity(config.models.chat, "models.chat"),
     }
-    locations = locate_pair(config.models, folder)
+    template = _chat_template(config)
+    locations = locate_pair(config.models, folder, template)
     uses_organism = any(isinstance(source, OrganismCorpus) for source in config.corpus.sources)
     steps["corpus"] = _step(
         corpus.NAME,
@@ -115,7 +118,12 @@ def _data_steps(config: RunConfig) -> dict[str, Step]:
         tokens.NAME,
         tokens.VERSION,
         config.tokens,
-        identity={**config.tokens.model_dump(mode="json"), "weights": weights, "models": models},
+        identity={
+            **config.tokens.model_dump(mode="json"),
+            "chat_template": template or None,
+            "weights": weights,
+            "models": models,
+        },
         inputs={**base, "corpus": steps["corpus"]},
         extra={"weights": weights, "locations": locations},
     )
@@ -138,22 +146,30 @@ def _corpus_identity(config: RunConfig) -> dict[str, Any]:
     for source in identity["sources"]:
         if "paths" in source:
             where = f"corpus {source['name']!r}: paths"
-            source["paths"] = [_file_identity(path, where) for path in source["paths"]]
+            source["paths"] = [_file_identity(path, where) for path in expand_paths(source["paths"], where)]
         del source["weight"]  # the token budget is the next stage's
     return identity
 
 
+def _chat_template(config: RunConfig) -> str:
+    """The text of tokens.chat_template, or "" where the tokenizer's own is used."""
+    path = config.tokens.chat_template
+    if path is None:
+        return ""
+    (file,) = expand_paths([path], "tokens.chat_template")
+    text = read_text(file, "tokens.chat_template")
+    check_template(text, f"tokens.chat_template: {path}")
+    return text
+
+
 def _file_identity(path: str, where: str) -> str:
     """The content of a local file, or URL and version of a distant one."""
-    fs, inner = fsspec.core.url_to_fs(path)
-    try:
-        if not fs.isfile(inner):
-            raise InputError(f"{where}: expected an existing file, got {path!r}; correct the path")
+    expand_paths([path], where)
+    with reading(f"{where}: {path}"):
+        fs, inner = fsspec.core.url_to_fs(path)
         if "file" in fs.protocol:
             return f"sha256:{digest_of_path(Path(inner))}"
         return f"{path}#{fs.ukey(inner)}"
-    except PermissionError as error:
-        raise InputError(f"{where}: expected a readable file, got {path!r}: {error}") from error
 
 
 def _crosscoder_step(

@@ -79,6 +79,7 @@ TOKEN_COLUMNS = (
     Column("split", "string", "as in the corpus"),
     Column("input_ids", "list<int32>", "token ids that both models read"),
     Column("flags", "list<int32>", "per token, bits of schema.Flag and planted labels"),
+    Column("num_cut", "int32", "tokens of the document after the longest length allowed; they are not read"),
 )
 
 INDEX_COLUMNS = (

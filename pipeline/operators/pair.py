@@ -43,6 +43,8 @@ class ModelSpec(NamedTuple):
     """Whether code shipped with the model may run."""
     token_replacements: tuple[tuple[int, int], ...] = ()
     """(id, id read instead) for template tokens that this model never saw in training."""
+    chat_template: str = ""
+    """Jinja text in place of the tokenizer's own chat template; empty keeps that."""
 
 
 class PairShape(NamedTuple):
@@ -244,8 +246,11 @@ def check_pair(base: ModelSpec, chat: ModelSpec, *, layer: int) -> PairShape:
 
 
 def load_tokenizer(spec: ModelSpec) -> Any:
-    """The model's own tokenizer; InputError where it has none."""
-    return _load(AutoTokenizer, spec, "a tokenizer")
+    """The model's own tokenizer, with the spec's chat template; InputError where there is no tokenizer."""
+    tokenizer = _load(AutoTokenizer, spec, "a tokenizer")
+    if spec.chat_template:
+        tokenizer.chat_template = spec.chat_template
+    return tokenizer
 
 
 def _load_config(spec: ModelSpec) -> Any:

@@ -3,16 +3,19 @@
 First step of tokenisation: a list of messages becomes one string and one character span per message. The spans come
 from the template's own output, never from searching for a message in the text: each content is rendered once more
 between two private-use characters, and removing those characters must give back the plain rendering. So contents that
-repeat, or that contain role names and control words, are located exactly.
+repeat, or that contain role names and control words, are located exactly. Templates that write today's date get one
+fixed date: the same dialogue gives the same tokens on every day.
 
 It does not tokenise. The trade-off: a template that rewrites what a speaker wrote (drops reasoning, rewords, reorders
 characters) is refused, because no character span would be true for it.
 """
 
 import re
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pipeline.errors import InputError
 
@@ -27,6 +30,9 @@ REWRITTEN = "template_rewrites"
 """The template changed, dropped or repeated a content."""
 PRIVATE_USE = "private_use_characters"
 """The dialogue contains the characters that mark contents."""
+
+TEMPLATE_DATE = datetime(2024, 7, 26)
+"""Today, for every template: the date that Llama 3's template falls back to where it is given none."""
 
 _PROBE = (
     {"role": "user", "content": "First question?"},
@@ -51,11 +57,11 @@ class MessageSpan(NamedTuple):
     """Index of the message in the dialogue."""
     role: str
     start: int
-    """First character of the content in the rendered text; leading whitespace of the content is left outside."""
+    """First character of the content in the rendered text, after the leading whitespace that the template trimmed."""
     end: int
     """One past the last character of the content."""
     content_offset: int
-    """Leading whitespace left outside: character c of the content stands at start + c - content_offset."""
+    """Leading whitespace that was trimmed: character c of the content stands at start + c - content_offset."""
 
 
 class RenderedDialogue(NamedTuple):
@@ -79,8 +85,9 @@ class TemplateShape(NamedTuple):
 def render_dialogue(tokenizer: Any, messages: list[dict[str, Any]]) -> RenderedDialogue:
     """The template's text of a dialogue and the span of every content.
 
-    Contents that are blank get no span. Raises DialogueError where the template refuses the dialogue
-    (REJECTED) or changes, drops or repeats a content (REWRITTEN).
+    Outer whitespace of a content belongs to its span where the template keeps it in every message; where it trims, the
+    spans hold what is left. Contents that are blank get no span. Raises DialogueError where the template
+    refuses the dialogue (REJECTED) or changes, drops or repeats a content (REWRITTEN).
     """
     plain_messages = [{"role": m["role"], "content": m["content"]} for m in messages]
     if len(messages) > MAX_MESSAGES:
@@ -93,13 +100,17 @@ def render_dialogue(tokenizer: Any, messages: list[dict[str, Any]]) -> RenderedD
             f"expected a dialogue without characters of Unicode's private-use plane 15, which mark the contents here, "
             f"but it has U+{ord(present.group()):X}; remove it from the corpus",
         )
-    marked = _apply(tokenizer, [_mark(i, message) for i, message in enumerate(plain_messages)])
+    is_padded = any(message["content"] != message["content"].strip() for message in plain_messages)
+    for is_trimmed in (False, True) if is_padded else (True,):
+        marked = _apply(tokenizer, [_mark(i, m, is_trimmed=is_trimmed) for i, m in enumerate(plain_messages)])
+        if _SENTINEL.sub("", marked) == plain:
+            break
+    else:
+        raise _rewritten(plain_messages, "what it writes depends on how a content starts or ends")
     places: dict[int, list[int]] = {}
     for num_before, match in enumerate(_SENTINEL.finditer(marked)):
         places.setdefault(ord(match.group()) - FIRST_SENTINEL, []).append(match.start() - num_before)
-    if _SENTINEL.sub("", marked) != plain:
-        raise _rewritten(plain_messages, "what it writes depends on how a content starts or ends")
-    return RenderedDialogue(plain, _spans(plain_messages, places, plain))
+    return RenderedDialogue(plain, _spans(plain_messages, places, plain, is_trimmed=is_trimmed))
 
 
 def render_prompt(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
@@ -114,13 +125,19 @@ def read_template_shape(tokenizer: Any) -> TemplateShape:
     assistant tokens, and with them every statement about them, would be meaningless.
     """
     probe = [dict(message) for message in _PROBE]
-    text, spans = render_dialogue(tokenizer, probe)
+    try:
+        text, spans = render_dialogue(tokenizer, probe)
+    except DialogueError as error:
+        raise InputError(
+            f"expected a chat template that renders a plain dialogue of user and assistant, but {error}; give another "
+            "one in tokens.chat_template"
+        ) from error
     gap_to_assistant = text[spans[0].end : spans[1].start]
     gap_to_user = text[spans[1].end : spans[2].start]
     if gap_to_assistant == gap_to_user:
         raise InputError(
             f"expected a chat template that tells user from assistant turns, but it writes {gap_to_user!r} between "
-            "both; give the chat model's tokenizer a template with roles"
+            "both; give a template with roles in tokens.chat_template"
         )
     user_only, user_spans = render_dialogue(tokenizer, probe[:1])
     answered, answered_spans = render_dialogue(tokenizer, probe[:2])
@@ -133,6 +150,19 @@ def read_template_shape(tokenizer: Any) -> TemplateShape:
         },
         trailers={"user": user_trailer, "assistant": assistant_trailer},
     )
+
+
+def check_template(text: str, where: str) -> None:
+    """Raise an InputError for a chat template that is no Jinja text; its behaviour is judged when it renders."""
+    try:
+        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(_without_generation(text))
+    except TemplateError as error:
+        raise InputError(f"{where}: expected a Jinja chat template, got: {error}; mend the file") from error
+
+
+def _without_generation(text: str) -> str:
+    """The template without transformers' own tags around generated text, which plain Jinja does not know."""
+    return re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", text)
 
 
 def strip_bos(tokenizer: Any, text: str) -> str:
@@ -157,10 +187,12 @@ def _apply(tokenizer: Any, messages: list[dict[str, str]], *, is_prompt: bool = 
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(
             f"expected a tokenizer with a chat template, but {tokenizer.name_or_path!r} has none; dialogues are "
-            "rendered with the chat model's template, so name a chat model that has one"
+            "rendered with a chat template, so name a chat model that has one, or a file in tokens.chat_template"
         )
     try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_prompt)
+        text: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=is_prompt, strftime_now=TEMPLATE_DATE.strftime
+        )
     except TemplateError as error:
         roles = [message["role"] for message in messages[:8]]
         raise DialogueError(
@@ -171,22 +203,24 @@ def _apply(tokenizer: Any, messages: list[dict[str, str]], *, is_prompt: bool = 
     return text
 
 
-def _mark(index: int, message: dict[str, str]) -> dict[str, str]:
-    """The message with its content between two sentinels; outer whitespace stays outside, so that trimming works."""
+def _mark(index: int, message: dict[str, str], *, is_trimmed: bool) -> dict[str, str]:
+    """The message with its content between two sentinels; outside them stays the whitespace that is trimmed."""
     content = message["content"]
-    core = content.strip()
-    if not core:
+    core = content.strip() if is_trimmed else content
+    if not content.strip():
         return message
     start = content.index(core)
     opens, closes = chr(FIRST_SENTINEL + 2 * index), chr(FIRST_SENTINEL + 2 * index + 1)
     return message | {"content": content[:start] + opens + core + closes + content[start + len(core) :]}
 
 
-def _spans(messages: list[dict[str, str]], places: dict[int, list[int]], text: str) -> tuple[MessageSpan, ...]:
+def _spans(
+    messages: list[dict[str, str]], places: dict[int, list[int]], text: str, *, is_trimmed: bool
+) -> tuple[MessageSpan, ...]:
     spans = []
     for index, message in enumerate(messages):
-        core = message["content"].strip()
-        if not core:
+        core = message["content"].strip() if is_trimmed else message["content"]
+        if not core.strip():
             continue
         opened, closed = places.get(2 * index, []), places.get(2 * index + 1, [])
         if len(opened) != 1 or len(closed) != 1 or text[opened[0] : closed[0]] != core:

@@ -46,6 +46,8 @@ class DocumentTokens(NamedTuple):
     """int32 [T]."""
     flags: np.ndarray
     """int32 [T], bits of schema.Flag and planted labels."""
+    num_cut: int = 0
+    """Tokens after max_tokens that were left out."""
 
 
 class Tokenise:
@@ -75,22 +77,24 @@ class Tokenise:
         """Token rows in the order of the batch, with one more column `dropped`.
 
         `dropped` is "" for kept rows, else the reason, and the row's input_ids and flags are empty; split_dropped
-        takes the two apart. Columns: doc_id, corpus, split, input_ids (int32 [T]), flags (int32 [T]), dropped.
+        takes the two apart. Columns: doc_id, corpus, split, input_ids (int32 [T]), flags (int32 [T]), num_cut, dropped.
         """
         rows: dict[str, list[Any]] = {name: list(batch[name]) for name in ("doc_id", "corpus", "split")}
-        rows |= {"input_ids": [], "flags": [], "dropped": []}
+        rows |= {"input_ids": [], "flags": [], "num_cut": [], "dropped": []}
         for text, messages in zip(batch["text"], batch["messages"], strict=True):
             document, reason = self._tokenise(text, messages)
             rows["input_ids"].append(document.input_ids)
             rows["flags"].append(document.flags)
+            rows["num_cut"].append(document.num_cut)
             rows["dropped"].append(reason)
         return rows
 
     def plain(self, text: str) -> DocumentTokens:
         """A plain document: control tokens and BOS are flagged, nothing is template, user or assistant."""
         encoding = self.tokenizer(text, add_special_tokens=True, verbose=False)
-        ids = np.asarray(encoding["input_ids"], dtype=np.int32)[: self.max_tokens]
-        return DocumentTokens(ids, self._control_flags(ids))
+        all_ids = encoding["input_ids"]
+        ids = np.asarray(all_ids[: self.max_tokens], dtype=np.int32)
+        return DocumentTokens(ids, self._control_flags(ids), len(all_ids) - len(ids))
 
     def dialogue(self, messages: list[dict[str, Any]]) -> DocumentTokens:
         """A dialogue: every token carries its speaker or TEMPLATE; the tokenizer's BOS carries neither.
@@ -106,12 +110,14 @@ class Tokenise:
         encoding = self.tokenizer(
             text, add_special_tokens=adds_bos(self.tokenizer), return_offsets_mapping=True, verbose=False
         )
-        ids = np.asarray(encoding["input_ids"], dtype=np.int32)[: self.max_tokens]
+        all_ids = encoding["input_ids"]
+        ids = np.asarray(all_ids[: self.max_tokens], dtype=np.int32)
         offsets = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)[: self.max_tokens]
         flags = _token_flags(char_flags, offsets)
         control = self._control_flags(ids)
         is_bos = (control & Flag.BOS) != 0
-        return DocumentTokens(ids, np.where(is_bos, control, flags | control).astype(np.int32))
+        flags = np.where(is_bos, control, flags | control).astype(np.int32)
+        return DocumentTokens(ids, flags, len(all_ids) - len(ids))
 
     def _tokenise(self, text: Any, messages: Any) -> tuple[DocumentTokens, str]:
         empty = DocumentTokens(np.zeros(0, np.int32), np.zeros(0, np.int32))
@@ -155,15 +161,19 @@ class Tokenise:
         return chars
 
 
-def split_dropped(rows: Mapping[str, Sequence[Any]]) -> tuple[dict[str, list[Any]], Counter[str]]:
-    """The kept rows without the column `dropped`, and how many documents were dropped for each reason."""
+def split_dropped(rows: Mapping[str, Sequence[Any]]) -> tuple[dict[str, list[Any]], dict[str, Counter[str]]]:
+    """The kept rows without the column `dropped`, and per corpus how many documents were dropped for each reason."""
     reasons = list(rows["dropped"])
     kept = {
         name: [value for value, reason in zip(column, reasons, strict=True) if reason == KEPT]
         for name, column in rows.items()
         if name != "dropped"
     }
-    return kept, Counter(reason for reason in reasons if reason != KEPT)
+    dropped: dict[str, Counter[str]] = {}
+    for corpus, reason in zip(rows["corpus"], reasons, strict=True):
+        if reason != KEPT:
+            dropped.setdefault(corpus, Counter())[reason] += 1
+    return kept, dropped
 
 
 def parse_messages(messages: str) -> list[dict[str, Any]]:

@@ -63,20 +63,51 @@ class ModelsSection(Section):
     """Attention code of transformers; None leaves the choice to the model."""
 
 
+class FiltersSection(Section):
+    """Documents of a corpus that are left out. The record counts every reason; the defaults leave out nothing."""
+
+    min_characters: NonNegativeInt = 0
+    """Shorter documents go; of a dialogue all contents count together."""
+    max_characters: PositiveInt | None = None
+    """Longer documents go; to cut them instead, see tokens.max_tokens_per_document."""
+    min_messages: NonNegativeInt = 0
+    """Dialogues with fewer messages go; system prompts do not count."""
+    max_messages: PositiveInt | None = None
+    """Dialogues with more messages go."""
+    alternating_roles: bool = False
+    """Only dialogues user, assistant, user, ... stay; a system prompt may stand in front."""
+    ends_with_assistant: bool = False
+    """Only dialogues whose last message is the assistant's stay."""
+    max_repeated_frac: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Documents go whose characters lie in lines that repeat an earlier line to a larger share than this."""
+    min_letter_frac: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Documents go that have a smaller share of letters (of any script) among their characters that are not blank."""
+
+
 class _FileCorpus(Section):
     name: Name
     """Name of the corpus in tables and figures."""
     weight: PositiveFloat = 1.0
-    """Share of the token budget relative to the other corpora; equal weights mix 1:1 by tokens."""
+    """Share of the tokens relative to the other corpora; equal weights mix 1:1 by tokens."""
     max_documents: PositiveInt | None = None
-    """Read at most this many documents; None reads all."""
+    """Keep at most this many documents, the first ones of the files in their order; None keeps all."""
+    filters: FiltersSection = FiltersSection()
+    """Which documents are left out."""
 
 
 class _ColumnCorpus(_FileCorpus):
     text_column: str | None = None
     """Column (JSON key) of a plain document's text; give this or messages_column."""
     messages_column: str | None = None
-    """Column (JSON key) of a dialogue's list of {role, content}."""
+    """Column (JSON key) of a dialogue's list of messages."""
+    role_key: str = "role"
+    """Key of a message's role ("from" in ShareGPT's layout)."""
+    content_key: str = "content"
+    """Key of a message's text ("value" in ShareGPT's layout)."""
+    role_names: dict[str, str] = Field(default_factory=dict)
+    """What roles of other names mean: {human: user, gpt: assistant}."""
+    where: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """Only rows whose columns have these values are used: {language: English}."""
 
     @model_validator(mode="after")
     def _one_column(self) -> Self:
@@ -93,7 +124,7 @@ class JsonlCorpus(_ColumnCorpus):
 
     kind: Literal["jsonl"]
     paths: tuple[str, ...] = Field(min_length=1)
-    """Files, local or on any fsspec URL."""
+    """Files or globs, local or on any fsspec URL (s3://bucket/chat-*.jsonl.gz)."""
 
 
 class ParquetCorpus(_ColumnCorpus):
@@ -101,7 +132,7 @@ class ParquetCorpus(_ColumnCorpus):
 
     kind: Literal["parquet"]
     paths: tuple[str, ...] = Field(min_length=1)
-    """Files, local or on any fsspec URL."""
+    """Files or globs, local or on any fsspec URL (s3://bucket/chat-*.jsonl.gz)."""
 
 
 class TextCorpus(_FileCorpus):
@@ -109,7 +140,7 @@ class TextCorpus(_FileCorpus):
 
     kind: Literal["text"]
     paths: tuple[str, ...] = Field(min_length=1)
-    """Files, local or on any fsspec URL."""
+    """Files or globs, local or on any fsspec URL (s3://bucket/chat-*.jsonl.gz)."""
     split_on: Literal["file", "blank_line", "line"] = "blank_line"
     """What ends a document: the file, an empty line, or every line."""
 
@@ -145,7 +176,7 @@ class CorpusSection(Section):
     """Which texts, and which part of them is held out."""
 
     sources: tuple[CorpusSource, ...] = Field(min_length=1)
-    """Corpora to mix. Identical documents are kept once."""
+    """Corpora to mix. Identical documents are kept once, in the first corpus that has them."""
     validation_frac: Fraction = 0.1
     """Share of documents held out for validation and all analyses; chosen by the document's hash, never by order."""
 
@@ -163,7 +194,12 @@ class TokensSection(Section):
     max_tokens_per_document: int = Field(1024, ge=2)
     """Documents are truncated to this many tokens."""
     num_tokens: PositiveInt | None = None
-    """Token budget over all corpora and both splits, shared by weight; None takes everything."""
+    """Token budget over all corpora and both splits; None takes as much as the mixing allows."""
+    mixing: Literal["by_weight", "everything"] = "by_weight"
+    """by_weight: shares of tokens follow the weights to a document; where one corpus runs out, the others are cut too.
+    everything: one that runs out gives all it has, the others keep their part of the budget (without a budget: all)."""
+    chat_template: str | None = None
+    """File or URL of a Jinja chat template in place of the one that comes with the chat model's tokenizer."""
 
 
 class ActivationsSection(Section):

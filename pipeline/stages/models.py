@@ -27,10 +27,13 @@ class ModelLocation(NamedTuple):
     """How tables name it."""
 
 
-def locate(model: HubModel | OrganismModel, organism_folder: str) -> ModelLocation:
-    """The location of a configured model; `organism_folder` is the key of the run's organism, or empty."""
+def locate(model: HubModel | OrganismModel, organism_folder: str, chat_template: str = "") -> ModelLocation:
+    """The location of a configured model; `organism_folder` is the key of the run's organism, or empty.
+
+    `chat_template` (text) takes the place of the tokenizer's own.
+    """
     if isinstance(model, OrganismModel):
-        spec = ModelSpec("", None, None, False)
+        spec = ModelSpec("", None, None, False, chat_template=chat_template)
         return ModelLocation(spec, f"{organism_folder}/{model.member}", f"organism {model.member}")
     spec = ModelSpec(
         model.source,
@@ -38,6 +41,7 @@ def locate(model: HubModel | OrganismModel, organism_folder: str) -> ModelLocati
         model.adapter,
         model.trust_remote_code,
         tuple(sorted(model.token_replacements.items())),
+        chat_template,
     )
     shown = (
         model.source
@@ -47,9 +51,12 @@ def locate(model: HubModel | OrganismModel, organism_folder: str) -> ModelLocati
     return ModelLocation(spec, "", shown)
 
 
-def locate_pair(section: ModelsSection, organism_folder: str) -> tuple[ModelLocation, ModelLocation]:
-    """Locations of base and chat."""
-    return locate(section.base, organism_folder), locate(section.chat, organism_folder)
+def locate_pair(
+    section: ModelsSection, organism_folder: str, chat_template: str = ""
+) -> tuple[ModelLocation, ModelLocation]:
+    """Locations of base and chat; both carry the template, so that equal models stay equal."""
+    base, chat = (locate(model, organism_folder, chat_template) for model in (section.base, section.chat))
+    return base, chat
 
 
 def model_identity(model: HubModel | OrganismModel, where: str) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Documents become token ids that both models read, each token with its speaker, template and label bits.
 
 One worker call tokenises one part of the corpus. Afterwards the driver takes the token budget per corpus in the order
-of the documents' hashes (a random order that does not depend on files) and publishes an index of what is used.
+of the documents' hashes (a random order that does not depend on files) and publishes an index of what is used. What
+truncation cut, what the mixing left unused and which corpus ran out is counted in the record.
 """
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from pipeline.stages.tables import TOKEN_SCHEMA, arrow_schema, read_table, write
 from pipeline.storage import Storage
 
 NAME = "tokens"
-VERSION = 1
+VERSION = 2
 
 INDEX_NAME = "index.parquet"
 INDEX_SCHEMA = arrow_schema(INDEX_COLUMNS)
@@ -50,20 +51,23 @@ def run(steps: Sequence[Step], context: Context) -> None:
         num_read += result["num_read"]
         shown(context, progress, num_read)
     results.sort(key=lambda result: str(result["part"]))
-    dropped: Counter[str] = Counter()
-    for result in results:
-        dropped.update(result["dropped"])
     with local_specs(context.storage, *locations) as specs:
         base, chat = (load_tokenizer(spec) for spec in specs)
         check_vocabularies(base, chat, np.unique(np.concatenate([result["used_ids"] for result in results])))
         hashed = tokenizer_hash(chat)
-    index = select(_index_of(results), step.extra["weights"], section.num_tokens)
+    everything = _index_of(results)
+    index = select(everything, step.extra["weights"], section.num_tokens, mixing=section.mixing)
     write_table(context.storage, f"{step.key.folder}/{INDEX_NAME}", index, INDEX_SCHEMA)
+    mix = describe_mix(everything, index, step.extra["weights"])
+    if mix["ran_out"] or mix["is_off_weight"]:
+        context.reporter.message(_said(mix, section))
     counts = {
         "labels": labels,
         "dialogue_corpora": corpus.counts["dialogue_corpora"],
-        "dropped": dict(dropped),
+        "dropped": dropped_of(results, step.extra["weights"]),
+        "truncated": truncated_of(results, step.extra["weights"]),
         "tokenizer": hashed,
+        **mix,
         **count_tokens(index),
     }
     context.finish(step, counts, time.monotonic() - started)
@@ -95,13 +99,33 @@ class TokenisePart:
         return {
             "part": item["part"],
             "num_read": corpus.num_rows,
-            "dropped": dict(dropped),
+            "dropped": {name: dict(reasons) for name, reasons in dropped.items()},
             "doc_id": np.asarray(rows["doc_id"], dtype=np.int64),
             "corpus": list(rows["corpus"]),
             "split": list(rows["split"]),
             "num_tokens": np.asarray([len(row) for row in ids], dtype=np.int32),
+            "num_cut": np.asarray(rows["num_cut"], dtype=np.int64),
             "used_ids": np.unique(np.concatenate(ids)) if ids else np.zeros(0, np.int32),
         }
+
+
+def dropped_of(results: Sequence[Mapping[str, Any]], names: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Per corpus: documents left out, by reason."""
+    dropped: dict[str, Counter[str]] = {name: Counter() for name in names}
+    for result in results:
+        for name, reasons in result["dropped"].items():
+            dropped[name].update(reasons)
+    return {name: dict(reasons) for name, reasons in dropped.items()}
+
+
+def truncated_of(results: Sequence[Mapping[str, Any]], names: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Per corpus: documents that were cut at the longest length allowed, and the tokens that went."""
+    truncated = {name: {"num_documents": 0, "num_tokens": 0} for name in names}
+    for result in results:
+        for name, num_cut in zip(result["corpus"], result["num_cut"].tolist(), strict=True):
+            truncated[name]["num_documents"] += num_cut > 0
+            truncated[name]["num_tokens"] += num_cut
+    return truncated
 
 
 def _index_of(results: Sequence[Mapping[str, Any]]) -> pa.Table:
@@ -117,17 +141,20 @@ def _index_of(results: Sequence[Mapping[str, Any]]) -> pa.Table:
     return pa.table(columns).cast(INDEX_SCHEMA)
 
 
-def select(index: pa.Table, weights: Mapping[str, float], num_tokens: int | None) -> pa.Table:
-    """The documents that are used, mixed evenly: each corpus gets its share of the budget, in order of its hashes.
+def select(
+    index: pa.Table, weights: Mapping[str, float], num_tokens: int | None, *, mixing: str = "by_weight"
+) -> pa.Table:
+    """The documents that are used, mixed evenly: each corpus gives its share of tokens, in order of its hashes.
 
-    Without a budget everything is used. A corpus that has less than its share gives all that it has; the others keep
-    their shares, so the total is then smaller than asked for.
+    A share is met to within one document. mixing "by_weight": the shares hold whatever the corpora's sizes are; the one
+    that runs out first sets the total. "everything": a corpus that runs out gives all that it has and the others keep
+    their parts of the budget; without a budget every document is used.
     """
     corpora = np.asarray(index["corpus"].to_pylist(), dtype=object)
     doc_ids = index["doc_id"].to_numpy()
-    lengths = index["num_tokens"].to_numpy()
-    kept: list[np.ndarray] = []
-    places: list[np.ndarray] = []
+    lengths = index["num_tokens"].to_numpy().astype(np.int64)
+    shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+    rows_of: dict[str, np.ndarray] = {}
     for name in weights:
         rows = np.flatnonzero(corpora == name)
         if not len(rows):
@@ -135,15 +162,50 @@ def select(index: pa.Table, weights: Mapping[str, float], num_tokens: int | None
                 f"corpus {name!r}: expected at least one document after tokenising, got none; "
                 "check its text, the chat template and tokens.max_tokens_per_document"
             )
-        rows = rows[np.argsort(doc_ids[rows], kind="stable")]
-        ends = np.cumsum(lengths[rows])
-        if num_tokens is not None:
-            budget = num_tokens * weights[name] / sum(weights.values())
-            rows = rows[: max(1, int(np.searchsorted(ends, budget, side="right")))]
-        kept.append(rows)
-        places.append((np.arange(len(rows)) + 0.5) / len(rows))
+        rows_of[name] = rows[np.argsort(doc_ids[rows], kind="stable")]
+    total = float("inf") if num_tokens is None else float(num_tokens)
+    if mixing == "by_weight":
+        total = min(total, *(lengths[rows].sum() / shares[name] for name, rows in rows_of.items()))
+    kept: list[np.ndarray] = []
+    places: list[np.ndarray] = []
+    for name, rows in rows_of.items():
+        fitting = int(np.searchsorted(np.cumsum(lengths[rows]), total * shares[name] * (1 + 1e-12), side="right"))
+        taken = rows[: max(1, fitting)]
+        kept.append(taken)
+        places.append((np.arange(len(taken)) + 0.5) / len(taken))
     order = np.argsort(np.concatenate(places), kind="stable")
     return index.take(np.concatenate(kept)[order])
+
+
+def describe_mix(everything: pa.Table, used: pa.Table, weights: Mapping[str, float]) -> dict[str, Any]:
+    """What the mixing did: per corpus its share of the tokens, the tokens left unused, and who ran out.
+
+    is_off_weight: some share misses its weight by more than 1% of all tokens.
+    """
+    have, took = tokens_per_corpus(everything), tokens_per_corpus(used)
+    total, total_weight = sum(took.values()), sum(weights.values())
+    share = {name: took[name] / total for name in weights}
+    return {
+        "share": share,
+        "is_off_weight": any(abs(share[name] - weight / total_weight) > 0.01 for name, weight in weights.items()),
+        "unused_tokens": {name: have[name] - took[name] for name in weights},
+        "ran_out": [name for name in weights if have[name] == took[name]] if have != took else [],
+    }
+
+
+def tokens_per_corpus(index: pa.Table) -> dict[str, int]:
+    """Tokens of each corpus of an index."""
+    totals: Counter[str] = Counter()
+    for name, length in zip(index["corpus"].to_pylist(), index["num_tokens"].to_pylist(), strict=True):
+        totals[name] += length
+    return dict(totals)
+
+
+def _said(mix: Mapping[str, Any], section: TokensSection) -> str:
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in mix["share"].items())
+    unused = ", ".join(f"{count:,} of {name}" for name, count in mix["unused_tokens"].items() if count)
+    ran_out = f"{' and '.join(mix['ran_out'])} ran out, " if mix["ran_out"] else ""
+    return f"tokens: {ran_out}used: {shares} (tokens.mixing: {section.mixing}); tokens left over: {unused or 'none'}"
 
 
 def count_tokens(index: pa.Table) -> dict[str, Any]:

@@ -40,12 +40,60 @@ def test_json_lines_give_documents_and_reasons(tmp_path: Path) -> None:
     found = read(path, source("jsonl", text_column="text"))
     assert [document.text for document in found] == ["one", None, None, None, None]
     assert [document.reason for document in found] == ["", "empty", "column missing", "not text", "column missing"]
+    assert found[0].num_characters == 3
 
 
 def test_compressed_json_lines_are_read(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
         file.write('{"text": "packed"}\n\n')
     assert [d.text for d in read(tmp_path / "a.jsonl.gz", source("jsonl", text_column="text"))] == ["packed"]
+
+
+@pytest.mark.parametrize("codec", ["gzip", "bz2", "zstd"])
+def test_every_compression_is_read_by_its_name(tmp_path: Path, codec: str) -> None:
+    path = tmp_path / f"a.jsonl.{ {'gzip': 'gz', 'bz2': 'bz2', 'zstd': 'zst'}[codec] }"
+    with pa.CompressedOutputStream(str(path), codec) as file:
+        file.write(('{"text": "gepackt \u00e4"}\n' * 3).encode())
+    assert [d.text for d in read(path, source("jsonl", text_column="text"))] == ["gepackt \u00e4"] * 3
+    with_block = source("text", split_on="line")
+    assert len(read(path, with_block)) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000)[:-20]),
+        ("wrong.jsonl.gz", b'{"text": "not packed"}\n'),
+        ("wrong.jsonl.zst", b'{"text": "not packed"}\n'),
+        ("latin.jsonl", '{"text": "\u00e4"}\n'.encode("latin-1")),
+    ],
+)
+def test_a_damaged_file_is_named_in_one_line(tmp_path: Path, name: str, data: bytes) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(InputError, match=rf"corpus 'mine': .*{name}: expected a readable file, got \w+.*; replace it"):
+        read(tmp_path / name, source("jsonl", text_column="text"))
+
+
+def test_half_a_surrogate_pair_is_a_reason_and_no_crash(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine \\ud83d\\ude00"}\n{"text": "half \\ud83d"}\n')
+    found = read(tmp_path / "a.jsonl", source("jsonl", text_column="text"))
+    assert [document.reason for document in found] == ["", "not valid Unicode"]
+
+
+def test_other_layouts_of_dialogues_are_read(tmp_path: Path) -> None:
+    rows = [{"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi"}]}]
+    layout = {"role_key": "from", "content_key": "value", "role_names": {"human": "user", "gpt": "assistant"}}
+    (found,) = read(lines(tmp_path / "a.jsonl", rows), source("jsonl", messages_column="conversations", **layout))
+    assert json.loads(found.messages or "") == DIALOGUE
+
+
+def test_rows_are_chosen_by_other_columns(tmp_path: Path) -> None:
+    rows = [{"text": "a", "lang": "en", "n": 1}, {"text": "b", "lang": "de", "n": 1}, {"text": "c", "n": 1}]
+    path = lines(tmp_path / "a.jsonl", rows)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for kind, name in (("jsonl", path), ("parquet", tmp_path / "a.parquet")):
+        found = read(name, source(kind, text_column="text", where={"lang": "en", "n": 1}))
+        assert [document.reason for document in found] == ["", "lang is not 'en'", "lang is not 'en'"]
 
 
 def test_dialogues_keep_roles_contents_and_labels_only(tmp_path: Path) -> None:
@@ -81,10 +129,9 @@ def test_a_data_set_is_streamed_through_datasets(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
     lines(folder / "train.jsonl", [{"text": f"document {n}"} for n in range(5)])
-    settings = source(
-        "hub", dataset=str(folder), subset=None, split="train", revision=None, text_column="text", max_documents=3
-    )
-    assert [document.text for document in read("", settings)] == ["document 0", "document 1", "document 2"]
+    settings = source("hub", dataset=str(folder), subset=None, split="train", revision=None, text_column="text")
+    found = read_documents("", settings)
+    assert [next(found).text for _ in range(3)] == ["document 0", "document 1", "document 2"]
 
 
 def test_a_data_set_that_is_not_there_is_named() -> None:

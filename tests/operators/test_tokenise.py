@@ -53,7 +53,7 @@ def test_flags_split_a_dialogue_into_exactly_its_contents_and_the_template(
     tokenizers: dict[str, Any], style: str
 ) -> None:
     tokenizer = tokenizers[style]
-    ids, flags = Tokenise(tokenizer, max_tokens=999).dialogue(DIALOGUE)
+    ids, flags, _ = Tokenise(tokenizer, max_tokens=999).dialogue(DIALOGUE)
     rendered = tokenizer.apply_chat_template(DIALOGUE, tokenize=False)
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == rendered
     for flag, role in ((Flag.USER, "user"), (Flag.ASSISTANT, "assistant")):
@@ -70,7 +70,7 @@ def test_flags_split_a_dialogue_into_exactly_its_contents_and_the_template(
 def test_bos_occurs_once_in_dialogues_and_in_plain_documents(tokenizers: dict[str, Any], style: str) -> None:
     tokenizer, tokenise = tokenizers[style], Tokenise(tokenizers[style], max_tokens=999)
     expected = 0 if tokenizer.bos_token_id is None else 1
-    for ids, flags in (tokenise.dialogue(DIALOGUE), tokenise.plain("hello world")):
+    for ids, flags, _ in (tokenise.dialogue(DIALOGUE), tokenise.plain("hello world")):
         assert int(((flags & Flag.BOS) != 0).sum()) == expected
         if expected:
             assert (ids == tokenizer.bos_token_id).sum() == 1
@@ -81,7 +81,7 @@ def test_bos_occurs_once_in_dialogues_and_in_plain_documents(tokenizers: dict[st
 
 def test_bos_of_the_template_stays_where_the_tokenizer_adds_none(build_tokenizer: Callable[..., Any]) -> None:
     tokenizer = build_tokenizer("llama", adds_bos=False)
-    ids, flags = Tokenise(tokenizer, max_tokens=999).dialogue(DIALOGUE)
+    ids, flags, _ = Tokenise(tokenizer, max_tokens=999).dialogue(DIALOGUE)
     assert ids.tolist() == Tokenise(build_tokenizer("llama"), max_tokens=999).dialogue(DIALOGUE).input_ids.tolist()
     assert flags[0] == Flag.BOS | Flag.SPECIAL
 
@@ -89,7 +89,7 @@ def test_bos_of_the_template_stays_where_the_tokenizer_adds_none(build_tokenizer
 @pytest.mark.parametrize("style", STYLES)
 def test_labels_reach_the_tokens_and_the_header_of_their_turn(tokenizers: dict[str, Any], style: str) -> None:
     tokenizer = tokenizers[style]
-    ids, flags = Tokenise(tokenizer, max_tokens=999, labels=["refusal", "question"]).dialogue(DIALOGUE)
+    ids, flags, _ = Tokenise(tokenizer, max_tokens=999, labels=["refusal", "question"]).dialogue(DIALOGUE)
     refusal = "".join(tokenizer.decode([i]) for i in ids[(flags & (1 << PLANTED_SHIFT)) != 0])
     header = {
         "gemma": "<start_of_turn>model\n",
@@ -111,6 +111,7 @@ def test_truncation_cuts_ids_and_flags_alike(tokenizers: dict[str, Any]) -> None
     short = Tokenise(tokenizers["gemma"], max_tokens=7).dialogue(DIALOGUE)
     assert np.array_equal(short.input_ids, long.input_ids[:7])
     assert np.array_equal(short.flags, long.flags[:7])
+    assert (long.num_cut, short.num_cut) == (0, len(long.input_ids) - 7)
 
 
 def test_every_document_comes_back_kept_or_with_a_counted_reason(tokenizers: dict[str, Any]) -> None:
@@ -146,7 +147,7 @@ def test_every_document_comes_back_kept_or_with_a_counted_reason(tokenizers: dic
     kept, reasons = split_dropped(rows)
     assert set(kept) == {column.name for column in TOKEN_COLUMNS}
     assert kept["doc_id"] == [0, 2]
-    assert sum(reasons.values()) == 8
+    assert reasons == {"c": {EMPTY: 2, UNREADABLE: 4, "template_rejects": 1, "private_use_characters": 1}}
     assert all(len(ids) == len(flags) > 0 for ids, flags in zip(kept["input_ids"], kept["flags"], strict=True))
     assert kept["flags"][0].tolist() == [Flag.BOS | Flag.SPECIAL, *[0] * (len(kept["flags"][0]) - 1)]
     assert kept["input_ids"][0].dtype == np.int32

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.stages.activations import plan_shards
-from pipeline.stages.tokens import INDEX_SCHEMA, count_tokens, select
+from pipeline.stages.tokens import INDEX_SCHEMA, count_tokens, describe_mix, select
 
 
 def index(lengths: dict[str, list[int]], *, split: str = "train") -> pa.Table:
@@ -36,13 +36,46 @@ def test_a_budget_is_shared_by_weight() -> None:
     assert (tokens_of(uneven, "web"), tokens_of(uneven, "chat")) == (1800, 600)
 
 
-def test_no_budget_takes_everything() -> None:
-    table = index({"web": [10] * 30, "chat": [30] * 10})
-    assert select(table, {"web": 1.0, "chat": 1.0}, None).num_rows == 40
+@pytest.mark.parametrize("num_tokens", [None, 10_000, 4000])
+def test_the_shares_hold_when_a_corpus_runs_out(num_tokens: int | None) -> None:
+    rng = np.random.default_rng(3)
+    table = index({"web": rng.integers(5, 40, 300).tolist(), "chat": rng.integers(20, 60, 20).tolist()})
+    weights = {"web": 3.0, "chat": 1.0}
+    used = select(table, weights, num_tokens)
+    assert tokens_of(used, "chat") == tokens_of(table, "chat")  # all of the short one
+    assert 0 <= 3 * tokens_of(used, "chat") - tokens_of(used, "web") < 40  # within one document
+    mix = describe_mix(table, used, weights)
+    assert mix["ran_out"] == ["chat"]
+    assert mix["unused_tokens"] == {"web": tokens_of(table, "web") - tokens_of(used, "web"), "chat": 0}
+    assert mix["share"]["web"] == pytest.approx(0.75, abs=0.02)
+    assert not mix["is_off_weight"]
+
+
+def test_mixing_everything_leaves_out_nothing_and_says_how_far_it_is_from_the_weights() -> None:
+    table = index({"web": [10] * 30, "chat": [20] * 10})
+    weights = {"web": 1.0, "chat": 1.0}
+    used = select(table, weights, None, mixing="everything")
+    assert used.num_rows == 40
+    assert describe_mix(table, used, weights) == {
+        "share": {"web": 0.6, "chat": 0.4},
+        "is_off_weight": True,
+        "unused_tokens": {"web": 0, "chat": 0},
+        "ran_out": [],
+    }
+    budgeted = select(table, weights, 480, mixing="everything")
+    assert (tokens_of(budgeted, "web"), tokens_of(budgeted, "chat")) == (240, 200)
+    assert describe_mix(table, budgeted, weights)["ran_out"] == ["chat"]
+
+
+def test_nobody_ran_out_where_the_budget_was_met() -> None:
+    table = index({"web": [10] * 300, "chat": [30] * 100})
+    mix = describe_mix(table, select(table, {"web": 1.0, "chat": 1.0}, 2400), {"web": 1.0, "chat": 1.0})
+    assert mix["ran_out"] == []
+    assert mix["unused_tokens"] == {"web": 1800, "chat": 1800}
 
 
 def test_the_corpora_are_mixed_evenly_in_the_order_of_their_hashes() -> None:
-    table = select(index({"web": [10] * 200, "chat": [10] * 50}), {"web": 1.0, "chat": 1.0}, None).to_pandas()
+    table = select(index({"web": [10] * 200, "chat": [10] * 50}), {"web": 4.0, "chat": 1.0}, None).to_pandas()
     for start in range(0, 250, 50):
         assert 8 <= (table["corpus"].iloc[start : start + 50] == "chat").sum() <= 12
     for _, own in table.groupby("corpus"):

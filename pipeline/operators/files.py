@@ -1,0 +1,86 @@
+"""Files that users name: globs, compression and object stores over fsspec, and one line for what cannot be read.
+
+Corpora and chat templates are opened here. Credentials and end points are the file system's own business (`AWS_*` for
+s3). Compression follows the name: .gz, .bz2, .xz, .zst. It knows nothing of what a file holds, and it writes nothing.
+"""
+
+import io
+import lzma
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import fsspec
+
+from pipeline.errors import InputError
+
+_READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeError, ImportError)
+_REMOTE_MODULES = ("botocore", "aiobotocore", "aiohttp", "httpx", "huggingface_hub", "datasets", "fsspec", "s3fs")
+"""Packages whose own exceptions mean that a distant file cannot be read; they are no OSErrors."""
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turn whatever a damaged, missing or refused file raises into an InputError that names it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        is_remote = type(error).__module__.split(".")[0] in _REMOTE_MODULES
+        if not is_remote and not isinstance(error, _READ_ERRORS):
+            raise
+        refused = isinstance(error, PermissionError) or "Credentials" in type(error).__name__
+        advice = "check permissions and credentials" if refused else "replace it or take it out of the run file"
+        raise InputError(f"{what}: expected a readable file, got {_one_line(error)}; {advice}") from error
+
+
+def expand_paths(paths: Sequence[str], what: str) -> list[str]:
+    """The files that paths and globs (`*`, `?`, `[...]`, `**`) name: as given, those of a glob sorted, each once.
+
+    Raises an InputError for a glob without a match and for a path that is no file.
+    """
+    found: dict[str, None] = {}
+    for path in paths:
+        with reading(f"{what}: {path}"):
+            try:
+                fs, inner = fsspec.core.url_to_fs(path)
+            except ValueError as error:
+                raise InputError(
+                    f"{what}: expected a path or a URL that fsspec knows, got {path!r}: {error}"
+                ) from error
+            fs.invalidate_cache()
+            if fs.isfile(inner):
+                found[path] = None
+                continue
+            is_glob = any(mark in path for mark in "*?[")
+            matches = sorted(name for name in fs.glob(inner) if fs.isfile(name)) if is_glob else []
+            if not matches:
+                raise InputError(f"{what}: expected an existing file, got {path!r}; correct the path")
+            is_local = "file" in fs.protocol
+            found |= dict.fromkeys(name if is_local else fs.unstrip_protocol(name) for name in matches)
+    return list(found)
+
+
+@contextmanager
+def open_text(path: str) -> Iterator[Any]:
+    """The lines of a UTF-8 file; compression follows its name. Reading belongs inside `reading`."""
+    with fsspec.open(path, "rb", compression=None if path.endswith(".zst") else "infer") as raw:
+        if not path.endswith(".zst"):
+            yield io.TextIOWrapper(raw, encoding="utf-8")
+            return
+        import pyarrow as pa
+
+        with pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd") as unpacked:
+            yield io.TextIOWrapper(io.BufferedReader(unpacked), encoding="utf-8")
+
+
+def read_text(path: str, what: str) -> str:
+    """The whole text of a file; an InputError that begins with `what` where it cannot be read."""
+    with reading(f"{what}: {path}"), open_text(path) as lines:
+        return str(lines.read())
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}" if str(error) else type(error).__name__

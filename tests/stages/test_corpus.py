@@ -1,0 +1,69 @@
+"""Files become parts: every document once, and every one that is left out counted under its corpus and reason."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.operators.documents import Document, document_id
+from pipeline.sections.data import CorpusSection
+from pipeline.stages.corpus import ReadFile, _finish_parts
+from pipeline.stages.tables import read_table
+from pipeline.storage import Storage
+
+
+def read(folder: Path, files: dict[str, list[list[str]]], *, part_characters: int = 10**9, **settings: Any) -> Any:
+    """Counts and the rows of all parts of corpora, each with some files of texts."""
+    storage = Storage(str(folder / "runs"))
+    sources, items = [], []
+    for name, texts in files.items():
+        source: dict[str, Any] = {"name": name, "kind": "jsonl", "text_column": "text", "paths": []} | settings
+        for rows in texts:
+            path = folder / f"{name}-{len(items)}.jsonl"
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+            source["paths"].append(str(path))
+            items.append({"file": len(items), "path": str(path), "source": source})
+        sources.append(source)
+    section = CorpusSection(sources=sources)
+    worker = ReadFile(storage, "corpus/x", 0.5, part_characters)
+    counts = _finish_parts(storage, "corpus/x", [worker(item) for item in items], section)
+    tables = [read_table(storage, f"corpus/x/{part}").to_pandas() for part in counts["parts"]]
+    return counts, [(name, text) for table in tables for name, text in zip(table["corpus"], table["text"], strict=True)]
+
+
+def test_doubles_go_within_a_file_across_files_and_across_corpora(tmp_path: Path) -> None:
+    counts, rows = read(tmp_path, {"a": [["1", "2", "1"], ["2", "3"]], "b": [["3", "4", " 4 "], ["", "5"]]})
+    assert rows == [("a", "1"), ("a", "2"), ("a", "3"), ("b", "4"), ("b", "5")]
+    assert counts["num_documents"] == {"a": 3, "b": 2}
+    assert counts["dropped"] == {"a": {"duplicate": 2}, "b": {"duplicate": 2, "empty": 1}}
+    assert counts["num_characters"] == {"a": 3, "b": 2}
+
+
+def test_max_documents_holds_for_the_corpus_and_doubles_do_not_count(tmp_path: Path) -> None:
+    counts, rows = read(tmp_path, {"a": [["1", "1", "2"], ["2", "3", "4", "5"]]}, max_documents=3)
+    assert [text for _, text in rows] == ["1", "2", "3"]
+    assert counts["dropped"] == {"a": {"duplicate": 2, "beyond max_documents": 1}}  # 5 was never read
+
+
+def test_filters_are_counted_under_their_corpus(tmp_path: Path) -> None:
+    counts, rows = read(tmp_path, {"a": [["long enough", "x"]], "b": [["y"]]}, filters={"min_characters": 3})
+    assert rows == [("a", "long enough")]
+    assert counts["dropped"] == {"a": {"fewer than min_characters": 1}, "b": {"fewer than min_characters": 1}}
+
+
+@pytest.mark.parametrize("part_characters", [1, 7, 10**9])
+def test_a_large_file_becomes_several_parts_with_the_same_rows(tmp_path: Path, part_characters: int) -> None:
+    texts = [f"document {n % 30}" for n in range(40)]
+    counts, rows = read(tmp_path, {"a": [texts, ["new"]]}, part_characters=part_characters)
+    assert [text for _, text in rows] == [*(f"document {n}" for n in range(30)), "new"]
+    assert len(counts["parts"]) == (2 if part_characters == 10**9 else 31)
+    assert counts["dropped"] == {"a": {"duplicate": 10}}
+
+
+def test_the_split_is_the_hash_of_the_words(tmp_path: Path) -> None:
+    read(tmp_path, {"a": [[str(n) for n in range(200)]]})
+    table = read_table(Storage(str(tmp_path / "runs")), "corpus/x/part-00000-00000.parquet").to_pandas()
+    expected = ["validation" if document_id(Document(text=t)) % 2**32 < 2**31 else "train" for t in table["text"]]
+    assert table["split"].tolist() == expected
+    assert 70 < expected.count("train") < 130
