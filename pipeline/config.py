@@ -1,8 +1,8 @@
 """The run file: loading, overrides and errors that name the nearest valid key.
 
-`load(path, overrides)` gives a frozen `RunConfig` or raises one InputError. Overrides are applied to the resolved tree,
-not to the YAML, so that `--set crosscoders.l1.sparsity.mu=0.02` works whether or not the file mentions the key. No file
-inheritance, no interpolation, no environment variables. Needs pydantic and yaml alone.
+`load(path, overrides)` gives a frozen `RunConfig` or raises one InputError. A preset lies under the file. Overrides are
+applied to the resolved tree, not to the YAML, so that `--set crosscoders.l1.sparsity.mu=0.02` works whether or not the
+file mentions the key. No file inheritance, no interpolation, no environment variables. Needs pydantic and yaml alone.
 """
 
 import difflib
@@ -26,6 +26,7 @@ from pipeline.sections.data import (
     TokensSection,
 )
 from pipeline.sections.how import ResourcesSection, StorageSection, TrackingSection
+from pipeline.sections.presets import PresetName, with_preset
 
 
 class _Yaml12Loader(yaml.SafeLoader):
@@ -48,6 +49,8 @@ class RunConfig(Section):
 
     name: Name
     """Name of the run in tables, in MLflow and in the report."""
+    preset: PresetName | None = None
+    """Family of the models: fills what the file leaves open (sections/presets.py); null fills nothing."""
     organism: OrganismSection | None = None
     """A generated model pair, if the run uses one."""
     models: ModelsSection
@@ -107,7 +110,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise InputError(f"{path}: expected YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected a mapping of sections, got {type(tree).__name__}")
-    config = _validated(tree, str(path))
+    presets = [override for override in overrides if override.partition("=")[0] == "preset"]
+    for override in presets:  # before the rest: it decides what lies under the file
+        tree.setdefault("preset", None)
+        _apply(tree, override)
+    config = _validated(with_preset(tree), str(path))
     if not overrides:
         return config
     resolved = config.model_dump(mode="json")

@@ -1,5 +1,6 @@
 """What a user can get wrong: one line that names it, exit code 2, nothing left behind."""
 
+import gzip
 import json
 import shutil
 import subprocess
@@ -150,6 +151,41 @@ def test_a_corpus_without_documents_is_refused(
     path = run_file(tmp_path, str(tmp_path / "runs"), **pretrained(pair, corpus={"sources": sources}))
     assert expected in refused("run", str(path))
     assert files(tmp_path / "runs") == []
+
+
+def test_an_unreadable_file_of_a_corpus_is_named_and_nothing_is_left(
+    refused: Refused, pair: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.jsonl.gz").write_bytes(gzip.compress(b'{"text": "fine"}\n' * 100)[:-12])
+    sources = [{"name": "mine", "kind": "jsonl", "paths": [str(tmp_path / "*.gz")], "text_column": "text"}]
+    path = run_file(tmp_path, str(tmp_path / "runs"), **pretrained(pair, corpus={"sources": sources}))
+    line = refused("run", str(path))
+    assert "corpus 'mine': " in line
+    assert "mine.jsonl.gz: expected a readable file, got EOFError" in line
+    assert files(tmp_path / "runs") == []
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{% for m in messages %}{{ m['content'] }}|{% endfor %}", "expected a chat template that tells user from"),
+        ("{{ raise_exception('never') }}", "expected a chat template that renders a plain dialogue"),
+        ("{% for m in messages %}", "tokens.chat_template: "),
+        (None, "tokens.chat_template: expected an existing file"),
+    ],
+    ids=["no-roles", "refuses", "no-template", "absent"],
+)
+def test_a_chat_template_that_cannot_be_used_is_refused_and_the_corpus_stays(
+    refused: Refused, pair: dict[str, Path], tmp_path: Path, template: str | None, expected: str
+) -> None:
+    if template is not None:
+        (tmp_path / "mine.jinja").write_text(template)
+    tokens = {"chat_template": str(tmp_path / "mine.jinja")}
+    path = run_file(tmp_path, str(tmp_path / "runs"), **pretrained(pair, tokens=tokens))
+    assert expected in refused("run", str(path))
+    is_read = "renders" in expected or "tells" in expected  # the others are refused before anything is read
+    assert len(list(tmp_path.glob("runs/corpus/*/record.json"))) == int(is_read)
+    assert not list(tmp_path.glob("runs/tokens/*/*"))
 
 
 def test_unwritable_storage_is_refused(refused: Refused, pair: dict[str, Path], tmp_path: Path) -> None:

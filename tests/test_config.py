@@ -10,6 +10,7 @@ import yaml
 from pipeline.config import RunConfig, load
 from pipeline.errors import InputError
 from pipeline.sections.base import Section
+from pipeline.sections.presets import PRESETS
 
 WORKLOADS = Path(__file__).parent.parent / "workloads"
 
@@ -139,6 +140,46 @@ def test_precedence_is_default_then_file_then_override(tmp_path: Path) -> None:
     path = write(tmp_path, changed("training.shuffle_seed", 1))
     assert load(path).training.shuffle_seed == 1
     assert load(path, ["training.shuffle_seed=2"]).training.shuffle_seed == 2
+
+
+def real_pair() -> dict[str, Any]:
+    tree = minimal()
+    del tree["organism"]
+    tree["models"] = {"base": {"source": "a/base"}, "chat": {"source": "a/chat"}}
+    tree["corpus"] = {"sources": [{"name": "web", "kind": "text", "paths": ["web.txt"]}]}
+    return tree
+
+
+def test_a_preset_lies_under_the_file(tmp_path: Path) -> None:
+    tree = {**real_pair(), "preset": "qwen-2.5"}
+    assert load(write(tmp_path, tree)).activations.drop_first_tokens == 21
+    tree["activations"]["drop_first_tokens"] = 3
+    assert load(write(tmp_path, tree)).activations.drop_first_tokens == 3
+    assert load(write(tmp_path, tree), ["activations.drop_first_tokens=4"]).activations.drop_first_tokens == 4
+
+
+def test_a_preset_can_be_overridden_and_turned_off(tmp_path: Path) -> None:
+    path = write(tmp_path, {**real_pair(), "preset": "llama-3.1"})
+    assert load(path).activations.drop_first_tokens == 25
+    assert load(path, ["preset=gemma-2"]).activations.drop_first_tokens == 0
+    assert load(path, ["preset=null"]).activations.drop_first_tokens == 0
+    assert load(write(tmp_path, real_pair()), ["preset=llama-3.2"]).activations.drop_first_tokens == 25
+    with pytest.raises(InputError, match=r"preset: input should be 'gemma-2', .*got 'gemma'"):
+        load(path, ["preset=gemma"])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_valid_and_leaves_its_name_out_of_identities(tmp_path: Path, name: str) -> None:
+    named = load(write(tmp_path, {**real_pair(), "preset": name}))
+    assert named.preset == name
+    assert RunConfig.model_validate(named.model_dump(mode="json")) == named
+    typed = load(write(tmp_path, {**named.model_dump(mode="json"), "preset": None}))
+    assert (typed.activations, typed.models, typed.tokens) == (named.activations, named.models, named.tokens)
+
+
+def test_a_preset_does_not_hide_a_broken_section(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="activations: input should be"):
+        load(write(tmp_path, {**real_pair(), "preset": "gemma-2", "activations": "none"}))
 
 
 def test_scientific_notation_is_a_number(tmp_path: Path) -> None:

@@ -33,6 +33,13 @@ PRIVATE_USE = "private_use_characters"
 
 TEMPLATE_DATE = datetime(2024, 7, 26)
 """Today, for every template: the date that Llama 3's template falls back to where it is given none."""
+_DATE_CODES = ("%A", "%a", "%B", "%b", "%d", "%H", "%I", "%M", "%m", "%p", "%S", "%Y", "%y")
+_FIXED_DATE = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('{code}', '{TEMPLATE_DATE.strftime(code)}')" for code in _DATE_CODES)
+    + " }}{% endmacro %}{{ '' }}"
+)
+"""Stands before a template that asks for the time; the empty expression keeps a newline at the template's start."""
 
 _PROBE = (
     {"role": "user", "content": "First question?"},
@@ -189,9 +196,14 @@ def _apply(tokenizer: Any, messages: list[dict[str, str]], *, is_prompt: bool = 
             f"expected a tokenizer with a chat template, but {tokenizer.name_or_path!r} has none; dialogues are "
             "rendered with a chat template, so name a chat model that has one, or a file in tokens.chat_template"
         )
+    own = tokenizer.chat_template
+    is_dated = isinstance(own, str) and "strftime_now" in own
     try:
         text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=is_prompt, strftime_now=TEMPLATE_DATE.strftime
+            messages,
+            tokenize=False,
+            add_generation_prompt=is_prompt,
+            chat_template=_FIXED_DATE + own if is_dated else None,
         )
     except TemplateError as error:
         roles = [message["role"] for message in messages[:8]]

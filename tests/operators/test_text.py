@@ -10,6 +10,7 @@ from pipeline.operators.text import (
     REWRITTEN,
     DialogueError,
     adds_bos,
+    check_template,
     read_template_shape,
     render_dialogue,
     render_prompt,
@@ -127,6 +128,32 @@ def test_missing_template_and_template_without_roles_are_input_errors(build_toke
     tokenizer.chat_template = None
     with pytest.raises(InputError, match="has none"):
         render_dialogue(tokenizer, [{"role": "user", "content": "Hi"}])
+
+
+def test_a_template_that_writes_the_date_writes_the_same_on_every_day(build_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = build_tokenizer("qwen")
+    plain = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
+    tokenizer.chat_template = "\n{{ strftime_now('%Y-%m-%d, %A %d %B %H:%M') }}\n" + plain
+    text, _ = render_dialogue(tokenizer, [{"role": "user", "content": "Hi"}])
+    assert text == "\n2024-07-26, Friday 26 July 00:00\nuser: Hi"
+
+
+@pytest.mark.parametrize("text", ["{% for m in messages %}", "{{ messages[0] }", "{% nonsense %}"])
+def test_a_file_that_is_no_template_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match=r"tokens\.chat_template: a\.jinja: expected a Jinja chat template, got"):
+        check_template(text, "tokens.chat_template: a.jinja")
+
+
+def test_loop_controls_and_generation_marks_are_templates() -> None:
+    check_template("{% for m in messages %}{% generation %}x{% endgeneration %}{% break %}{% endfor %}", "here")
+
+
+def test_a_template_that_refuses_a_plain_dialogue_is_the_users_fault(build_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = build_tokenizer("qwen")
+    tokenizer.chat_template = "{{ raise_exception('never') }}"
+    with pytest.raises(InputError, match="expected a chat template that renders a plain dialogue") as caught:
+        read_template_shape(tokenizer)
+    assert not isinstance(caught.value, DialogueError)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,41 @@
+"""What is known about a family of models and would otherwise be found out by a spoilt run.
+
+A preset is a plain tree that lies under the user's run file: the resolved configuration holds its values like typed
+ones, a key that the file names wins, and fingerprints cover the values, never the preset's name. Sources: arXiv
+2504.02922 and its code for Gemma 2, Llama 3 and Qwen 2.5; Gemma 3 and Qwen 3 follow from their chat templates.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+PresetName = Literal["gemma-2", "gemma-3", "llama-3.1", "llama-3.2", "qwen-2.5", "qwen-3"]
+
+_GEMMA: Mapping[str, Any] = {"activations": {"drop_first_tokens": 0, "drop_bos": True}}
+_LLAMA_3: Mapping[str, Any] = {"activations": {"drop_first_tokens": 25, "drop_bos": True}}
+"""25 tokens: BOS and the default system prompt with its dates, which every dialogue repeats."""
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "gemma-2": _GEMMA,
+    "gemma-3": _GEMMA,
+    "llama-3.1": _LLAMA_3,
+    "llama-3.2": _LLAMA_3,
+    "qwen-2.5": {"activations": {"drop_first_tokens": 21, "drop_bos": True}},  # 21: its default system prompt
+    # Qwen 3 has neither a default system prompt nor a BOS: its first token is the attention sink.
+    "qwen-3": {"activations": {"drop_first_tokens": 1, "drop_bos": True}},
+}
+
+
+def with_preset(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The run file's tree over the values of the preset that it names; unchanged where it names none that is known."""
+    name = tree.get("preset")
+    return _over(PRESETS.get(name, {}) if isinstance(name, str) else {}, tree)
+
+
+def _over(under: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(tree)
+    for key, value in under.items():
+        if key not in tree:
+            merged[key] = value
+        elif isinstance(value, Mapping) and isinstance(tree[key], Mapping):
+            merged[key] = _over(value, tree[key])
+    return merged
