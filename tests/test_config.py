@@ -158,6 +158,12 @@ def test_a_preset_lies_under_the_file(tmp_path: Path) -> None:
     assert load(write(tmp_path, tree), ["activations.drop_first_tokens=4"]).activations.drop_first_tokens == 4
 
 
+def test_a_preset_reaches_the_base_model_and_leaves_the_rest_of_it(tmp_path: Path) -> None:
+    base = load(write(tmp_path, {**real_pair(), "preset": "llama-3.1"})).models.base
+    assert base.source == "a/base"  # type: ignore[union-attr]
+    assert base.token_replacements == {128006: 1432, 128007: 827, 128009: 827}  # type: ignore[union-attr]
+
+
 def test_a_preset_can_be_overridden_and_turned_off(tmp_path: Path) -> None:
     path = write(tmp_path, {**real_pair(), "preset": "llama-3.1"})
     assert load(path).activations.drop_first_tokens == 25

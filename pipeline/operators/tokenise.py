@@ -246,9 +246,14 @@ def control_token_ids(tokenizer: Any) -> set[int]:
     return (special - {tokenizer.unk_token_id}) | others
 
 
-def check_vocabularies(base_tokenizer: Any, chat_tokenizer: Any, used_ids: Iterable[int]) -> None:
-    """Nothing if both tokenizers give every used id the same token, else InputError naming the first that differs."""
-    ids = sorted({int(index) for index in used_ids})
+def check_vocabularies(
+    base_tokenizer: Any, chat_tokenizer: Any, used_ids: Iterable[int], replaced: Iterable[int] = ()
+) -> None:
+    """Nothing if both tokenizers give every used id the same token, else InputError naming the first that differs.
+
+    Ids in `replaced` are never read as they are by one of the models, so they may differ.
+    """
+    ids = sorted({int(index) for index in used_ids} - set(replaced))
     base_tokens = base_tokenizer.convert_ids_to_tokens(ids)
     chat_tokens = chat_tokenizer.convert_ids_to_tokens(ids)
     for index, base_token, chat_token in zip(ids, base_tokens, chat_tokens, strict=True):
@@ -256,7 +261,7 @@ def check_vocabularies(base_tokenizer: Any, chat_tokenizer: Any, used_ids: Itera
             raise InputError(
                 f"expected the two models to share their vocabulary, but id {index} is {base_token!r} for the base "
                 f"model ({base_tokenizer.name_or_path!r}) and {chat_token!r} for the chat model "
-                f"({chat_tokenizer.name_or_path!r}); choose a pair with one tokenizer"
+                f"({chat_tokenizer.name_or_path!r}); choose a pair with one tokenizer, or say in token_replacements what one of them reads instead"
             )
 
 

@@ -10,18 +10,26 @@ from typing import Any, Literal
 
 PresetName = Literal["gemma-2", "gemma-3", "llama-3.1", "llama-3.2", "qwen-2.5", "qwen-3"]
 
+_SINK_NORM_CAP = 10.0
+"""Attention sinks other than BOS have norms of a hundred medians and more, other rows less than ten."""
+
 _GEMMA: Mapping[str, Any] = {"activations": {"drop_first_tokens": 0, "drop_bos": True}}
-_LLAMA_3: Mapping[str, Any] = {"activations": {"drop_first_tokens": 25, "drop_bos": True}}
-"""25 tokens: BOS and the default system prompt with its dates, which every dialogue repeats."""
+_LLAMA_3: Mapping[str, Any] = {
+    # BOS and the default system prompt with its dates, which every dialogue repeats.
+    "activations": {"drop_first_tokens": 25, "drop_bos": True, "norm_cap": _SINK_NORM_CAP},
+    # The base model never saw start_header_id, end_header_id and eot_id; it reads plain tokens in their place.
+    "models": {"base": {"token_replacements": {128006: 1432, 128007: 827, 128009: 827}}},
+}
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "gemma-2": _GEMMA,
     "gemma-3": _GEMMA,
     "llama-3.1": _LLAMA_3,
     "llama-3.2": _LLAMA_3,
-    "qwen-2.5": {"activations": {"drop_first_tokens": 21, "drop_bos": True}},  # 21: its default system prompt
-    # Qwen 3 has neither a default system prompt nor a BOS: its first token is the attention sink.
-    "qwen-3": {"activations": {"drop_first_tokens": 1, "drop_bos": True}},
+    # 21: the default system prompt.
+    "qwen-2.5": {"activations": {"drop_first_tokens": 21, "drop_bos": True, "norm_cap": _SINK_NORM_CAP}},
+    # Neither a default system prompt nor a BOS: the first token is the attention sink.
+    "qwen-3": {"activations": {"drop_first_tokens": 1, "drop_bos": True, "norm_cap": _SINK_NORM_CAP}},
 }
 
 

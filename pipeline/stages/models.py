@@ -41,7 +41,7 @@ def locate(model: HubModel | OrganismModel, organism_folder: str, chat_template:
         model.adapter,
         model.trust_remote_code,
         tuple(sorted(model.token_replacements.items())),
-        chat_template,
+        chat_template=chat_template,
     )
     shown = (
         model.source

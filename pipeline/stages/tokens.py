@@ -53,7 +53,8 @@ def run(steps: Sequence[Step], context: Context) -> None:
     results.sort(key=lambda result: str(result["part"]))
     with local_specs(context.storage, *locations) as specs:
         base, chat = (load_tokenizer(spec) for spec in specs)
-        check_vocabularies(base, chat, np.unique(np.concatenate([result["used_ids"] for result in results])))
+        used = np.unique(np.concatenate([result["used_ids"] for result in results]))
+        check_vocabularies(base, chat, used, [old for spec in specs for old, _ in spec.token_replacements])
         hashed = tokenizer_hash(chat)
     everything = _index_of(results)
     index = select(everything, step.extra["weights"], section.num_tokens, mixing=section.mixing)

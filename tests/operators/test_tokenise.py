@@ -180,6 +180,9 @@ def test_vocabularies_are_compared_on_the_ids_in_use_only(build_tokenizer: Calla
     with pytest.raises(InputError, match=f"id {differing[0]} is "):
         check_vocabularies(base, chat, reversed(range(300)))
     check_vocabularies(base, chat, [i for i in range(300) if i not in differing])
+    check_vocabularies(base, chat, range(300), replaced=differing)
+    with pytest.raises(InputError, match=f"id {differing[1]} is .* token_replacements"):
+        check_vocabularies(base, chat, range(300), replaced=differing[:1])
 
 
 def test_hash_ignores_padding_state_and_sees_vocabulary_and_template(build_tokenizer: Callable[..., Any]) -> None:
