@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import CrossrayError
+from pipeline.errors import CrossrayError, InputError
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
+    from pipeline.jobs import Jobs
 
 _DESCRIPTION = "Tells what fine-tuning changed inside a language model, and proves it."
 
@@ -24,10 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     _quieten()
     try:
-        from pipeline.config import load
-
-        config = load(Path(parsed.file), parsed.set)
-        return int(_COMMANDS[parsed.command](config))
+        return int(_COMMANDS[parsed.command](parsed))
     except CrossrayError as error:
         print(f"crossray: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
@@ -43,17 +41,42 @@ def _parser() -> argparse.ArgumentParser:
         ("plan", "print every step with its state, and what the run will cost; touches nothing"),
         ("run", "make what is missing, then print the verdict"),
         ("report", "render the report again from finished artifacts"),
+        ("submit", "run as a job of a Ray cluster and follow its log; the job goes on without this terminal"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("file", help="run file (YAML)")
-        command.add_argument(
-            "--set",
-            action="append",
-            default=[],
-            metavar="KEY=VALUE",
-            help="override a key of the run file, e.g. crosscoders.l1.sparsity.mu=0.02",
-        )
+        _add_pairs(command, "--set", "override a key of the run file, e.g. crosscoders.l1.sparsity.mu=0.02")
+        if name == "submit":
+            command.add_argument("--name", help="name of the job; the run's name and the time by default")
+            _add_pairs(command, "--env", "environment variable of the job; no secrets, they are readable there")
+            command.add_argument("--detach", action="store_true", help="return at once instead of following the log")
+            _add_address(command)
+    for name, text in (
+        ("status", "list the jobs of a cluster, or one of them"),
+        ("logs", "print a job's log"),
+        ("stop", "ask a job to end; what it has finished stays"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("job", help="name of the job", nargs="?" if name == "status" else None)
+        if name == "logs":
+            command.add_argument("--follow", action="store_true", help="go on until the job ends")
+        _add_address(command)
     return parser
+
+
+def _add_pairs(command: argparse.ArgumentParser, option: str, text: str) -> None:
+    command.add_argument(option, action="append", default=[], metavar="KEY=VALUE", help=text)
+
+
+def _add_address(command: argparse.ArgumentParser) -> None:
+    text = "the cluster's dashboard; RAY_API_SERVER_ADDRESS or http://127.0.0.1:8265 by default"
+    command.add_argument("--address", help=text)
+
+
+def _config(parsed: argparse.Namespace) -> "RunConfig":
+    from pipeline.config import load
+
+    return load(Path(parsed.file), parsed.set)
 
 
 def _quieten() -> None:
@@ -64,11 +87,12 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore")
 
 
-def _plan(config: "RunConfig") -> int:
+def _plan(parsed: argparse.Namespace) -> int:
     from pipeline.estimate import estimate_text
     from pipeline.runner import inspect
     from pipeline.storage import Storage
 
+    config = _config(parsed)
     storage = Storage(config.storage.root)
     states = inspect(config, storage)
     width = max(len(state.step.name) for state in states)
@@ -81,10 +105,11 @@ def _plan(config: "RunConfig") -> int:
     return 0
 
 
-def _run(config: "RunConfig") -> int:
+def _run(parsed: argparse.Namespace) -> int:
     from pipeline import runner
     from pipeline.progress import Console, format_seconds
 
+    config = _config(parsed)
     # A copy of standard error: the original goes to a log file while Ray works (cluster.connected).
     with os.fdopen(os.dup(2), "w") as terminal:
         console = Console(lambda text: print(text, end="", file=terminal, flush=True), is_terminal=terminal.isatty())
@@ -96,14 +121,84 @@ def _run(config: "RunConfig") -> int:
     return 0
 
 
-def _report(config: "RunConfig") -> int:
+def _report(parsed: argparse.Namespace) -> int:
     from pipeline import runner
     from pipeline.progress import SilentReporter
 
-    outcome = runner.render(config, SilentReporter())
+    outcome = runner.render(_config(parsed), SilentReporter())
     print(outcome.verdict)
     print(f"report   {outcome.report_path}")
     return 0
 
 
-_COMMANDS = {"plan": _plan, "run": _run, "report": _report}
+def _submit(parsed: argparse.Namespace) -> int:
+    from pipeline.jobs import Jobs
+
+    config = _config(parsed)
+    environment = dict(_pair(text) for text in parsed.env)
+    jobs = Jobs(parsed.address)
+    name = jobs.submit(config, name=parsed.name, environment=environment)
+    print(f"job      {name} on {jobs.address}")
+    print(f"         crossray status {name} | logs {name} --follow | stop {name}", flush=True)
+    return 0 if parsed.detach else _follow(jobs, name)
+
+
+def _follow(jobs: "Jobs", name: str) -> int:
+    """Copy a job's log to the terminal until it ends; its exit code is ours."""
+    try:
+        state = jobs.follow(name, lambda text: print(text, end="", flush=True))
+    except KeyboardInterrupt:
+        print(f"\ncrossray: the job goes on; `crossray logs {name} --follow` shows it again", file=sys.stderr)
+        return 0
+    print(f"job      {name} {state.status}")
+    return 0 if state.status == "SUCCEEDED" else state.exit_code or 1
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise InputError(f"--env: expected KEY=VALUE, got {text!r}")
+    return key, value
+
+
+def _status(parsed: argparse.Namespace) -> int:
+    from pipeline.jobs import Jobs
+
+    jobs = Jobs(parsed.address)
+    states = jobs.states(parsed.job)
+    if not states:
+        print(f"no jobs on {jobs.address}")
+    width = max((len(state.name) for state in states), default=0)
+    for state in states:
+        started = f"{state.started:%Y-%m-%d %H:%M:%S}Z" if state.started else "not started"
+        print(f"{state.name:<{width}}  {state.status:<9}  {started}  {state.last_line}".rstrip())
+    return 0
+
+
+def _logs(parsed: argparse.Namespace) -> int:
+    from pipeline.jobs import Jobs
+
+    jobs = Jobs(parsed.address)
+    if parsed.follow:
+        return _follow(jobs, parsed.job)
+    print(jobs.log(parsed.job), end="")
+    return 0
+
+
+def _stop(parsed: argparse.Namespace) -> int:
+    from pipeline.jobs import Jobs
+
+    was_running = Jobs(parsed.address).stop(parsed.job)
+    print(f"{parsed.job}: {'asked to end' if was_running else 'had ended already'}; run it again to continue")
+    return 0
+
+
+_COMMANDS = {
+    "plan": _plan,
+    "run": _run,
+    "report": _report,
+    "submit": _submit,
+    "status": _status,
+    "logs": _logs,
+    "stop": _stop,
+}

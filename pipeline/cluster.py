@@ -1,6 +1,7 @@
 """The Ray cluster of a run: started or joined, kept quiet, and asked for what it has.
 
-Ray's own messages go to a log file, never to the user's terminal. Besides this file only `stages/` imports ray.
+Ray's own messages go to a log file, never to the user's terminal. Besides this file only `stages/` and jobs.py import
+ray.
 """
 
 import logging
@@ -66,12 +67,20 @@ def _start(section: ClusterSection) -> None:
         )
         return
     try:
+        use_token()
         ray.init(address=section.address, **common)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(
             f"resources.cluster.address: expected a running Ray cluster at {section.address!r}: "
             f"{str(error).splitlines()[0]}; start one with `ray start --head` or use address: local"
         ) from error
+
+
+def use_token() -> None:
+    """Let Ray's clients show the cluster's token wherever there is one; Ray itself does so only where told to."""
+    given = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if given or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _memory_bytes() -> int:
