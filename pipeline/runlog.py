@@ -86,6 +86,7 @@ class RunLog:
             for name in self._children.keys() - self._finished:
                 self._tracker.end_run(self._children[name], succeeded=False)
         self._tracker.end_run(self._parent, succeeded=succeeded)
+        self._tracker.close()
 
     def _child(self, step: Step) -> str:
         if step.name not in self._children:

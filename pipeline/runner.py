@@ -80,7 +80,7 @@ def run(config: RunConfig, reporter: Reporter, tracker: Tracker | None = None) -
         return _outcome(storage, report_step, None, 0, started)
     check_inputs(config, flow)
     storage.check_writable()
-    tracker = tracker or make_tracker(config.tracking, storage)
+    tracker = tracker or make_tracker(config.tracking, storage, reporter.message)
     log = RunLog(tracker, config, storage, flow)
     reporter.message(f"tracking: {log.link}")
     context = Context(storage, config.resources, reporter, log, config.name, config.tracking.log_every_steps)

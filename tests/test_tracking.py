@@ -1,5 +1,6 @@
 """The tracking seam: MLflow in a SQLite file and on a real server, and what the recording tracker keeps."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from pipeline.tracking import MlflowTracker, NoopTracker, Point, RecordingTracke
 
 @pytest.fixture(params=["sqlite", "server"])
 def tracker(request: pytest.FixtureRequest, tmp_path: Path) -> MlflowTracker:
-    section = TrackingSection(uri=request.getfixturevalue("mlflow_server") if request.param == "server" else None)
-    made = make_tracker(section, Storage(str(tmp_path)))
+    if request.param == "server":
+        return MlflowTracker(request.getfixturevalue("mlflow_server"), "crossray", None)
+    made = make_tracker(TrackingSection(), Storage(str(tmp_path)))
     assert isinstance(made, MlflowTracker)
     return made
 
@@ -39,7 +41,9 @@ def model_folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_a_whole_run_can_be_read_back(tracker: MlflowTracker, model_folder: Path) -> None:
+def test_a_whole_run_can_be_read_back(
+    tracker: MlflowTracker, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import mlflow
 
     parent = tracker.start_run("parent", {"crossray.run_name": "demo"})
@@ -61,6 +65,8 @@ def test_a_whole_run_can_be_read_back(tracker: MlflowTracker, model_folder: Path
     assert read.get_run(child).info.status == "FINISHED"
     assert read.get_run(parent).info.status == "FAILED"
 
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.uri)  # undone afterwards, unlike set_tracking_uri alone
     mlflow.set_tracking_uri(tracker.uri)
     loaded = mlflow.pyfunc.load_model(f"runs:/{child}/crosscoder")
     x_BMD = torch.randn(5, 2, 4)

@@ -1,0 +1,162 @@
+"""Runs as jobs of a cluster: what travels, what is refused, and a whole run on a real cluster with a real S3 server."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+from conftest import free_port, served
+from runs import TINY, Finished, run_file
+
+from pipeline.config import load
+from pipeline.errors import InputError
+from pipeline.jobs import Jobs, pack
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        cwd=Path(__file__).parent.parent,
+    )
+
+
+@pytest.fixture(scope="module")
+def job_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The dashboard of a real one-node cluster, started as an operator would; it has the session's environment."""
+    folder = tmp_path_factory.mktemp("cluster")
+    dashboard, first = free_port(), 20000 + os.getpid() % 400 * 100
+    options = {
+        "port": free_port(),
+        "ray-client-server-port": free_port(),
+        "dashboard-port": dashboard,
+        "min-worker-port": first,
+        "max-worker-port": first + 99,
+        "num-cpus": 2,
+        "object-store-memory": 200_000_000,
+        "temp-dir": f"/tmp/crossray-{os.getpid()}",  # sockets have short names or none
+    }
+    start = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats"]
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    address = f"http://127.0.0.1:{dashboard}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        with served([*start, *arguments], f"{address}/api/version", folder / "ray.log", seconds=180):
+            yield address
+
+
+def test_a_job_carries_code_settings_and_named_files(tmp_path: Path) -> None:
+    text = tmp_path / "mine.jsonl"
+    text.write_text('{"text": "hello"}\n')
+    sources = [
+        *TINY["corpus"]["sources"],
+        {"name": "mine", "kind": "jsonl", "paths": [str(text)], "text_column": "text"},
+    ]
+    path = run_file(tmp_path, "s3://bucket/runs", corpus={"sources": sources}, tracking={"uri": "http://mlflow:5000"})
+    folder = tmp_path / "job"
+    folder.mkdir()
+    pack(load(path), folder)
+    assert (folder / "pipeline" / "cli.py").is_file() and (folder / "workloads" / "organisms" / "build.py").is_file()
+    settings = json.loads((folder / "run.yaml").read_text())
+    (packed,) = settings["corpus"]["sources"][-1]["paths"]
+    assert (folder / packed).read_text() == text.read_text()
+    assert settings["resources"]["cluster"] == {"address": "auto"}
+    assert load(folder / "run.yaml").crosscoders == load(path).crosscoders
+
+
+@pytest.mark.parametrize(
+    ("root", "tracking", "message"),
+    [
+        ("runs", {}, r"storage\.root: expected a place that every node of the cluster reaches"),
+        ("s3://bucket/runs", {}, r"tracking\.uri: expected the address of an MLflow server that the cluster reaches"),
+        ("s3://bucket/runs", {"uri": "http://me:secret@mlflow:5000"}, r"tracking\.uri: .* without a password"),
+    ],
+    ids=["folder", "no tracking", "password"],
+)
+def test_places_of_this_machine_are_refused(
+    tmp_path: Path, root: str, tracking: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = load(run_file(tmp_path, root, tracking=tracking))
+    (tmp_path / "job").mkdir()
+    with pytest.raises(InputError, match=message):
+        pack(config, tmp_path / "job")
+    assert not list((tmp_path / "job").iterdir())
+
+
+def test_large_local_files_do_not_travel(tmp_path: Path) -> None:
+    large = tmp_path / "large.txt"
+    with large.open("wb") as file:
+        file.truncate(100_000_001)
+    sources = [{"name": "large", "kind": "text", "paths": [str(large)]}]
+    config = load(run_file(tmp_path, str(tmp_path), corpus={"sources": sources}))
+    (tmp_path / "job").mkdir()
+    with pytest.raises(InputError, match=r"paths: expected local files of at most 100 MB in a job, got 100 MB up to"):
+        pack(config, tmp_path / "job")
+
+
+def test_a_wrong_address_is_one_line(tmp_path: Path) -> None:
+    path = run_file(tmp_path, str(tmp_path))
+    done = command("submit", str(path), "--address", f"http://127.0.0.1:{free_port()}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("crossray: --address: expected a running Ray cluster at http://127.0.0.1:")
+    assert done.stderr.count("\n") == 1
+    with pytest.raises(InputError, match=r"--address: expected the cluster's dashboard, like http.*got 'ray://head'"):
+        Jobs("ray://head")
+
+
+@pytest.mark.rare
+def test_a_submitted_run_gives_the_same_verdict_from_the_object_store(
+    finished: Finished, s3_root: str, mlflow_server: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Started after the S3 server, so that the cluster's nodes have its credentials and the job does not."""
+    address = request.getfixturevalue("job_cluster")
+    root = f"{s3_root}/jobs"
+    path = run_file(tmp_path, root, tracking={"uri": mlflow_server, "experiment": "jobs"})
+    done = command("submit", str(path), "--address", address, "--name", "one")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.startswith(f"job      one on {address}\n")
+    assert "job      one SUCCEEDED" in done.stdout
+    assert f"{mlflow_server}/#/experiments/" in done.stdout
+
+    for name in ("latents l1", "latents batch_topk"):
+        table = pd.read_parquet(f"{root}/{finished.states[name].step.key.folder}/latents.parquet")
+        pd.testing.assert_frame_equal(table, finished.table(name, "latents.parquet"))
+
+    client = mlflow.MlflowClient(tracking_uri=mlflow_server)
+    experiment = client.get_experiment_by_name("jobs")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert "report.html" in {file.path for file in client.list_artifacts(parent.info.run_id)}
+    secrets = (os.environ["AWS_SECRET_ACCESS_KEY"], "AWS_SECRET")
+    assert not [value for run in runs for value in run.data.params.values() if value in secrets]
+
+    again = command("submit", str(path), "--address", address, "--name", "one")
+    assert again.returncode == 2 and "--name: expected a new name, got 'one', which is taken" in again.stderr
+    asked = command("submit", str(path), "--address", address, "--env", "AWS_SECRET_ACCESS_KEY=x")
+    assert asked.returncode == 2 and "a job's environment is readable in the dashboard" in asked.stderr
+    unable = command(
+        *("submit", str(path), "--address", address, "--name", "gpus", "--set", "resources.extraction.gpus=1"),
+        *("--set", "activations.layer=1"),
+    )
+    assert unable.returncode == 2 and "expected at most the cluster's 0 GPUs, got" in unable.stdout
+    listed = command("status", "--address", address)
+    assert {tuple(line.split()[:2]) for line in listed.stdout.splitlines()} == {
+        ("one", "SUCCEEDED"),
+        ("gpus", "FAILED"),
+    }
+    assert "SUCCEEDED" in command("status", "one", "--address", address).stdout
+    assert "report   s3://" in command("logs", "one", "--address", address).stdout
+    assert command("stop", "one", "--address", address).stdout == "one: had ended already; run it again to continue\n"
+    missing = command("logs", "nope", "--address", address)
+    assert missing.returncode == 2 and "expected the name of a job, got 'nope'" in missing.stderr
