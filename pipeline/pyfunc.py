@@ -1,6 +1,6 @@
 """A logged crosscoder as MLflow loads it back: `mlflow.pyfunc.load_model(uri).predict(x)`.
 
-MLflow imports this module by name and hands it the folder that was logged, so nothing is unpickled. MLflow itself is not
+MLflow imports this module by name and hands it the folder that was logged, so nothing is unpickled. MLflow is not
 needed here.
 """
 

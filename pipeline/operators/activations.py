@@ -137,7 +137,8 @@ def within_norm_cap(h_BTMD: Tensor, mask_BT: Tensor, norm_cap: float) -> Tensor:
     is_token_BT1 = (mask_BT.to(h_BTMD.device) != 0)[:, :, None]
     norm_BTM = h_BTMD.float().norm(dim=-1).masked_fill(~is_token_BT1, float("nan"))
     median_B1M = norm_BTM.nanmedian(dim=1, keepdim=True).values
-    return (norm_BTM <= norm_cap * median_B1M).all(dim=-1)
+    is_within_BT: Tensor = (norm_BTM <= norm_cap * median_B1M).all(dim=-1)
+    return is_within_BT
 
 
 def check_options(options: RowOptions) -> None:

@@ -261,7 +261,8 @@ def check_vocabularies(
             raise InputError(
                 f"expected the two models to share their vocabulary, but id {index} is {base_token!r} for the base "
                 f"model ({base_tokenizer.name_or_path!r}) and {chat_token!r} for the chat model "
-                f"({chat_tokenizer.name_or_path!r}); choose a pair with one tokenizer, or say in token_replacements what one of them reads instead"
+                f"({chat_tokenizer.name_or_path!r}); choose a pair with one tokenizer, or say in token_replacements "
+                "what one of them reads instead"
             )
 
 
