@@ -1,30 +1,33 @@
 """All reading and writing, over one fsspec file system: a local folder or an object store.
 
 A `Storage` is a root URL and nothing else, so it travels to any worker; keys below it are plain `a/b/c` strings.
-Writing is atomic: locally a temporary name and a rename, on an object store one put. No other file of the package
-builds a path under the root. Retrying and credentials are the file system's own business (`AWS_*` variables for s3).
+Writing is atomic: locally a temporary name and a rename, on an object store one put, or parts that are joined last.
+No other file of the package builds a path under the root. An object store's transient faults are tried again
+(storage_faults.py); credentials are the client's own business (`AWS_*` variables for s3).
 """
 
-import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
 
+from pipeline import storage_faults
 from pipeline.errors import InputError
 
 _TEMPORARY_MARK = ".tmp-"
 _PIECE_BYTES = 1 << 20
+
+_Result = TypeVar("_Result")
 
 
 class Storage:
@@ -35,6 +38,7 @@ class Storage:
 
     def __init__(self, root: str) -> None:
         scheme = urlsplit(root).scheme
+        self._has_answered = False
         self.is_local = scheme in ("", "file")
         self.root = (
             str(Path(root.removeprefix("file://")).expanduser().resolve()) if self.is_local else root.rstrip("/")
@@ -47,16 +51,18 @@ class Storage:
         return {
             "is_local": self.is_local,
             "root": self.root,
+            "_has_answered": self._has_answered,
         }  # the file system holds sockets: made anew where unpickled
 
     @cached_property
     def _fs(self) -> Any:
         try:
-            fs, _ = fsspec.core.url_to_fs(self.root)
+            fs, _ = fsspec.core.url_to_fs(self.root, **storage_faults.client_options(urlsplit(self.root).scheme))
         except (ImportError, ValueError) as error:
             raise InputError(
                 f"storage.root: expected a path or a URL that fsspec knows, got {self.root!r}: {error}"
             ) from error
+        fs.retries = storage_faults.REQUEST_ATTEMPTS  # s3fs's own attribute
         return fs
 
     def url(self, key: str = "") -> str:
@@ -66,13 +72,11 @@ class Storage:
     def exists(self, key: str) -> bool:
         """Whether a file or folder of this name is there (never a cached answer)."""
         self._fs.invalidate_cache()
-        with self._explained("look for", key):
-            return bool(self._fs.exists(self.url(key)))
+        return bool(self._do("look for", key, lambda: self._fs.exists(self.url(key))))
 
     def read_bytes(self, key: str) -> bytes:
         """The whole content of a file."""
-        with self._explained("read", key):
-            return bytes(self._fs.cat_file(self.url(key)))
+        return bytes(self._do("read", key, lambda: self._fs.cat_file(self.url(key))))
 
     def read_json(self, key: str) -> Any:
         """The parsed content of a JSON file."""
@@ -92,26 +96,19 @@ class Storage:
     def size(self, key: str) -> int:
         """Bytes of a file (never a cached answer)."""
         self._fs.invalidate_cache()
-        with self._explained("look for", key):
-            return int(self._fs.size(self.url(key)))
+        return int(self._do("look for", key, lambda: self._fs.size(self.url(key))))
 
     def digest(self, key: str) -> tuple[int, str]:
         """Size and SHA-256 of a file, read in small pieces where it is local."""
         if not self.is_local:
             data = self.read_bytes(key)
             return len(data), hashlib.sha256(data).hexdigest()
-        with self._explained("read", key), Path(self.url(key)).open("rb", buffering=0) as file:
-            digest, piece, size = hashlib.sha256(), memoryview(bytearray(_PIECE_BYTES)), 0
-            while count := file.readinto(piece):
-                digest.update(piece[:count])
-                size += count
-        return size, digest.hexdigest()
+        return self._do("read", key, lambda: _local_digest(Path(self.url(key))))
 
     def read_ahead(self, key: str) -> None:
         """Ask the operating system to bring a local file into its cache; returns at once."""
         if self.is_local and hasattr(os, "posix_fadvise"):
-            with self._explained("read", key), Path(self.url(key)).open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+            self._do("read", key, lambda: _advise(Path(self.url(key))))
 
     def write_bytes(self, key: str, data: bytes) -> None:
         """Publish `data` under `key` in one step: a reader sees the old content or the new one, never a part."""
@@ -119,23 +116,11 @@ class Storage:
 
     def write_parts(self, key: str, parts: Sequence[bytes | memoryview]) -> None:
         """`write_bytes` of pieces that follow each other, without joining them in memory where the root is local."""
-        with self._explained("write", key):
-            if not self.is_local:
-                self._fs.pipe_file(self.url(key), b"".join(parts))
-                return
-            path = Path(self.url(key))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}{_TEMPORARY_MARK}{uuid.uuid4().hex[:8]}")
-            try:
-                with temporary.open("wb") as file:
-                    for part in parts:
-                        file.write(part)
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.replace(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+        if self.is_local:
+            self._do("write", key, lambda: _write_local(Path(self.url(key)), parts))
+            return
+        data = b"".join(parts)
+        self._do("write", key, lambda: self._fs.pipe_file(self.url(key), data))
 
     def write_json(self, key: str, value: Any) -> None:
         """Publish a value as indented JSON with sorted keys."""
@@ -164,8 +149,7 @@ class Storage:
         """Names of all files below a folder, relative to it and sorted; leftovers of killed writers are not listed."""
         self._fs.invalidate_cache()
         prefix = self.url(key)
-        with self._explained("list", key):
-            found = self._fs.find(prefix) if self._fs.exists(prefix) else []
+        found = self._do("list", key, lambda: self._fs.find(prefix) if self._fs.exists(prefix) else [])
         start = len(self._fs._strip_protocol(prefix)) + 1
         return sorted(path[start:] for path in found if _TEMPORARY_MARK not in path)
 
@@ -173,17 +157,16 @@ class Storage:
         """Names of the folders directly below a folder, sorted."""
         self._fs.invalidate_cache()
         prefix = self.url(key)
-        with self._explained("list", key):
-            if not self._fs.exists(prefix):
-                return []
-            entries = self._fs.ls(prefix, detail=True)
+        entries = self._do("list", key, lambda: self._fs.ls(prefix, detail=True) if self._fs.exists(prefix) else [])
         return sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "directory")
 
     def delete(self, key: str) -> None:
         """Remove a file or a whole folder; nothing happens where there is none."""
-        with self._explained("delete", key):
-            if self._fs.exists(self.url(key)):
-                self._fs.rm(self.url(key), recursive=True)
+        self._do("delete", key, lambda: self._remove(self.url(key)))
+
+    def _remove(self, url: str) -> None:
+        if self._fs.exists(url):
+            self._fs.rm(url, recursive=True)
 
     def free_bytes(self) -> int | None:
         """Free space under a local root in bytes; None on an object store, which does not say."""
@@ -202,27 +185,47 @@ class Storage:
             raise InputError(f"storage.root: wrote a file to {self.root} and read back something else")
         self.delete(key)
 
-    @contextmanager
-    def _explained(self, action: str, key: str) -> Iterator[None]:
-        """Turn what a user can mend (permissions, credentials, a full disk, a missing bucket) into an InputError."""
+    def _do(self, action: str, key: str, function: Callable[[], _Result]) -> _Result:
+        """The function's result; transient faults of an object store are tried again, others told to the user."""
+        seconds = storage_faults.RETRY_SECONDS if self._has_answered else storage_faults.FIRST_ANSWER_SECONDS
+        url = self.url(key)
         try:
-            yield
-        except FileNotFoundError as error:
-            missing = error.filename or error.args[0] if error.args else self.url(key)
-            raise InputError(f"cannot {action} {self.url(key)}: no such file, folder or bucket ({missing})") from error
-        except PermissionError as error:
-            raise InputError(
-                f"cannot {action} {self.url(key)}: permission or credentials refused ({error}); "
-                "set storage.root to a writable place"
-            ) from error
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise InputError(
-                    f"cannot {action} {self.url(key)}: no space left; free some or set storage.root elsewhere, "
-                    "then run again: what was finished is kept"
-                ) from error
-            if error.errno in (errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
-                raise InputError(
-                    f"cannot {action} {self.url(key)}: {error.strerror}; set storage.root elsewhere"
-                ) from error
-            raise
+            if self.is_local:
+                return function()
+            result = storage_faults.persist(function, seconds=seconds, what=f"{action} {url}")
+        except Exception as error:
+            explained = storage_faults.explain(error, action, url)
+            if explained is None:
+                raise
+            raise explained from error
+        self._has_answered = True
+        return result
+
+
+def _write_local(path: Path, parts: Sequence[bytes | memoryview]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}{_TEMPORARY_MARK}{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _local_digest(path: Path) -> tuple[int, str]:
+    digest, piece, size = hashlib.sha256(), memoryview(bytearray(_PIECE_BYTES)), 0
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            digest.update(piece[:count])
+            size += count
+    return size, digest.hexdigest()
+
+
+def _advise(path: Path) -> None:
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)

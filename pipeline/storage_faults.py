@@ -1,0 +1,154 @@
+"""What went wrong with the storage: whether trying again may help, and the line that tells the user what to do.
+
+A transient fault (503, 500, 429, a timeout, a cut connection) is tried again with growing, jittered pauses for
+RETRY_SECONDS, or for FIRST_ANSWER_SECONDS where the store has never answered, since then the address is more likely
+wrong than the service down. Below this s3fs sends a single request (a part of a large upload) up to REQUEST_ATTEMPTS
+times. Everything else is explained at once. Storage does the trying; nothing here reads or writes.
+"""
+
+import errno
+import itertools
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from http.client import IncompleteRead
+from typing import Any, TypeVar
+
+from pipeline.errors import InputError
+
+RETRY_SECONDS = 300.0
+"""How long a fault of a store that has answered before is borne."""
+FIRST_ANSWER_SECONDS = 10.0
+"""The same before the first answer."""
+REQUEST_ATTEMPTS = 3
+READ_TIMEOUT_SECONDS = 30
+CONNECT_TIMEOUT_SECONDS = 10
+_FEWEST_ATTEMPTS = 3
+"""Also where one attempt takes longer than all the time there is."""
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.2, 20.0
+_TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
+_TRANSIENT_CODES = ("SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "OperationAborted")
+
+_log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
+
+
+def client_options(scheme: str) -> dict[str, Any]:
+    """Arguments for the file system of this kind of URL: timeouts, and no pauses of the client's own."""
+    if scheme not in ("s3", "s3a"):
+        return {}
+    return {
+        "config_kwargs": {
+            "retries": {"max_attempts": 1, "mode": "standard"},
+            "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+            "read_timeout": READ_TIMEOUT_SECONDS,
+        }
+    }
+
+
+def persist(attempt: Callable[[], _Result], *, seconds: float, what: str) -> _Result:
+    """The result of `attempt`, repeated while its faults are transient and less than `seconds` have passed.
+
+    `attempt` must be safe to repeat. The last fault is raised as it came.
+    """
+    started = time.monotonic()
+    for number in itertools.count(1):
+        try:
+            return attempt()
+        except Exception as error:
+            left = max(0.0, seconds - (time.monotonic() - started))
+            if not is_transient(error) or (left == 0 and number >= _FEWEST_ATTEMPTS):
+                raise
+            pause = min(_FIRST_PAUSE_SECONDS * 2 ** (number - 1), _LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1.5)
+            _log.warning("%s: %s; trying again in %.1f s, %.0f s of patience left", what, _brief(error), pause, left)
+            time.sleep(pause)
+    raise AssertionError("unreachable: the loop ends by returning or raising")
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed later."""
+    import aiohttp
+    from botocore.exceptions import ConnectionError as ClientConnectionError
+    from botocore.exceptions import HTTPClientError
+    from botocore.parsers import ResponseParserError
+
+    passing = (
+        *(TimeoutError, ConnectionError, IncompleteRead, aiohttp.ClientError),
+        *(ClientConnectionError, HTTPClientError, ResponseParserError),
+    )
+    for cause in _causes(error):
+        status, code = _answer(cause)
+        if isinstance(cause, passing) or status in _TRANSIENT_STATUS or code in _TRANSIENT_CODES:
+            return True
+    return False
+
+
+def explain(error: Exception, action: str, url: str) -> InputError | None:
+    """The user's line for a fault: what was tried, what came, what to do; None for what no user can mend."""
+    tried = f"cannot {action} {url}"
+    if "://" in url and (line := _explain_service(error, tried)):
+        return InputError(line)
+    if isinstance(error, FileNotFoundError):
+        missing = error.filename or error.args[0] if error.args else url
+        return InputError(f"{tried}: no such file, folder or bucket ({missing})")
+    if isinstance(error, PermissionError):
+        return InputError(f"{tried}: permission or credentials refused ({error}); set storage.root to a writable place")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return InputError(
+            f"{tried}: no space left; free some or set storage.root elsewhere, then run again: what was finished is "
+            "kept"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
+        return InputError(f"{tried}: {error.strerror}; set storage.root elsewhere")
+    return None
+
+
+def _explain_service(error: Exception, tried: str) -> str | None:
+    """The line for a fault of an object store."""
+    from botocore.exceptions import BotoCoreError, NoCredentialsError, PartialCredentialsError
+
+    came = _brief(error)
+    if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
+        return f"{tried}: no credentials ({came}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    if isinstance(error, PermissionError):
+        return (
+            f"{tried}: the object store refused the credentials ({came}); check AWS_ACCESS_KEY_ID, "
+            "AWS_SECRET_ACCESS_KEY and what they may do with this bucket"
+        )
+    codes = {_answer(cause)[1] for cause in _causes(error)}
+    if "NoSuchBucket" in codes:
+        return f"{tried}: no such bucket; make it or correct storage.root"
+    if isinstance(error, FileNotFoundError):
+        return None
+    if is_transient(error):
+        return (
+            f"{tried}: the object store gave no good answer ({came}); check AWS_ENDPOINT_URL and the service, then run "
+            "again: what was finished is kept"
+        )
+    if isinstance(error, (BotoCoreError, OSError)) or "endpoint" in str(error).lower():
+        return f"{tried}: the object store refused ({came}); check storage.root and the AWS_* variables"
+    return None
+
+
+def _brief(error: BaseException) -> str:
+    """Class, code and message of a fault in one line."""
+    codes = [code for cause in _causes(error) if (code := _answer(cause)[1])]
+    message = " ".join(str(error).split())
+    named = codes[0] if codes else type(error).__name__
+    return named if not message or message == named else f"{named}: {message}"
+
+
+def _answer(error: BaseException) -> tuple[int | None, str | None]:
+    """HTTP status and error code of a service's answer, where the fault carries one."""
+    response = getattr(error, "response", None)
+    if not isinstance(response, dict):
+        return None, None
+    return response.get("ResponseMetadata", {}).get("HTTPStatusCode"), response.get("Error", {}).get("Code")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
