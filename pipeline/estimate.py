@@ -9,12 +9,14 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from pipeline.analyses.autointerp_prompts import Cost, cost_text, planned_cost
 from pipeline.config import RunConfig
 from pipeline.errors import InputError
 from pipeline.progress import format_seconds
 from pipeline.runner import DONE, StepState
 from pipeline.schema import MODEL_NAMES
 from pipeline.sections.crosscoder import CrosscoderSection
+from pipeline.stages import autointerp
 from pipeline.storage import Storage
 
 _START_CLUSTER_SECONDS = 5.0
@@ -104,10 +106,38 @@ def estimate_text(config: RunConfig, states: Sequence[StepState], storage: Stora
     if result.training_bytes_per_rank is not None:
         lines.append(f"  training    {_format_bytes(result.training_bytes_per_rank)} per worker, {_workers(config)}")
     lines += [f"  {stage:<12}{format_seconds(value)}" for stage, value in result.seconds.items()]
+    if config.analyses.autointerp is not None and any(_is_to_ask(state) for state in states):
+        lines.append(f"  autointerp  {_asking_text(config, states)}")
     total = sum(result.seconds.values())
     known = result.num_bytes is not None
     lines.append(f"  total       {format_seconds(total)}" + ("" if known else " + what depends on the models' width"))
     return "\n".join(lines)
+
+
+def _is_to_ask(state: StepState) -> bool:
+    return state.step.key.stage == autointerp.NAME and state.state != DONE
+
+
+def _asking_text(config: RunConfig, states: Sequence[StepState]) -> str:
+    """What automatic interpretation will send at most; answers that are there already are not taken off."""
+    section, endpoint = config.analyses.autointerp, config.resources.autointerp
+    assert section is not None
+    cost = Cost(0, 0, 0)
+    records = {state.step.key.fingerprint: state.record for state in states}
+    for step in (state.step for state in states if _is_to_ask(state)):
+        record = records[step.inputs["latents"].key.fingerprint]
+        num_latents = autointerp.planned_latents(section, record.counts if record is not None else None)
+        own = planned_cost(
+            num_latents,
+            section.num_explaining,
+            section.num_active + section.num_quiet,
+            contexts_per_request=section.contexts_per_request,
+            context_tokens=2 * step.extra["window_tokens"] + 1,
+        )
+        cost = cost.plus(own)
+    return (
+        f"at most {cost_text(cost, endpoint.price_in, endpoint.price_out)}, to {endpoint.base_url or 'no endpoint yet'}"
+    )
 
 
 def _workers(config: RunConfig) -> str:

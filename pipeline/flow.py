@@ -21,6 +21,7 @@ from pipeline.sections.data import OrganismCorpus
 from pipeline.stages import (
     activations,
     adopt,
+    autointerp,
     causality,
     corpus,
     crosscoder,
@@ -59,10 +60,10 @@ def build_flow(config: RunConfig) -> tuple[Group, ...]:
     measured = [_measurement_steps(config, fit, data) for fit in fits]
     rows = tuple(step for own in measured for step in own.values() if step.key.stage in measurements.STAGES)
     groups.append(Group(measurements.run, rows))
-    for name, run in (("causality", causality.run), ("steering", steering.run)):
+    for name, run in (("causality", causality.run), ("steering", steering.run), ("autointerp", autointerp.run)):
         steps = tuple(own[name] for own in measured if name in own)
         if steps:
-            groups.append(Group(run, steps))
+            groups.append(Group(run, steps, keeps_parts=name == autointerp.NAME))
     groups.append(Group(report.run, (_report_step(config, groups, data),), needs_cluster=False))
     return tuple(groups)
 
@@ -199,7 +200,7 @@ def _crosscoder_step(
 
 
 def _measurement_steps(config: RunConfig, fit: Step, data: Mapping[str, Step]) -> dict[str, Step]:
-    """latents, and whichever of examples, planted, causality and steering is on, for one crosscoder."""
+    """latents, and whichever of the other analyses is on, for one crosscoder."""
     analyses = config.analyses
     name = fit.extra["crosscoder"]
     extra = {"crosscoder": name, "loading": data["activations"].extra["loading"]}
@@ -239,6 +240,20 @@ def _measurement_steps(config: RunConfig, fit: Step, data: Mapping[str, Step]) -
             identity=_steering_identity(config),
             inputs={**with_latents, **organism_input, **planted},
             extra={**extra, "layer": config.activations.layer},
+        )
+    if analyses.autointerp is not None:
+        if analyses.examples is None:
+            raise InputError(
+                "analyses.autointerp: expected analyses.examples to be on, since explanations are made from its "
+                "contexts, got null; turn it on or set analyses.autointerp to null"
+            )
+        steps["autointerp"] = _step(
+            autointerp.NAME,
+            autointerp.VERSION,
+            analyses.autointerp,
+            name=name,
+            inputs={**inputs, "latents": steps["latents"], "examples": steps["examples"]},
+            extra={**extra, "window_tokens": analyses.examples.window_tokens},
         )
     return steps
 

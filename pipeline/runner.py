@@ -19,7 +19,7 @@ from pipeline.operators.pair import check_pair
 from pipeline.progress import Reporter, format_seconds
 from pipeline.runlog import RunLog
 from pipeline.sections.crosscoder import AdoptedCrosscoderSection
-from pipeline.stages import adopt
+from pipeline.stages import adopt, autointerp
 from pipeline.stages.base import Context, Step
 from pipeline.stages.models import ModelLocation
 from pipeline.storage import Storage
@@ -79,6 +79,8 @@ def run(config: RunConfig, reporter: Reporter, tracker: Tracker | None = None) -
         reporter.message(f"{config.name}: all {sum(len(g.steps) for g in flow)} steps are done, nothing was written")
         return _outcome(storage, report_step, None, 0, started)
     check_inputs(config, flow)
+    if any(step.key.stage == autointerp.NAME for step in missing):
+        autointerp.check(config.resources.autointerp)
     storage.check_writable()
     tracker = tracker or make_tracker(config.tracking, storage, reporter.message)
     log = RunLog(tracker, config, storage, flow)

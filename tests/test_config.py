@@ -100,6 +100,22 @@ def test_a_wrong_value_is_named_in_one_line(tmp_path: Path, path: str, value: An
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("api_key_env", "sk-hunter2-0123"),
+        ("api_key_env", "lowercase_hunter2"),
+        ("base_url", "https://user:hunter2@host/v1"),
+        ("base_url", "https://host/v1?key=hunter2"),
+        ("base_url", "hunter2"),
+    ],
+)
+def test_a_secret_in_the_run_file_is_refused_and_not_repeated(tmp_path: Path, key: str, value: str) -> None:
+    with pytest.raises(InputError, match=rf"resources\.autointerp\.{key}: expected") as error:
+        load(write(tmp_path, changed("resources", {"autointerp": {key: value}})))
+    assert "hunter2" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("text", "expected"), [("name: [", "expected YAML"), ("- 1", "expected a mapping"), ("", "expected a mapping")]
 )
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, expected: str) -> None:

@@ -69,3 +69,18 @@ def test_numbers_of_nested_counts_get_names_that_mlflow_takes() -> None:
     assert found["a/b"] == 1.0
     assert set(found) - {"a/b"} == {name for name in found if name.startswith("dropped/too _long_")}
     assert len(found) == 2
+
+
+def test_questions_to_a_language_model_are_counted_and_priced(config: RunConfig, tmp_path: Path) -> None:
+    tree = config.model_dump(mode="json")
+    tree["analyses"]["autointerp"] = {"model": "m", "latents": [1, 2, 3], "contexts_per_request": 5}
+    tree["resources"]["autointerp"] |= {"base_url": "http://host/v1", "price_in": 1.0, "price_out": 2.0}
+    asking = RunConfig.model_validate(tree)
+    storage = Storage(str(tmp_path))
+    (line,) = (
+        one for one in estimate_text(asking, inspect(asking, storage), storage).splitlines() if "requests" in one
+    )
+    # Two crosscoders, three latents each, one explanation and three detections of 12 contexts in fives.
+    assert line.strip().startswith("autointerp  at most 24 requests, about ")
+    assert line.endswith("at the configured prices, to http://host/v1")
+    assert "requests" not in estimate_text(config, inspect(config, storage), storage)

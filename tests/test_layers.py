@@ -67,6 +67,8 @@ def test_imports_go_only_to_the_right_and_ray_and_mlflow_stay_at_the_rim(path: P
         assert place[0] in ("stages", "cluster.py", "jobs.py")
     if "mlflow" in tops:
         assert place == ("tracking.py",)
+    if "httpx2" in tops:
+        assert place == ("endpoint.py",)
     if place[0] in LAYERS:
         above = LAYERS[LAYERS.index(place[0]) + 1 :]
         assert not {name for name in imported if name.startswith(tuple(f"pipeline.{layer}" for layer in above))}

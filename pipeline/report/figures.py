@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from pipeline.numerics.proportions import wilson_interval
 from pipeline.report import charts, effects
 from pipeline.report import formatting as fmt
 from pipeline.report.data import CrosscoderReport, ReportData
@@ -22,7 +23,6 @@ from pipeline.report.summary import (
     PlantedScore,
     chat_only_rows,
     planted_rows,
-    wilson_interval,
 )
 from pipeline.schema import Verdict
 

@@ -1,8 +1,8 @@
 """The few numbers that the first page and the terminal show, computed from a report's tables.
 
 Counts per verdict with the range that the latents' own intervals leave open, what the latent set does to the chat
-model's predictions (KL), what steering does to behaviours, and the planted score. No formatting and no markup here; no
-new statistics either, except Wilson's interval for a rate over prompts.
+model's predictions (KL), what steering does to behaviours, and the planted score. No formatting and no markup here, and
+no new statistics.
 """
 
 import math
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from pipeline.numerics.proportions import Interval, wilson_interval
 from pipeline.report.data import CrosscoderReport
 from pipeline.schema import Verdict
 
@@ -102,24 +103,6 @@ def causal_summary(causality: pd.DataFrame | None, positions: str = "all") -> Ca
     if "none" not in kl or "all" not in kl:
         return None
     return CausalSummary(positions=positions, kl_none=kl["none"], kl_all=kl["all"])
-
-
-class Interval(NamedTuple):
-    """A 95% interval."""
-
-    low: float
-    high: float
-
-
-def wilson_interval(rate: float, number: int) -> Interval:
-    """Wilson's 95% interval of a rate seen over `number` trials; (NaN, NaN) where there were none."""
-    if number == 0 or math.isnan(rate):
-        return Interval(math.nan, math.nan)
-    z = 1.959964
-    centre = rate + z * z / (2 * number)
-    spread = z * math.sqrt(rate * (1 - rate) / number + z * z / (4 * number * number))
-    scale = 1 + z * z / number
-    return Interval(max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale))
 
 
 class SteeringEffect(NamedTuple):

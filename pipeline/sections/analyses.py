@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from pipeline.sections.base import Section
 
@@ -92,6 +92,38 @@ class SteeringSection(Section):
     """Seed of the random latents."""
 
 
+class AutointerpSection(Section):
+    """Latents in words, by a language model behind an OpenAI-compatible endpoint, which resources.autointerp names.
+
+    It reads passages of the corpus: they leave this machine unless the endpoint runs here.
+    """
+
+    model: Annotated[str, Field(min_length=1)]
+    """Name under which the endpoint serves the model."""
+    latents: tuple[NonNegativeInt, ...] = ()
+    """Latents to explain; empty takes the chat-specific ones. Either way only those that the examples step has."""
+    max_latents: PositiveInt = 100
+    """At most this many chat-specific latents per crosscoder; requests and their cost grow with it."""
+    num_explaining: PositiveInt = 6
+    """Strongest contexts from which an explanation is written (at most half of those that a latent has)."""
+    num_active: PositiveInt = 6
+    """Held-out contexts on which the latent fires, spread over its range, among which the explanation is tested."""
+    num_quiet: PositiveInt = 6
+    """Contexts of other documents on which it does not fire, from the same corpora."""
+    contexts_per_request: PositiveInt = 12
+    """Contexts judged in one request; fewer cost more requests, more of them small models confuse."""
+    temperature: NonNegativeFloat | None = 0.0
+    """null leaves it out, as some models demand."""
+    max_answer_tokens: PositiveInt | None = 400
+    """Sent as max_tokens; null leaves it out."""
+    request_fields: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
+    """Further fields of every request, such as reasoning_effort; never a key, everything here is recorded."""
+    num_repeats: NonNegativeInt = 1
+    """How often a request is made again after an answer that cannot be used, before it counts as unanswered."""
+    seed: NonNegativeInt = 0
+    """Seed of the choice and order of contexts."""
+
+
 class PlantedSection(Section):
     """How well the latents find behaviours whose tokens are known (token-level AUROC on held-out dialogues)."""
 
@@ -118,3 +150,5 @@ class AnalysesSection(Section):
     """null (the default) turns it off; it needs an organism or prompts_path."""
     planted: PlantedSection | None = None
     """null (the default) turns it off; it needs labels in the corpus."""
+    autointerp: AutointerpSection | None = None
+    """null (the default) turns it off; it needs examples and an endpoint."""

@@ -1,8 +1,10 @@
 """How a run is carried out: machines, places, tracking. Nothing here enters a fingerprint."""
 
+import re
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from pipeline.sections.base import Section
 
@@ -50,6 +52,51 @@ class TrainingResources(Section):
     """How often lost workers are replaced before the run fails."""
 
 
+class EndpointSection(Section):
+    """A server that speaks the OpenAI chat protocol: a vendor's, or one's own (vLLM, llama.cpp, Ollama ...)."""
+
+    base_url: str | None = None
+    """Such as https://api.example.com/v1; /chat/completions is appended."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key; the key itself is never read from a file, recorded or
+    logged. null sends none."""
+    concurrency: PositiveInt = 8
+    """Requests under way at once; lower it where the endpoint answers 429."""
+    timeout_seconds: PositiveFloat = 120.0
+    """After so long without an answer a request is made again."""
+    max_retries: NonNegativeInt = 6
+    """How often a request is made again after 429, 5xx, a time-out or a lost connection, before the run ends."""
+    backoff_seconds: PositiveFloat = 1.0
+    """Wait before the first of these; doubled each time, up to a minute, or what the endpoint asks for."""
+    price_in: NonNegativeFloat | None = None
+    """Price of a million tokens read, in any currency; with price_out, plan states the cost."""
+    price_out: NonNegativeFloat | None = None
+    """Price of a million tokens written."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _plain_address(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.netloc or "@" in parts.netloc or parts.query:
+            raise ValueError(
+                "expected an address like https://host/v1 without user, password or query, since it is recorded; put "
+                "the key into an environment variable and name that in api_key_env"
+            )
+        return value.rstrip("/")
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _name_only(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", value):
+            raise ValueError(
+                "expected the name of an environment variable in capital letters, such as OPENAI_API_KEY; never write "
+                "the key itself here"
+            )
+        return value
+
+
 class ResourcesSection(Section):
     """Who does the work."""
 
@@ -63,6 +110,8 @@ class ResourcesSection(Section):
     """Ranks that fit the crosscoders."""
     analyses: WorkersSection = WorkersSection()
     """Workers of the analyses."""
+    autointerp: EndpointSection = EndpointSection()
+    """The endpoint that analyses.autointerp asks."""
 
 
 class StorageSection(Section):

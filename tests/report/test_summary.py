@@ -17,7 +17,6 @@ from pipeline.report.summary import (
     planted_rows,
     steering_effects,
     verdict_counts,
-    wilson_interval,
 )
 from pipeline.report.verdict import verdict_table, verdict_text
 from pipeline.schema import Verdict
@@ -73,15 +72,6 @@ def test_headline_without_latent_scaling_claims_nothing() -> None:
     assert text.number == "3"
     assert "untested" in text.label
     assert "Latent Scaling was not run" in text.new
-
-
-@pytest.mark.parametrize(("rate", "number", "low", "high"), [(0.5, 40, 0.352, 0.648), (0.0, 20, 0.0, 0.161)])
-def test_wilson_interval_equals_published_values(rate: float, number: int, low: float, high: float) -> None:
-    assert wilson_interval(rate, number) == pytest.approx((low, high), abs=5e-4)
-
-
-def test_wilson_interval_of_no_trial_is_undefined() -> None:
-    assert all(math.isnan(end) for end in wilson_interval(0.3, 0))
 
 
 def test_steering_effect_is_the_best_positive_scale_with_its_controls() -> None:
