@@ -313,7 +313,7 @@ class InterpStatus:
     UNEXPLAINED = "no explanation"
     """No usable answer to the request for an explanation."""
     TOO_FEW = "too few contexts"
-    """Nothing was asked: fewer than two active contexts, or no quiet one."""
+    """Nothing was asked: the example table has fewer than two contexts of the latent, or no quiet one was found."""
 
     ALL = (SCORED, EXPLAINED, UNEXPLAINED, TOO_FEW)
 

@@ -39,6 +39,8 @@ class ExamplesSection(Section):
     """Further contexts per latent near 0.95, 0.75, 0.5 and 0.25 of its maximum, so that weak firing shows too."""
     max_latents: PositiveInt = 200
     """Latents for which contexts are written, chat-specific ones first."""
+    latents: tuple[NonNegativeInt, ...] = ()
+    """Latents for which contexts are written whatever their verdict, besides those."""
 
 
 class CausalitySection(Section):
@@ -101,7 +103,8 @@ class AutointerpSection(Section):
     model: Annotated[str, Field(min_length=1)]
     """Name under which the endpoint serves the model."""
     latents: tuple[NonNegativeInt, ...] = ()
-    """Latents to explain; empty takes the chat-specific ones. Either way only those that the examples step has."""
+    """Latents to explain; empty takes the chat-specific ones. Those that are not chat-only must also stand in
+    analyses.examples.latents, since explanations are made from their contexts."""
     max_latents: PositiveInt = 100
     """At most this many chat-specific latents per crosscoder; requests and their cost grow with it."""
     num_explaining: PositiveInt = 6

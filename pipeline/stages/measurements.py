@@ -316,7 +316,8 @@ def _publish_examples(step: Step, analysis: Examples, sums: Sums, store: Activat
     latents = read_table(context.storage, f"{step.inputs['latents'].key.folder}/{LATENTS_NAME}").to_pandas()
     chosen = latents_with(latents, [Verdict.CHAT_SPECIFIC])
     chosen += latents_with(latents, [*Verdict.ARTIFACTS, Verdict.UNDECIDED, Verdict.BASE_ONLY])
-    strongest = analysis.table_of(sums, chosen[: section.max_latents])
+    chosen = list(dict.fromkeys([*chosen[: section.max_latents], *section.latents]))
+    strongest = analysis.table_of(sums, chosen)
     wanted = torch.from_numpy(strongest["doc_id"].unique().astype(np.int64))
     with local_specs(context.storage, step.extra["loading"].locations[1]) as (spec,):
         tokenizer = load_tokenizer(spec)
