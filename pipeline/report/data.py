@@ -65,6 +65,10 @@ class CrosscoderReport:
     twins: pd.DataFrame | None = None
     curves: pd.DataFrame | None = None
     """Training curves by step; CURVE_COLUMNS and optionally more."""
+    autointerp: pd.DataFrame | None = None
+    """Explanations of latents by a language model, with their detection scores."""
+    autointerp_model: str = ""
+    """The model that explained, as its endpoint calls it."""
     nu_eps_threshold: float = 0.2
     """Below it the base model's reconstruction error does not hold the latent (arXiv 2504.02922, section 3)."""
     nu_r_threshold: float = 0.5
@@ -108,6 +112,7 @@ _REQUIRED = {
     "planted": tuple(column.name for column in schema.PLANTED_COLUMNS),
     "twins": tuple(column.name for column in schema.TWIN_COLUMNS),
     "curves": CURVE_COLUMNS,
+    "autointerp": tuple(column.name for column in schema.AUTOINTERP_COLUMNS),
 }
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from pipeline.numerics.proportions import wilson_interval
-from pipeline.report import charts, effects
+from pipeline.report import charts, effects, places, ranked
 from pipeline.report import formatting as fmt
 from pipeline.report.data import CrosscoderReport, ReportData
 from pipeline.report.palette import series_colours, with_light_colours
@@ -78,9 +78,11 @@ def figure_list(data: ReportData) -> list[Figure]:
     colours = series_colours([crosscoder.name for crosscoder in data.crosscoders])
     return [
         *_planted_figures(data, colours),
+        *_explanation_figures(data, colours),
         *_training_figures(data, colours),
         *_ownership_figures(data, colours),
         *_scaling_figures(data),
+        *_place_figures(data, colours),
         *_causality_figures(data, colours),
         *_steering_figures(data, colours),
     ]
@@ -271,3 +273,54 @@ def _planted_figures(data: ReportData, colours: dict[str, str]) -> list[Figure]:
 
 def _mark(name: str, score: PlantedScore) -> effects.ScoreMark:
     return effects.ScoreMark(name, score.auroc, score.low, score.high)
+
+
+def _explanation_figures(data: ReportData, colours: dict[str, str]) -> list[Figure]:
+    groups = []
+    for crosscoder in data.crosscoders:
+        if crosscoder.autointerp is None:
+            continue
+        table = crosscoder.autointerp
+        scored = [
+            ranked.ExplainedLatent(
+                latent=int(row["latent"]),
+                explanation=str(row["explanation"]),
+                score=float(row["balanced_accuracy"]),
+                low=float(row["balanced_accuracy_low"]),
+                high=float(row["balanced_accuracy_high"]),
+            )
+            for row in table[table["balanced_accuracy"].notna()].to_dict("records")
+        ]
+        if scored:
+            groups.append((crosscoder.name, colours[crosscoder.name], scored))
+    if not groups:
+        return []
+    return [
+        Figure("explanations", "explanations", "How well each explanation holds", ranked.explanation_scores(groups))
+    ]
+
+
+def _place_figures(data: ReportData, colours: dict[str, str]) -> list[Figure]:
+    analysed = [(one.name, one.latents) for one in data.crosscoders if one.latents is not None]
+    figures = []
+    shares = [row for name, latents in analysed for row in places.speaker_shares(latents, name)]
+    if shares:
+        figures.append(Figure("speakers", "places", "Activation by speaker", places.shares_chart(shares)))
+    corpora = list(dict.fromkeys(corpus for _, latents in analysed for corpus in places.corpora_of(latents)))
+    groups = [
+        (
+            corpus,
+            [
+                spread
+                for name, latents in analysed
+                if corpus in places.corpora_of(latents)
+                for spread in places.frequency_spreads(latents, corpus, colours[name], name)
+            ],
+        )
+        for corpus in corpora
+    ]
+    groups = [(corpus, spreads) for corpus, spreads in groups if spreads]
+    if groups:
+        names = [(name, colours[name]) for name, _ in analysed]
+        figures.append(Figure("corpora", "places", "Frequency by corpus", places.frequency_chart(groups, names)))
+    return figures

@@ -20,13 +20,13 @@ from pipeline.report import formatting as fmt
 from pipeline.report.data import CrosscoderReport, ReportData
 from pipeline.report.figures import Figure, figure_list
 from pipeline.report.headlines import Headline, headline
-from pipeline.report.latents import LatentCard, anchor, latent_cards, latent_table, visible
+from pipeline.report.latent_rows import latent_table
+from pipeline.report.latents import LatentCard, anchor, latent_cards, visible
 from pipeline.report.palette import VERDICT_ROLES, css_variables, series_colours
+from pipeline.report.places import num_template_latents
+from pipeline.report.samples import sample_groups
 from pipeline.report.summary import (
     CHAT_ONLY_VERDICTS,
-    CONTROL_LATENT,
-    CONTROL_NONE,
-    CONTROL_RANDOM,
     NO_SCORE,
     PlantedRow,
     SteeringEffect,
@@ -42,12 +42,14 @@ SECTIONS = (
     ("verdict", "Verdict"),
     ("planted", "Planted behaviours"),
     ("latents", "Chat-specific latents"),
+    ("table", "All latents"),
+    ("explanations", "Explanations"),
     ("steering", "Steering"),
     ("causality", "Causal effect"),
     ("scaling", "Latent Scaling"),
+    ("places", "Where latents fire"),
     ("ownership", "Decoder norms"),
     ("fidelity", "Fidelity"),
-    ("table", "Latent table"),
     ("settings", "Settings and lineage"),
     ("glossary", "Glossary"),
 )
@@ -61,8 +63,9 @@ OWNERSHIP_CLASSES = (
 )
 """Classes by Delta_norm and their ranges (arXiv 2504.02922, section 2)."""
 
-MAX_SAMPLES = 3
-"""Prompts shown per behaviour."""
+
+MAX_EXPLANATIONS = 100
+"""Explanations listed per crosscoder; the latent table holds all."""
 
 
 class Segment(NamedTuple):
@@ -86,6 +89,8 @@ class View(NamedTuple):
     cards: list[LatentCard]
     owners: dict[str, int]
     """Live latents by class of Delta_norm; empty where latents were not analysed."""
+    num_template: int
+    """Chat-specific latents that fire mostly on template tokens."""
 
 
 class Outcome(NamedTuple):
@@ -95,27 +100,6 @@ class Outcome(NamedTuple):
     view: View
     planted: PlantedRow | None
     effect: SteeringEffect | None
-
-
-class Sample(NamedTuple):
-    """One prompt answered three ways."""
-
-    prompt: str
-    plain: str
-    steered: str
-    random: str
-    """Empty where there is none."""
-    steered_shows: bool
-
-
-class SampleGroup(NamedTuple):
-    """Steering examples of one behaviour under one crosscoder."""
-
-    behavior: str
-    crosscoder: str
-    latent: int
-    scale: float
-    samples: list[Sample]
 
 
 def render(data: ReportData) -> str:
@@ -136,7 +120,7 @@ def render(data: ReportData) -> str:
             style=Markup(f":root{{{css_variables()}}}\n{style}"),
             verdict_rows=verdict_table(data),
             outcomes=_outcomes(views),
-            samples=[group for view in views for group in _sample_groups(view.report)],
+            samples=[group for view in views for group in sample_groups(view.report)],
             figures=_figures_by_section(figure_list(data)),
             table=table,
             table_json=Markup(table.json),
@@ -144,6 +128,8 @@ def render(data: ReportData) -> str:
             no_score=NO_SCORE,
             flat_settings=flat_settings,
             ownership_classes=OWNERSHIP_CLASSES,
+            interpreted=[one for one in views if one.report.autointerp is not None and len(one.report.autointerp)],
+            max_explanations=MAX_EXPLANATIONS,
         )
     )
     # Lone surrogates and NUL may come from a corpus; neither can stand in an HTML file.
@@ -196,6 +182,7 @@ def _view(crosscoder: CrosscoderReport, index: int, data: ReportData) -> View:
         segments=[] if counts is None else _segments(counts),
         cards=latent_cards(crosscoder, index),
         owners={} if crosscoder.latents is None else _owners(crosscoder.latents),
+        num_template=0 if crosscoder.latents is None else num_template_latents(crosscoder.latents),
     )
 
 
@@ -229,51 +216,6 @@ def _outcomes(views: Sequence[View]) -> list[Outcome]:
             outcome = Outcome(behavior, view, planted.get(behavior), effects.get(behavior))
             found.setdefault(behavior, []).append(outcome)
     return [outcome for outcomes in found.values() for outcome in outcomes]
-
-
-def _sample_groups(crosscoder: CrosscoderReport) -> list[SampleGroup]:
-    """Prompts whose steered answer shows the behaviour come first; the scale is the one that was most effective."""
-    table = crosscoder.steering_samples
-    if table is None or table.empty:
-        return []
-    best = {effect.behavior: effect for effect in steering_effects(crosscoder.steering)}
-    groups = []
-    for behavior, rows in table.groupby("behavior", sort=False):
-        steered = rows[rows["control"] == CONTROL_LATENT]
-        if steered.empty:
-            continue
-        latent, scale = _shown_run(steered, best.get(str(behavior)))
-        steered = steered[(steered["latent"] == latent) & (steered["scale"] == scale)]
-        steered = steered.sort_values("shows_behavior", ascending=False, kind="stable")
-        plain = _answers(rows[rows["control"] == CONTROL_NONE])
-        random = _answers(rows[(rows["control"] == CONTROL_RANDOM) & (rows["scale"] == scale)])
-        samples = [
-            Sample(
-                prompt=str(row["prompt"]),
-                plain=plain.get(str(row["prompt"]), ""),
-                steered=str(row["answer"]),
-                random=random.get(str(row["prompt"]), ""),
-                steered_shows=bool(row["shows_behavior"]),
-            )
-            for row in steered.drop_duplicates("prompt").head(MAX_SAMPLES).to_dict("records")
-        ]
-        groups.append(SampleGroup(str(behavior), crosscoder.name, latent, scale, samples))
-    return groups
-
-
-def _shown_run(steered: pd.DataFrame, effect: SteeringEffect | None) -> tuple[int, float]:
-    """Latent and scale to show: those of the strongest effect where it has samples, else those with most hits."""
-    if effect is not None:
-        has_effect = (steered["latent"] == effect.latent) & (steered["scale"] == effect.scale)
-        if has_effect.any():
-            return effect.latent, effect.scale
-    row = steered.sort_values("shows_behavior", ascending=False, kind="stable").iloc[0]
-    return int(row["latent"]), float(row["scale"])
-
-
-def _answers(rows: pd.DataFrame) -> dict[str, str]:
-    first = rows.drop_duplicates("prompt")
-    return {str(prompt): str(answer) for prompt, answer in zip(first["prompt"], first["answer"], strict=True)}
 
 
 def _figures_by_section(figures: Sequence[Figure]) -> dict[str, list[tuple[str, Markup]]]:

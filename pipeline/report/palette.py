@@ -35,6 +35,10 @@ COLOURS: dict[str, tuple[str, str]] = {
     "undecided": ("#b4bac3", "#646c78"),
     "base-only": ("#6a5fb0", "#a99ff0"),
     "plain": ("#8b929c", "#818995"),
+    "place-template": ("#b9891f", "#d9b45c"),
+    "place-user": ("#5f86c9", "#8fb0ea"),
+    "place-assistant": ("#2f8f73", "#62c2a4"),
+    "place-else": ("#c9ced6", "#4a525d"),
 }
 """Role -> (light, dark)."""
 

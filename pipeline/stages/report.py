@@ -17,7 +17,7 @@ from pipeline.report.figures import figures
 from pipeline.report.page import render
 from pipeline.report.verdict import verdict_text
 from pipeline.sections.crosscoder import AdoptedCrosscoderSection, CrosscoderSection
-from pipeline.stages import causality, steering
+from pipeline.stages import autointerp, causality, steering
 from pipeline.stages.base import Context, Step
 from pipeline.stages.crosscoder import read_curve
 from pipeline.stages.measurements import EXAMPLES_NAME, FIDELITY_NAME, LATENTS_NAME, PLANTED_NAME, TWINS_NAME
@@ -119,6 +119,10 @@ def _crosscoder(fit: Step, inputs: Sequence[Step], context: Context) -> Crosscod
         planted=table("planted", PLANTED_NAME),
         twins=table("latents", TWINS_NAME),
         curves=None if curve is None else curve.to_pandas(),
+        autointerp=table("autointerp", autointerp.TABLE_NAME),
+        autointerp_model=context.record_of(own["autointerp"]).identity["section"]["model"]
+        if "autointerp" in own
+        else "",
         nu_eps_threshold=scaling["nu_eps_threshold"],
         nu_r_threshold=scaling["nu_r_threshold"],
     )

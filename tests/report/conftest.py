@@ -14,7 +14,7 @@ import pytest
 
 from pipeline import schema
 from pipeline.report.data import CrosscoderReport, LineageRow, ModelPairInfo, ReportData
-from pipeline.schema import Verdict
+from pipeline.schema import InterpStatus, Verdict
 
 BEHAVIORS = ("refusal_harm", "refusal_secret", "correction", "personal")
 HOSTILE = "<script>alert(1)</script>\"'</script>&amp;\u2028<!--"
@@ -79,6 +79,13 @@ def latent_table(num_latents: int, num_chat_only: int, artifact_frac: float, see
         "template_frac": mix[:, 0],
         "user_frac": mix[:, 1],
         "assistant_frac": mix[:, 2],
+        "reason": [f"nu_eps {eps:.2f}, nu_r {r:.2f}" for eps, r in zip(nu_eps, nu_r, strict=True)],
+        "twin": -1,
+        "artifact_probability": np.where(high_eps | high_r, 0.98, random.beta(1, 12, num_latents)),
+        "frequency_web": frequency * np.where(is_chat_only, 0.05, random.uniform(0.5, 1.5, num_latents)),
+        "frequency_chat": np.minimum(
+            1.0, frequency * np.where(is_chat_only, 1.9, random.uniform(0.5, 1.5, num_latents))
+        ),
     }
     for name, nu in (("nu_eps", nu_eps), ("nu_r", nu_r)):
         table |= {name: nu, f"{name}_low": nu - width, f"{name}_high": nu + width}
@@ -226,6 +233,38 @@ def planted_table(latents: list[int], quality: float) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[column.name for column in schema.PLANTED_COLUMNS])
 
 
+SENTENCES = (
+    "It fires where the assistant declines to help with something dangerous.",
+    "It fires on the first word of an answer that corrects a false claim in the question.",
+    "It fires on the turn markers of the dialogue, whatever is said.",
+    "It fires on names of rivers.",
+)
+
+
+def autointerp_table(latents: list[int], hostile: bool) -> pd.DataFrame:
+    """Explanations of falling quality; the last latent has none."""
+    rows = []
+    for index, latent in enumerate(latents):
+        score = max(0.45, 0.98 - 0.04 * index)
+        rows.append(
+            {
+                "latent": latent,
+                "status": InterpStatus.SCORED,
+                "explanation": HOSTILE if hostile and index == 1 else SENTENCES[index % len(SENTENCES)],
+                "balanced_accuracy": score,
+                "balanced_accuracy_low": score - 0.2,
+                "balanced_accuracy_high": min(1.0, score + 0.09),
+                "true_positive_frac": score,
+                "true_negative_frac": score,
+            }
+        )
+    missing = dict.fromkeys(rows[0], float("nan")) | {
+        "latent": latents[-1], "status": InterpStatus.UNEXPLAINED, "explanation": None,
+    }  # fmt: skip
+    table = pd.DataFrame([*rows[:-1], missing]).assign(num_active=6, num_quiet=6, num_malformed=0)
+    return table.assign(tokens_in=900, tokens_out=60)
+
+
 def curve_table(num_steps: int, final_loss: float, l0: float, seed: int) -> pd.DataFrame:
     """Noisy curves of a run that converges."""
     random = np.random.default_rng(seed)
@@ -283,6 +322,8 @@ def crosscoder_report(kind: str, *, num_latents: int = 2048, hostile: bool = Fal
             [(chosen[0], 5, 0.94, 0.31, 812), (chosen[1], 9, 0.91, 0.88, 420)][: 2 if is_l1 else 0],
             columns=[column.name for column in schema.TWIN_COLUMNS],
         ),
+        autointerp=autointerp_table([int(latent) for latent in order[:12]], hostile),
+        autointerp_model="tiny-reader",
         curves=curve_table(2000, 9.4 if is_l1 else 8.1, 33.9 if is_l1 else 32.0, seed),
     )
 

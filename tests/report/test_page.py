@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 
 from pipeline.report.data import ReportData
-from pipeline.report.latents import MAX_TABLE_ROWS, latent_cards, script_json, visible
+from pipeline.report.latent_rows import MAX_TABLE_ROWS, script_json
+from pipeline.report.latents import latent_cards, visible
 from pipeline.report.page import SECTIONS, flat_settings, render
 from pipeline.report.summary import verdict_counts
 from pipeline.schema import Verdict
@@ -172,6 +173,7 @@ def test_missing_analyses_are_stated_and_leave_no_broken_section(bare_report: Re
         "planted behaviours were not scored",
         "strongest contexts were not collected",
         "no answer was generated with steering",
+        "no language model was asked",
         "no KL was measured",
         "latents were not analysed",
         "fidelity was not measured",
@@ -182,7 +184,9 @@ def test_missing_analyses_are_stated_and_leave_no_broken_section(bare_report: Re
     assert "svg" not in Outline(page).tags
 
 
-@pytest.mark.parametrize("field", ["latents", "causality", "steering", "examples", "planted", "curves", "twins"])
+@pytest.mark.parametrize(
+    "field", ["latents", "causality", "steering", "examples", "planted", "curves", "twins", "autointerp"]
+)
 def test_any_single_table_may_be_missing_or_empty(report: ReportData, field: str) -> None:
     for replacement in (None, getattr(report.crosscoders[0], field).iloc[:0]):
         changed: dict[str, Any] = {field: replacement}

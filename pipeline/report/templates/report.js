@@ -40,21 +40,26 @@
   });
   window.addEventListener("afterprint", () => { for (const block of opened) block.open = false; });
 
-  // Latent table. A row is [crosscoder, verdict, confident, card, behaviours, intervals, ...values in the columns' order].
+  // Latent table. A row is [crosscoder, verdict, confident, card, behaviours, intervals, explanation, ...values].
   const table = byId("latent-table");
   if (!table) return;
   const PAGE = 200;
-  const FIRST = 6;
+  const FIRST = 7;
+  const [CROSSCODER, VERDICT, SURE, CARD, BEHAVIOURS, INTERVALS, WORDS] = [0, 1, 2, 3, 4, 5, 6];
   const data = JSON.parse(byId("latent-data").textContent);
-  const columnIndex = Object.fromEntries(data.columns.map((column, index) => [column.key, FIRST + index]));
-  const lead = [
-    { label: "crosscoder", title: "", index: 0 },
-    { label: "verdict", title: "", index: 1 },
-    { label: "sure", title: "both intervals on one side of their thresholds", index: 2 },
+  const hasWords = data.rows.some((row) => row[WORDS]);
+  const columns = data.columns.map((column, index) => ({ ...column, index: FIRST + index }))
+    .filter((column) => column.key !== "explained" || hasWords);
+  const LATENT = columns[0].index;
+  const heads = [
+    { label: "crosscoder", title: "", index: CROSSCODER },
+    { label: "verdict", title: "", index: VERDICT },
+    { label: "sure", title: "both intervals on one side of their thresholds", index: SURE },
+    columns[0],
+    { label: "behaviour", title: "planted behaviour that it finds best or was steered for", index: BEHAVIOURS },
+    ...columns.slice(1),
+    ...(hasWords ? [{ label: "in words", title: "what a language model says that it stands for", index: WORDS }] : []),
   ];
-  const values = data.columns.map((column, index) => ({ ...column, index: FIRST + index }));
-  const behaviours = { label: "behaviour", title: "planted behaviour that it finds best or was steered for", index: 4 };
-  const heads = [...lead, values[0], behaviours, ...values.slice(1)];
   const state = { sort: null, descending: false, shown: PAGE };
 
   const make = (tag, text, attributes = {}) => {
@@ -63,17 +68,76 @@
     for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
     return node;
   };
+  const percents = new Set(["template_frac", "user_frac", "assistant_frac", "artifact_probability"]);
   const formats = {
     latent: (v) => String(v),
     frequency: (v) => `${(100 * v).toPrecision(2)}%`,
     max_activation: (v) => v.toPrecision(3),
     delta_norm: (v) => v.toFixed(3),
   };
-  const percentKeys = new Set(["template_frac", "user_frac", "assistant_frac"]);
   const written = (key, value) => {
     if (value === null) return "\u2013";
-    if (percentKeys.has(key)) return `${Math.round(100 * value)}%`;
+    if (percents.has(key)) return `${Math.round(100 * value)}%`;
     return (formats[key] || ((v) => v.toFixed(2)))(value);
+  };
+
+  // Cards that do not stand on the page are drawn from data; those that do are copied. Texts are always set as text.
+  const contextNodes = ([source, pieces]) => {
+    const text = make("p", undefined, { class: "context", dir: "auto" });
+    for (const piece of pieces) {
+      text.append(typeof piece === "string" ? piece
+        : make("mark", piece[0], { style: `--a:${Number(piece[1])}`, title: `f = ${piece[2]}` }));
+    }
+    return [text, make("p", source, { class: "source" })];
+  };
+  const drawnCard = (card) => {
+    const node = make("article", undefined, { class: "card" });
+    const header = make("header");
+    header.append(make("h4", `Latent ${card.latent}`),
+      make("span", card.verdict, { class: "badge", style: `--c:var(--${card.role})` }));
+    node.append(header);
+    if (card.behaviors.length) node.append(make("p", card.behaviors.join("; "), { class: "finds" }));
+    if (card.explanation) {
+      const words = make("p", `${card.explanation[0]} `, { class: "words" });
+      words.append(make("span", `detection ${card.explanation[1]}`, { class: "ci" }));
+      node.append(words);
+    }
+    const facts = make("dl", undefined, { class: "facts" });
+    for (const [name, value] of card.facts) {
+      const pair = make("div");
+      pair.append(make("dt", name), make("dd", value));
+      facts.append(pair);
+    }
+    node.append(facts);
+    if (card.reason) node.append(make("p", `Verdict: ${card.reason}.`, { class: "where" }));
+    const where = [card.where && `Activation on ${card.where}.`, card.corpora && `Fires on ${card.corpora}.`];
+    node.append(make("p", where.filter(Boolean).join(" "), { class: "where" }));
+    for (const context of card.contexts) node.append(...contextNodes(context));
+    if (!card.contexts.length) node.append(make("p", "No contexts were written for this latent.", { class: "gap" }));
+    for (const [prompt, plain, steered] of card.samples) {
+      const steer = make("p", undefined, { class: "steer" });
+      steer.append(make("b", "Steered"), ` ${prompt} `, make("q", steered), " instead of ", make("q", plain));
+      node.append(steer);
+    }
+    return node;
+  };
+  const cardNode = (anchor) => {
+    const standing = byId(anchor);
+    if (!standing) return drawnCard(data.cards[anchor]);
+    const copy = standing.cloneNode(true);
+    copy.removeAttribute("id");
+    for (const block of copy.querySelectorAll("details")) block.open = true;
+    return copy;
+  };
+  const toggleCard = (button, node, anchor) => {
+    const isOpen = button.getAttribute("aria-expanded") === "true";
+    button.setAttribute("aria-expanded", String(!isOpen));
+    if (isOpen) { node.nextElementSibling.remove(); return; }
+    const below = make("tr", undefined, { class: "opened" });
+    const cell = make("td", undefined, { colspan: String(heads.length) });
+    cell.append(cardNode(anchor));
+    below.append(cell);
+    node.after(below);
   };
 
   const headRow = make("tr");
@@ -82,8 +146,8 @@
     const button = make("button", head.label, { type: "button", title: head.title });
     button.addEventListener("click", () => {
       // A new column starts with the direction that puts the telling end first; a second click turns it round.
-      state.descending = state.sort === head.index ? !state.descending : head.index >= FIRST && head.key !== "latent"
-        && !head.key.startsWith("nu_");
+      state.descending = state.sort === head.index ? !state.descending : Boolean(head.key) && head.key !== "latent"
+        && !head.key.startsWith("nu_") && head.key !== "artifact_probability";
       state.sort = head.index;
       state.shown = PAGE;
       for (const other of headRow.children) other.removeAttribute("aria-sort");
@@ -96,12 +160,17 @@
   table.tHead.append(headRow);
 
   const verdictSelect = byId("f-verdict");
-  const present = new Set(data.rows.map((row) => row[1]));
+  const present = new Set(data.rows.map((row) => row[VERDICT]));
   data.verdicts.forEach((verdict, index) => {
     if (present.has(index)) verdictSelect.append(make("option", verdict.name, { value: String(index) }));
   });
 
-  const sortValue = (row) => (state.sort === 4 ? row[4].join(", ") || null : state.sort === 2 ? -row[2] : row[state.sort]);
+  const sortValue = (row) => {
+    if (state.sort === BEHAVIOURS) return row[BEHAVIOURS].join(", ") || null;
+    if (state.sort === SURE) return -row[SURE];
+    if (state.sort === WORDS) return row[WORDS] || null;
+    return row[state.sort];
+  };
   const compare = (one, two) => {
     const a = sortValue(one), b = sortValue(two);
     if (a === null || b === null) return (a === null) - (b === null);
@@ -111,35 +180,57 @@
 
   const rowNode = (row) => {
     const node = make("tr");
-    node.append(make("td", data.crosscoders[row[0]]));
+    node.append(make("td", data.crosscoders[row[CROSSCODER]]));
     const verdict = make("td");
-    verdict.append(make("span", data.verdicts[row[1]].name,
-      { class: "badge", style: `--c:var(--${data.verdicts[row[1]].role})` }));
-    node.append(verdict, make("td", row[2] ? "yes" : "\u2013"));
-    data.columns.forEach((column, index) => {
+    verdict.append(make("span", data.verdicts[row[VERDICT]].name,
+      { class: "badge", style: `--c:var(--${data.verdicts[row[VERDICT]].role})` }));
+    node.append(verdict, make("td", row[SURE] ? "yes" : "\u2013"));
+    for (const column of columns) {
       const cell = make("td", undefined, { class: "num" });
-      const text = written(column.key, row[FIRST + index]);
-      if (column.key === "latent" && row[3]) cell.append(make("a", text, { href: `#${row[3]}` }));
-      else cell.textContent = text;
+      const text = written(column.key, row[column.index]);
+      if (column.key === "latent" && row[CARD]) {
+        const button = make("button", text, { type: "button", class: "open", "aria-expanded": "false", title: "open its card" });
+        button.addEventListener("click", () => toggleCard(button, node, row[CARD]));
+        cell.append(button);
+      } else cell.textContent = text;
       const at = column.key === "nu_eps" ? 0 : column.key === "nu_r" ? 2 : -1;
-      if (at >= 0 && row[5][at] !== null && row[5][at + 1] !== null) {
-        cell.title = `95% interval ${row[5][at].toFixed(2)} to ${row[5][at + 1].toFixed(2)}`;
+      const ends = row[INTERVALS];
+      if (at >= 0 && ends[at] !== null && ends[at + 1] !== null) {
+        cell.title = `95% interval ${ends[at].toFixed(2)} to ${ends[at + 1].toFixed(2)}`;
       }
       node.append(cell);
-      if (index === 0) node.append(make("td", row[4].join(", ")));
-    });
+      if (column.index === LATENT) node.append(make("td", row[BEHAVIOURS].join(", ")));
+    }
+    if (hasWords) node.append(make("td", row[WORDS], { class: "in-words", title: row[WORDS] }));
     return node;
   };
 
+  // The search: words must all occur, conditions like nu_r<0.3 or template>50% must all hold, a number is a latent.
+  const tests = { "<": (a, b) => a < b, "<=": (a, b) => a <= b, ">": (a, b) => a > b, ">=": (a, b) => a >= b, "=": (a, b) => a === b };
+  const conditionOf = (word) => {
+    const found = /^([a-z_]+)(<=|>=|<|>|=)(-?[\d.]+)(%?)$/.exec(word);
+    if (!found) return null;
+    const name = (text) => text.toLowerCase().startsWith(found[1]);
+    const column = columns.find((one) => name(one.key) || name(one.label));
+    if (!column) return null;
+    const value = Number(found[3]) / (found[4] ? 100 : 1);
+    return (row) => row[column.index] !== null && tests[found[2]](row[column.index], value);
+  };
+  const searchOf = (text) => text.split(/\s+/).filter(Boolean).map((word) => {
+    if (/^\d+$/.test(word)) return (row) => String(row[LATENT]) === word;
+    return conditionOf(word) || ((row) => row[WORDS].toLowerCase().includes(word)
+      || row[BEHAVIOURS].some((name) => name.toLowerCase().includes(word)));
+  });
+
   const show = () => {
     const crosscoder = byId("f-crosscoder").value, verdict = verdictSelect.value;
-    const text = byId("f-text").value.trim().toLowerCase(), confident = byId("f-confident").checked;
+    const confident = byId("f-confident").checked, withCards = byId("f-cards").checked;
+    const search = searchOf(byId("f-text").value.trim().toLowerCase());
     const matching = data.rows.filter((row) =>
-      (crosscoder === "" || row[0] === Number(crosscoder)) &&
-      (verdict === "" || row[1] === Number(verdict)) &&
-      (!confident || row[2]) &&
-      (text === "" || (/^\d+$/.test(text) ? String(row[columnIndex.latent]) === text
-        : row[4].some((name) => name.toLowerCase().includes(text)))));
+      (crosscoder === "" || row[CROSSCODER] === Number(crosscoder)) &&
+      (verdict === "" || row[VERDICT] === Number(verdict)) &&
+      (!confident || row[SURE]) && (!withCards || row[CARD]) &&
+      search.every((test) => test(row)));
     if (state.sort !== null) matching.sort(compare);
     table.tBodies[0].replaceChildren(...matching.slice(0, state.shown).map(rowNode));
     const shown = Math.min(matching.length, state.shown);
