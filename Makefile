@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hub,lora,triton,test,check]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hub,lora,spread,triton,test,check]'
 	@touch $(STAMP)
 
 demo: install

@@ -152,7 +152,7 @@ def _width_of(config: RunConfig) -> int | None:
     chat, base = config.models.chat, config.models.base
     if not isinstance(chat, HubModel) or not isinstance(base, HubModel):
         return None
-    from pipeline.operators.pair import ModelSpec, check_pair
+    from pipeline.operators.loading import ModelSpec, check_pair
 
     specs = [ModelSpec(m.source, m.revision, m.adapter, m.trust_remote_code) for m in (base, chat)]
     return check_pair(specs[0], specs[1], layer=config.activations.layer).activation_dim

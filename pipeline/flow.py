@@ -18,6 +18,7 @@ from pipeline.operators.text import check_template
 from pipeline.sections.base import Section
 from pipeline.sections.crosscoder import AdoptedCrosscoderSection, CrosscoderSection
 from pipeline.sections.data import OrganismCorpus
+from pipeline.sections.how import ModelWorkersSection
 from pipeline.stages import (
     activations,
     adopt,
@@ -32,7 +33,7 @@ from pipeline.stages import (
     tokens,
 )
 from pipeline.stages.base import StageFunction, Step
-from pipeline.stages.models import Loading, locate_pair, model_identity
+from pipeline.stages.models import Loading, ModelLocation, locate_pair, model_identity
 
 
 class Group(NamedTuple):
@@ -128,7 +129,6 @@ def _data_steps(config: RunConfig) -> dict[str, Step]:
         inputs={**base, "corpus": steps["corpus"]},
         extra={"weights": weights, "locations": locations},
     )
-    device = "cuda" if config.resources.extraction.gpus > 0 else "cpu"
     pair = {"dtype": config.models.dtype, "attn_implementation": config.models.attn_implementation}
     steps["activations"] = _step(
         activations.NAME,
@@ -136,9 +136,13 @@ def _data_steps(config: RunConfig) -> dict[str, Step]:
         config.activations,
         identity={**config.activations.model_dump(mode="json"), "models": models, **pair},
         inputs={**base, "tokens": steps["tokens"]},
-        extra={"loading": Loading(locations, config.models.dtype, device, config.models.attn_implementation)},
+        extra={"loading": _loading(config, locations, config.resources.extraction)},
     )
     return steps
+
+
+def _loading(config: RunConfig, locations: tuple[ModelLocation, ModelLocation], pool: ModelWorkersSection) -> Loading:
+    return Loading(locations, config.models.dtype, config.models.attn_implementation, pool.placement, pool.gpus)
 
 
 def _corpus_identity(config: RunConfig) -> dict[str, Any]:
@@ -203,7 +207,8 @@ def _measurement_steps(config: RunConfig, fit: Step, data: Mapping[str, Step]) -
     """latents, and whichever of the other analyses is on, for one crosscoder."""
     analyses = config.analyses
     name = fit.extra["crosscoder"]
-    extra = {"crosscoder": name, "loading": data["activations"].extra["loading"]}
+    locations = data["tokens"].extra["locations"]
+    extra = {"crosscoder": name, "loading": _loading(config, locations, config.resources.analyses)}
     organism_input = {"organism": data["organism"]} if "organism" in data else {}
     inputs = {"crosscoder": fit, "activations": data["activations"]}
     steps = {

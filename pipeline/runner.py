@@ -15,7 +15,7 @@ from pipeline.artifacts import Record, nearest_drift, parse_record, read_record
 from pipeline.config import RunConfig
 from pipeline.errors import CrossrayError
 from pipeline.flow import Group, build_flow
-from pipeline.operators.pair import check_pair
+from pipeline.operators.loading import check_pair
 from pipeline.progress import Reporter, format_seconds
 from pipeline.runlog import RunLog
 from pipeline.sections.crosscoder import AdoptedCrosscoderSection

@@ -8,13 +8,14 @@ raised right after layer L, the upper half skips layers 1..L and starts from the
 outermost forward on a given hidden state. So masks, rotary embeddings, sliding windows, soft-capping and logit scaling
 stay the architecture's own code, and no architecture is named here.
 
-L counts from 1; h is the residual stream after L layers, for L = N before the final norm. The trade-off: layers are
-replaced in place, so one model object serves one thread at a time.
+L counts from 1; h is the residual stream after L layers, for L = N before the final norm. Two decoders may share one
+model that is switched between them (an adapter on and off) or have their first layers in common (`lower_and_prefix`,
+`lower_from`). The trade-off: layers are replaced in place, so one model object serves one thread at a time.
 
 Shapes: B documents, T positions, D width, P chosen positions, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
@@ -34,14 +35,30 @@ class AttentionInputs(NamedTuple):
     position_ids: Tensor | None
 
 
+class LowerRun(NamedTuple):
+    """Two points of one forward through the lower half."""
+
+    prefix_BTD: Tensor
+    """The residual stream after the first layers asked for."""
+    h_BTD: Tensor
+    """The residual stream after layer L."""
+
+
 class SplitDecoder:
     """A causal language model whose two halves run separately.
 
     layer: L in 1 .. number of layers. token_replacements: ids that this model reads as other ids (a base model that
-    never saw the template's tokens).
+    never saw the template's tokens). select: called before every forward, for a model that two decoders share.
     """
 
-    def __init__(self, model: Any, layer: int, token_replacements: Mapping[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        layer: int,
+        token_replacements: Mapping[int, int] | None = None,
+        *,
+        select: Callable[[], None] | None = None,
+    ) -> None:
         config = model.config.get_text_config()
         self.num_layers: int = config.num_hidden_layers
         self.activation_dim: int = config.hidden_size
@@ -62,7 +79,19 @@ class SplitDecoder:
         self.layers = find_layers(self.base, self.num_layers)
         self.device = next(self.base.parameters()).device
         self._replacements = self._replacement_table(token_replacements or {})
-        self._returns_tuple = False
+        # What this architecture's layers return; learned from the first forward through the lower half.
+        self.returns_tuple = False
+        self._select = select
+
+    def body(self, **inputs: Any) -> Any:
+        """The output of the model's body, without its head."""
+        self.select()
+        return self.base(**inputs)
+
+    def select(self) -> None:
+        """Makes a shared model this decoder's; `body`, `lower`, `upper` and `head` do so themselves."""
+        if self._select is not None:
+            self._select()
 
     @torch.no_grad()
     def lower(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -70,20 +99,46 @@ class SplitDecoder:
 
         mask_BT: 1 on tokens, 0 on padding, on either side.
         """
+        return self._run_lower(ids_BT, mask_BT, {})
+
+    @torch.no_grad()
+    def lower_and_prefix(self, ids_BT: Tensor, mask_BT: Tensor, num_layers: int) -> LowerRun:
+        """As `lower`, with the stream after the first num_layers layers (at least 1, fewer than L)."""
+        assert 1 <= num_layers < self.layer, f"a prefix of {num_layers} layers below layer {self.layer}"
+        record = _Record(self.layers[num_layers - 1])
+        h_BTD = self._run_lower(ids_BT, mask_BT, {num_layers - 1: record})
+        assert record.hidden is not None
+        return LowerRun(record.hidden, h_BTD)
+
+    @torch.no_grad()
+    def lower_from(self, prefix_BTD: Tensor, num_layers: int, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """As `lower`, continued from the stream after the first num_layers layers, which do not run."""
+        assert 1 <= num_layers < self.layer, f"a prefix of {num_layers} layers below layer {self.layer}"
+        return self._run_lower(ids_BT, mask_BT, self._starting_from(prefix_BTD, num_layers))
+
+    def _run_lower(self, ids_BT: Tensor, mask_BT: Tensor, stand_ins: Mapping[int, nn.Module]) -> Tensor:
         attention = attention_inputs(mask_BT)
         stop = _Stop(self.layers[self.layer - 1])
         try:
-            with _replaced(self.layers, {self.layer - 1: stop}):
-                self.base(
+            with _replaced(self.layers, {**stand_ins, self.layer - 1: stop}):
+                self.body(
                     input_ids=self.read(ids_BT),
                     attention_mask=_to(attention.attention_mask, self.device),
                     position_ids=_to(attention.position_ids, self.device),
                     use_cache=False,
                 )
         except _LayerReachedError as reached:
-            self._returns_tuple = reached.returns_tuple
-            return reached.hidden
+            self.returns_tuple = reached.returns_tuple
+            return reached.hidden.to(self.device)
         raise AssertionError(f"the forward of {type(self.base).__name__} never reached its layer {self.layer}")
+
+    def _starting_from(self, h_BTD: Tensor, num_layers: int) -> dict[int, nn.Module]:
+        """Stand-ins for the first layers that put the given stream in the place of the last one's output."""
+        stand_ins: dict[int, nn.Module] = {
+            i: _Skip(self.layers[i], returns_tuple=self.returns_tuple) for i in range(num_layers - 1)
+        }
+        last = self.layers[num_layers - 1]
+        return {**stand_ins, num_layers - 1: _Start(last, h_BTD, returns_tuple=self.returns_tuple)}
 
     @torch.no_grad()
     def upper(self, h_BTD: Tensor, mask_BT: Tensor) -> Tensor:
@@ -91,32 +146,29 @@ class SplitDecoder:
         assert self.has_upper, "the upper half was dropped; load the pair with both halves"
         attention = attention_inputs(mask_BT)
         h_BTD = h_BTD.to(self.device, self.base.dtype)
-        skipped: dict[int, nn.Module] = {
-            i: _Skip(self.layers[i], returns_tuple=self._returns_tuple) for i in range(self.layer - 1)
-        }
-        skipped[self.layer - 1] = _Start(self.layers[self.layer - 1], h_BTD, returns_tuple=self._returns_tuple)
-        with _replaced(self.layers, skipped):
-            output = self.base(
+        with _replaced(self.layers, self._starting_from(h_BTD, self.layer)):
+            output = self.body(
                 inputs_embeds=h_BTD,
                 attention_mask=_to(attention.attention_mask, self.device),
                 position_ids=_to(attention.position_ids, self.device),
                 use_cache=False,
             )
         hidden_BTD: Tensor = output.last_hidden_state
-        return hidden_BTD
+        return hidden_BTD.to(self.device)
 
     @torch.no_grad()
     def head(self, hidden_PD: Tensor) -> Tensor:
         """logits_PV of chosen hidden states, in the model's dtype, with everything the model does to its logits."""
         assert self.has_upper, "the head was dropped with the upper half; load the pair with both halves"
-        hidden_1PD = hidden_PD.unsqueeze(0)
+        self.select()
+        hidden_1PD = hidden_PD.unsqueeze(0).to(self.device)
         prefix = self.model.base_model_prefix
         setattr(self.model, prefix, _Given(hidden_1PD))
         try:
             logits_PV: Tensor = self.model(inputs_embeds=hidden_1PD, use_cache=False).logits[0]
         finally:
             setattr(self.model, prefix, self.base)
-        return logits_PV
+        return logits_PV.to(self.device)
 
     def head_chunks(self, num_positions: int) -> Iterator[slice]:
         """Slices of the positions whose logits may exist at the same time (LOGITS_PER_CHUNK numbers)."""
@@ -129,14 +181,24 @@ class SplitDecoder:
         """Whether layers above L and the head are still there."""
         return self.model is not None
 
-    def drop_upper(self) -> None:
-        """Frees the layers above L and the head; only `lower` works afterwards."""
-        del self.layers[self.layer :]
+    @property
+    def whole(self) -> nn.Module:
+        """What is left of the model: all of it, or its body after `drop_upper`."""
+        whole: nn.Module = self.base if self.model is None else self.model
+        return whole
+
+    def drop_upper(self, num_kept: int = 0) -> None:
+        """Frees the layers above L (but num_kept of them) and the head; only `lower` works afterwards."""
+        del self.layers[self.layer + num_kept :]
         self.model = None
 
     def to(self, device: str) -> None:
         """Moves what is left of the model to a device."""
-        (self.base if self.model is None else self.model).to(device)
+        self.whole.to(device)
+        self.was_moved()
+
+    def was_moved(self) -> None:
+        """Takes note of where the model is now; inputs go to the device of its first parameter."""
         self.device = next(self.base.parameters()).device
         self._replacements = _to(self._replacements, self.device)
 
@@ -217,6 +279,17 @@ class _LayerReachedError(Exception):
         super().__init__("layer reached")
         self.hidden = hidden
         self.returns_tuple = returns_tuple
+
+
+class _Record(LayerStandIn):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        self.hidden: Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.layer(*args, **kwargs)
+        self.hidden = hidden_of(output)
+        return output
 
 
 class _Stop(LayerStandIn):

@@ -66,7 +66,7 @@ def generate(
             num_read = 1 if use_cache and step else ids_BT.shape[1]
             if wrapper is not None:
                 wrapper.num_generated = min(step, num_read)
-            output = decoder.base(
+            output = decoder.body(
                 input_ids=decoder.read(ids_BT[:, -num_read:]),
                 attention_mask=mask_BT,
                 position_ids=positions_BT[:, -num_read:],
@@ -100,7 +100,7 @@ def answer_likelihood(
     ids_BT = torch.zeros(len(documents), longest, dtype=torch.int64, device=decoder.device)
     for row, document in enumerate(documents):
         ids_BT[row, : len(document)] = torch.tensor(document)
-    hidden_BTD = decoder.base(input_ids=decoder.read(ids_BT), use_cache=False).last_hidden_state
+    hidden_BTD = decoder.body(input_ids=decoder.read(ids_BT), use_cache=False).last_hidden_state.to(decoder.device)
     rows_P = torch.repeat_interleave(torch.arange(len(documents)), num_tokens_B)
     predicted_P = torch.cat([torch.arange(len(p), len(p) + len(a)) for p, a in zip(prompts, answers, strict=True)])
     for here in decoder.head_chunks(len(rows_P)):

@@ -1,74 +1,53 @@
-"""The two language models of a run, loaded side by side and cut at the same layer.
+"""The two language models of a run, side by side and cut at the same layer.
 
 Everything that is asked of the models goes through ModelPair: the residual streams of both on the same ids, the upper
-half continued from an edited stream, greedy answers with steering. It loads models from a folder or the hub, checks
-that they form a pair before any weight is read, and says in one line what does not fit.
+half continued from an edited stream, greedy answers with steering, and the check against the library's own forward.
+Layers that both models have in common run once. Loading is loading.py's.
 
-It plans no batches (operators/activations.py) and edits nothing (analyses/). Both models live on one device; where
-base and chat are the same model, one copy is loaded and run once.
+It plans no batches (operators/activations.py) and edits nothing (analyses/). Whatever device a model lies on, results
+are on the chat model's (`device`).
 
-Shapes: B documents, T positions, M models in schema order, D width, V vocabulary.
+Shapes: B documents, T positions, M models in schema order, D width, P chosen positions, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
 from pipeline.errors import InputError
 from pipeline.operators.decoder import SplitDecoder, hidden_of
 from pipeline.operators.generation import AnswerLikelihood, Steering, answer_likelihood, generate
+from pipeline.operators.loading import LoadOptions, ModelSpec, load_decoders, load_tokenizer
 from pipeline.operators.tokenise import end_of_turn_id
-from pipeline.schema import BASE, CHAT, MODEL_NAMES
+from pipeline.schema import CHAT, MODEL_NAMES
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-
-class ModelSpec(NamedTuple):
-    """Where one model comes from."""
-
-    source: str
-    """Folder with config.json and weights, or a hub id."""
-    revision: str | None = None
-    """Commit, tag or branch on the hub; None takes the default branch."""
-    adapter: str | None = None
-    """Folder or hub id of a LoRA adapter, merged into the weights at loading (needs peft)."""
-    trust_remote_code: bool = False
-    """Whether code shipped with the model may run."""
-    token_replacements: tuple[tuple[int, int], ...] = ()
-    """(id, id read instead) for template tokens that this model never saw in training."""
-    chat_template: str = ""
-    """Jinja text in place of the tokenizer's own chat template; empty keeps that."""
-
-
-class PairShape(NamedTuple):
-    """What both models of a pair have in common."""
-
-    num_layers: tuple[int, int]
-    """Decoder layers of base and chat."""
-    activation_dim: int
-    vocab_size: int
+PLAIN_FORWARD_TOLERANCE = {
+    torch.float64: 1e-8,
+    torch.float32: 1e-3,
+    torch.float16: 2e-2,
+    torch.bfloat16: 8e-2,
+}
+"""Largest |ours - plain| / |plain| of a row that rounding explains."""
 
 
 class Verification(NamedTuple):
-    """How far our halves are from the library's plain forward, on the same documents."""
+    """How far our batches are from the library's plain forward of each document alone."""
 
-    layer_max_abs_difference: float
-    """Largest |ours - plain| of the residual stream after layer L, over both models; 0 is exact."""
+    relative_difference: tuple[float, float]
+    """Of base and chat: largest |ours - plain| / |plain| over the rows after layer L, norms over D; 0 is exact."""
     logits_max_abs_difference: float
-    """The same for the logits continued from layer L; NaN where the upper halves were dropped."""
+    """Of the logits continued from layer L, over both models; NaN where the upper halves were dropped."""
 
 
 class ModelPair:
-    """Base and chat model, cut at one layer; use the classmethods to load one."""
+    """Base and chat model, cut at one layer; `load` makes one from folders or the hub.
 
-    def __init__(self, base: SplitDecoder, chat: SplitDecoder, tokenizer: Any) -> None:
+    num_shared_layers: leading layers that are the same in both models, up to L.
+    """
+
+    def __init__(self, base: SplitDecoder, chat: SplitDecoder, tokenizer: Any, *, num_shared_layers: int = 0) -> None:
         self.decoders = (base, chat)
         self.tokenizer = tokenizer
         self.layer = chat.layer
@@ -76,64 +55,19 @@ class ModelPair:
         self.activation_dim = chat.activation_dim
         self.vocab_size = chat.vocab_size
         self.device = chat.device
+        self.num_shared_layers = chat.layer if base is chat else num_shared_layers
+        self.commits: tuple[str | None, str | None] = (None, None)
 
     @classmethod
-    def load(
-        cls,
-        base: ModelSpec,
-        chat: ModelSpec,
-        *,
-        layer: int,
-        dtype: str,
-        device: str,
-        attn_implementation: str | None = None,
-    ) -> "ModelPair":
-        """Both models whole: extraction, upper halves and generation. InputError where they do not form a pair."""
-        pair = cls._load_on_cpu(base, chat, layer, dtype, attn_implementation)
-        pair.to(device)
+    def load(cls, base: ModelSpec, chat: ModelSpec, options: LoadOptions) -> "ModelPair":
+        """Both models on their devices. InputError where they do not form a pair, cannot be loaded or do not fit."""
+        loaded = load_decoders(base, chat, options)
+        pair = cls(loaded.base, loaded.chat, load_tokenizer(chat), num_shared_layers=loaded.num_shared_layers)
+        pair.commits = loaded.commits
         return pair
-
-    @classmethod
-    def load_lower(
-        cls,
-        base: ModelSpec,
-        chat: ModelSpec,
-        *,
-        layer: int,
-        dtype: str,
-        device: str,
-        attn_implementation: str | None = None,
-    ) -> "ModelPair":
-        """Only layers 1..L of both, for extraction; what lies above never reaches the device."""
-        pair = cls._load_on_cpu(base, chat, layer, dtype, attn_implementation)
-        pair.drop_upper()
-        pair.to(device)
-        return pair
-
-    @classmethod
-    def _load_on_cpu(
-        cls, base: ModelSpec, chat: ModelSpec, layer: int, dtype: str, attn_implementation: str | None
-    ) -> "ModelPair":
-        check_pair(base, chat, layer=layer)
-        tokenizer = load_tokenizer(chat)
-        chat_decoder = _load_decoder(chat, layer, dtype, attn_implementation)
-        is_same = base == chat
-        base_decoder = chat_decoder if is_same else _load_decoder(base, layer, dtype, attn_implementation)
-        return cls(base_decoder, chat_decoder, tokenizer)
-
-    def to(self, device: str) -> None:
-        """Moves both models to a device; InputError where this machine does not have it."""
-        try:
-            for decoder in dict.fromkeys(self.decoders):
-                decoder.to(device)
-        except (RuntimeError, AssertionError) as error:
-            if "out of memory" in str(error):
-                raise
-            raise InputError(f"expected a device of this machine, got {device!r}: {_first_line(error)}") from error
-        self.device = self.decoders[CHAT].device
 
     def drop_upper(self) -> None:
-        """Frees everything above layer L in both models."""
+        """Frees everything above layer L in both models; only `activations` and `lower` work afterwards."""
         for decoder in dict.fromkeys(self.decoders):
             decoder.drop_upper()
 
@@ -142,22 +76,33 @@ class ModelPair:
 
         mask_BT is 1 on tokens and 0 on padding; padding may be on either side. Layers above L do not run.
         """
-        chat_BTD = self.lower(CHAT, ids_BT, mask_BT)
-        is_same = self.decoders[BASE] is self.decoders[CHAT]
-        base_BTD = chat_BTD if is_same else self.lower(BASE, ids_BT, mask_BT)
-        return torch.stack([base_BTD, chat_BTD], dim=2)
+        base, chat = self.decoders
+        shared = self.num_shared_layers
+        if shared == 0:
+            # On two devices both forwards are under way before either result is asked for.
+            return self._stack(base.lower(ids_BT, mask_BT), chat.lower(ids_BT, mask_BT))
+        if shared >= self.layer:
+            chat_BTD = chat.lower(ids_BT, mask_BT)
+            base.returns_tuple = chat.returns_tuple
+            return self._stack(chat_BTD, chat_BTD)
+        run = chat.lower_and_prefix(ids_BT, mask_BT, shared)
+        base.returns_tuple = chat.returns_tuple
+        return self._stack(base.lower_from(run.prefix_BTD, shared, ids_BT, mask_BT), run.h_BTD)
+
+    def _stack(self, base_BTD: Tensor, chat_BTD: Tensor) -> Tensor:
+        return torch.stack([base_BTD.to(self.device), chat_BTD.to(self.device)], dim=2)
 
     def lower(self, model: int, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """h_BTD of one model (schema.BASE or schema.CHAT) after layer L."""
-        return self.decoders[model].lower(ids_BT, mask_BT)
+        return self.decoders[model].lower(ids_BT, mask_BT).to(self.device)
 
     def upper(self, model: int, h_BTD: Tensor, mask_BT: Tensor) -> Tensor:
         """hidden_BTD after one model's final norm, continued from h_BTD at layer L."""
-        return self.decoders[model].upper(h_BTD, mask_BT)
+        return self.decoders[model].upper(h_BTD, mask_BT).to(self.device)
 
     def head(self, model: int, hidden_PD: Tensor) -> Tensor:
         """logits_PV of chosen positions of `upper`; call it on chunks of positions to bound memory."""
-        return self.decoders[model].head(hidden_PD)
+        return self.decoders[model].head(hidden_PD).to(self.device)
 
     def upper_logits(self, model: int, h_BTD: Tensor, mask_BT: Tensor) -> Tensor:
         """logits_BTV continued from h_BTD at layer L; `upper` and `head` do the same in chunks."""
@@ -196,135 +141,63 @@ class ModelPair:
 
     @torch.no_grad()
     def verify_against_plain_forward(self, documents: Sequence[Sequence[int]]) -> Verification:
-        """Our halves against the library's own forward of the same weights, one document at a time.
+        """Our halves on all documents in one padded batch, against the library's forward of each document alone.
 
-        The plain side records the output of layer L with a hook during a forward that runs to the end, so it holds
-        for L = N too, where the library's own hidden states are already normalised.
+        The plain side is what `output_hidden_states` says of layer L; for L = N, where the library's last hidden state
+        is already normalised, what a hook sees leave that layer.
         """
-        layer_difference, logits_difference = 0.0, float("nan")
-        for document in documents:
-            ids_BT = torch.tensor([list(document)])
-            mask_BT = torch.ones_like(ids_BT)
-            for decoder in dict.fromkeys(self.decoders):
-                plain_BTD, plain_logits_BTV = _plain_forward(decoder, ids_BT)
-                ours_BTD = decoder.lower(ids_BT, mask_BT)
-                layer_difference = max(layer_difference, float((ours_BTD - plain_BTD).abs().max()))
-                if plain_logits_BTV is not None:
-                    ours_BTV = decoder.head(decoder.upper(ours_BTD, mask_BT)[0])[None]
-                    difference = float((ours_BTV - plain_logits_BTV).abs().max())
-                    logits_difference = max(
-                        difference, 0.0 if logits_difference != logits_difference else logits_difference
-                    )
-        return Verification(layer_difference, logits_difference)
+        ids_BT, mask_BT = _padded(documents)
+        ours_BTMD = self.activations(ids_BT, mask_BT)
+        relative: list[list[Tensor]] = [[] for _ in MODEL_NAMES]
+        logits: list[Tensor] = []
+        for model, decoder in enumerate(self.decoders):
+            for row, document in enumerate(documents):
+                plain_TD, plain_TV = _plain_forward(decoder, document)
+                ours_TD = ours_BTMD[row, : len(document), model].to(plain_TD.device, torch.float64)
+                error_T = (ours_TD - plain_TD.double()).norm(dim=-1)
+                relative[model].append((error_T / plain_TD.double().norm(dim=-1)).cpu())
+                if plain_TV is None:
+                    continue
+                ones_1T = torch.ones(1, len(document), dtype=torch.int64)
+                hidden_1TD = decoder.upper(ours_BTMD[row : row + 1, : len(document), model], ones_1T)
+                logits.append((decoder.head(hidden_1TD[0]) - plain_TV.to(decoder.device)).abs().max().cpu())
+        base_difference, chat_difference = (float(torch.cat(own).max()) for own in relative)
+        logits_difference = float(torch.stack(logits).max()) if logits else float("nan")
+        return Verification((base_difference, chat_difference), logits_difference)
+
+    def require_plain_forward(self, documents: Sequence[Sequence[int]]) -> Verification:
+        """The verification; InputError where it says more than rounding in the models' dtype explains."""
+        verification = self.verify_against_plain_forward(documents)
+        for name, decoder, found in zip(MODEL_NAMES, self.decoders, verification.relative_difference, strict=True):
+            tolerance = PLAIN_FORWARD_TOLERANCE[decoder.base.dtype]
+            if not found <= tolerance:
+                raise InputError(
+                    f"expected layer {self.layer} of the {name} model within {tolerance:g} of the library's own "
+                    f"forward (relative, {decoder.base.dtype}), got {found:.3g}; try another "
+                    "models.attn_implementation or models.dtype: extraction would store wrong rows"
+                )
+        return verification
 
 
-def check_pair(base: ModelSpec, chat: ModelSpec, *, layer: int) -> PairShape:
-    """The pair's shape from its two configs, no weights read.
-
-    InputError where a model is missing, the layer is out of range (names the number of layers), or widths or
-    vocabularies disagree.
-    """
-    configs = [_load_config(spec) for spec in (base, chat)]
-    for name, spec, config in zip(MODEL_NAMES, (base, chat), configs, strict=True):
-        if not 1 <= layer <= config.num_hidden_layers:
-            raise InputError(
-                f"expected a layer between 1 and {config.num_hidden_layers} (the {name} model {spec.source!r} has "
-                f"{config.num_hidden_layers} decoder layers), got layer {layer}; change the layer"
-            )
-    for attribute, word in (("hidden_size", "width"), ("vocab_size", "vocabulary size")):
-        base_value, chat_value = (getattr(config, attribute) for config in configs)
-        if base_value != chat_value:
-            raise InputError(
-                f"expected two models of the same {word}, got {base_value} for the base model {base.source!r} and "
-                f"{chat_value} for the chat model {chat.source!r}; choose a base model and its fine-tuned version"
-            )
-    return PairShape(
-        (configs[BASE].num_hidden_layers, configs[CHAT].num_hidden_layers),
-        configs[CHAT].hidden_size,
-        configs[CHAT].vocab_size,
-    )
-
-
-def load_tokenizer(spec: ModelSpec) -> Any:
-    """The model's own tokenizer, with the spec's chat template; InputError where there is no tokenizer."""
-    tokenizer = _load(AutoTokenizer, spec, "a tokenizer")
-    if spec.chat_template:
-        tokenizer.chat_template = spec.chat_template
-    return tokenizer
-
-
-def _load_config(spec: ModelSpec) -> Any:
-    return _load(AutoConfig, spec, "a model").get_text_config()
-
-
-def _load_decoder(spec: ModelSpec, layer: int, dtype: str, attn_implementation: str | None) -> SplitDecoder:
-    if dtype not in DTYPES:
-        raise InputError(f"expected a dtype among {', '.join(DTYPES)}, got {dtype!r}")
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    model, info = _load(AutoModelForCausalLM, spec, "a causal language model", output_loading_info=True, **options)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise InputError(
-            f"expected all weights of the model {spec.source!r}, its files lack {len(missing)} of them, first "
-            f"{missing[0]!r}; they would be random, so download or save the model again"
-        )
-    if spec.adapter is not None:
-        model = _merge_adapter(model, spec.adapter)
-    return SplitDecoder(model.requires_grad_(False), layer, dict(spec.token_replacements))
-
-
-def _merge_adapter(model: Any, adapter: str) -> Any:
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise InputError(f"expected the package peft for the adapter {adapter!r}, it is not installed") from error
-    try:
-        return PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    except (OSError, ValueError) as error:
-        raise InputError(f"expected an adapter at {adapter!r}: {_first_line(error)}") from error
-
-
-def _load(loader: Any, spec: ModelSpec, what: str, **options: Any) -> Any:
-    """from_pretrained with its refusals turned into one line."""
-    looks_like_path = spec.source.startswith((".", "/", "~")) or spec.source.count("/") > 1
-    source = str(Path(spec.source).expanduser()) if looks_like_path else spec.source
-    if looks_like_path and not Path(source).is_dir():
-        raise InputError(f"expected {what} at {spec.source!r}, but there is no such folder; correct the path or hub id")
-    try:
-        with _without_progress_bars():
-            return loader.from_pretrained(
-                source, revision=spec.revision, trust_remote_code=spec.trust_remote_code, **options
-            )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"expected {what} at {spec.source!r}, it cannot be loaded: {_first_line(error)}") from error
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Loading draws no bars of its own: stages show progress."""
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()
-
-
-def _plain_forward(decoder: SplitDecoder, ids_BT: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The residual stream after layer L, and the logits where the head is there, of one uninterrupted forward."""
+def _plain_forward(decoder: SplitDecoder, document: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """stream_TD after layer L of one uninterrupted forward, and logits_TV where the head is there."""
     seen: list[Tensor] = []
     layer = decoder.layers[decoder.layer - 1]
     handle = layer.register_forward_hook(lambda _module, _args, output: seen.append(hidden_of(output)))
     try:
-        model = decoder.base if decoder.model is None else decoder.model
-        output = model(input_ids=decoder.read(ids_BT), use_cache=False)
+        decoder.select()
+        output = decoder.whole(
+            input_ids=decoder.read(torch.tensor([list(document)])), use_cache=False, output_hidden_states=True
+        )
     finally:
         handle.remove()
-    return seen[0], None if decoder.model is None else output.logits
+    is_last = len(decoder.layers) == decoder.layer
+    stream_BTD = seen[0] if is_last else output.hidden_states[decoder.layer]
+    return stream_BTD[0], None if decoder.model is None else output.logits[0]
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _padded(documents: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    longest = max(map(len, documents))
+    ids_BT = torch.tensor([[*document, *[0] * (longest - len(document))] for document in documents])
+    lengths_B1 = torch.tensor([len(document) for document in documents])[:, None]
+    return ids_BT, (torch.arange(longest) < lengths_B1).to(torch.int64)

@@ -25,7 +25,9 @@ class HubModel(Section):
     revision: str | None = None
     """Commit or tag of a hub id; pin it, or the hub may change the result under an unchanged name."""
     adapter: str | None = None
-    """Hub id or folder of a LoRA adapter on top of `source`."""
+    """Hub id or folder of a LoRA adapter on top of `source`. Where base is that source, both share one copy of it."""
+    adapter_revision: str | None = None
+    """Commit or tag of an adapter on the hub."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: such models are refused."""
     token_replacements: dict[NonNegativeInt, NonNegativeInt] = Field(default_factory=dict)

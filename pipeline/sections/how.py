@@ -1,10 +1,18 @@
 """How a run is carried out: machines, places, tracking. Nothing here enters a fingerprint."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from pipeline.sections.base import Section
 
@@ -29,6 +37,23 @@ class WorkersSection(Section):
     """CPUs (and threads, rounded down, at least 1) of each worker."""
     gpus: NonNegativeFloat = 0.0
     """GPUs of each worker; above 0 the models are put on the GPU."""
+
+
+class ModelWorkersSection(WorkersSection):
+    """A pool of workers that hold both models."""
+
+    placement: Literal["one_device", "two_devices", "spread"] = "one_device"
+    """Both models of a worker on one device, base and chat on one each, or each spread over all GPUs of the worker: for
+    models larger than one GPU (needs accelerate)."""
+
+    @model_validator(mode="after")
+    def _enough_gpus(self) -> Self:
+        if self.placement != "one_device" and 0 < self.gpus < 2:
+            raise ValueError(
+                f"placement {self.placement}: expected gpus of at least 2 per worker (or 0 for the CPU), got "
+                f"{self.gpus:g}; raise gpus or use placement one_device"
+            )
+        return self
 
 
 class TrainingResources(Section):
@@ -104,12 +129,12 @@ class ResourcesSection(Section):
     """The Ray cluster."""
     tokens: WorkersSection = WorkersSection()
     """Tokenising workers."""
-    extraction: WorkersSection = WorkersSection()
-    """Workers that hold both models."""
+    extraction: ModelWorkersSection = ModelWorkersSection()
+    """Workers that hold both models up to the layer."""
     training: TrainingResources = TrainingResources()
     """Ranks that fit the crosscoders."""
-    analyses: WorkersSection = WorkersSection()
-    """Workers of the analyses."""
+    analyses: ModelWorkersSection = ModelWorkersSection()
+    """Workers of the analyses; causality and steering hold both models whole."""
     autointerp: EndpointSection = EndpointSection()
     """The endpoint that analyses.autointerp asks."""
 

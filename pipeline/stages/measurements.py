@@ -34,7 +34,7 @@ from pipeline.analyses.twins import Twins
 from pipeline.analyses.verdict import latent_table, latents_with, verdict_counts, with_twins
 from pipeline.errors import InputError
 from pipeline.numerics.recipes import reads_difference
-from pipeline.operators.pair import load_tokenizer
+from pipeline.operators.loading import load_tokenizer
 from pipeline.operators.tokenise import token_texts
 from pipeline.progress import Progress
 from pipeline.schema import (

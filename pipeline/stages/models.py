@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 from pipeline.artifacts import digest_of_path
 from pipeline.errors import InputError
-from pipeline.operators.pair import ModelPair, ModelSpec
+from pipeline.operators.loading import LoadOptions, ModelSpec
+from pipeline.operators.pair import ModelPair
+from pipeline.operators.placement import Placement
 from pipeline.sections.data import HubModel, ModelsSection, OrganismModel
 from pipeline.storage import Storage
 
@@ -42,6 +44,7 @@ def locate(model: HubModel | OrganismModel, organism_folder: str, chat_template:
         model.trust_remote_code,
         tuple(sorted(model.token_replacements.items())),
         chat_template=chat_template,
+        adapter_revision=model.adapter_revision,
     )
     shown = (
         model.source
@@ -68,7 +71,8 @@ def model_identity(model: HubModel | OrganismModel, where: str) -> dict[str, Any
     if isinstance(model, OrganismModel):
         return {"organism": model.member}
     identity: dict[str, Any] = {}
-    for field, source in (("source", model.source), ("adapter", model.adapter)):
+    sources = (("source", model.source, model.revision), ("adapter", model.adapter, model.adapter_revision))
+    for field, source, revision in sources:
         if source is None:
             continue
         path = Path(source).expanduser()
@@ -80,7 +84,7 @@ def model_identity(model: HubModel | OrganismModel, where: str) -> dict[str, Any
             )
         else:
             identity[field] = source
-            identity[f"{field}_revision"] = model.revision
+            identity[f"{field}_revision"] = revision
     if model.token_replacements:
         identity["token_replacements"] = sorted(model.token_replacements.items())
     return identity
@@ -105,19 +109,28 @@ class Loading(NamedTuple):
 
     locations: tuple[ModelLocation, ModelLocation]
     dtype: str
-    device: str
     attn_implementation: str | None
+    placement: Placement
+    gpus: float
+    """Of the worker; 0 loads onto the CPU."""
 
 
 def load_pair(storage: Storage, loading: Loading, *, layer: int, is_lower_only: bool = False) -> ModelPair:
     """Both models in this process; only layers 1..L where nothing above is needed."""
-    load = ModelPair.load_lower if is_lower_only else ModelPair.load
+    options = LoadOptions(
+        layer=layer,
+        dtype=loading.dtype,
+        devices=worker_devices(loading.gpus, loading.placement),
+        placement=loading.placement,
+        attn_implementation=loading.attn_implementation,
+        is_lower_only=is_lower_only,
+    )
     with local_specs(storage, *loading.locations) as (base, chat):
-        return load(
-            base,
-            chat,
-            layer=layer,
-            dtype=loading.dtype,
-            device=loading.device,
-            attn_implementation=loading.attn_implementation,
-        )
+        return ModelPair.load(base, chat, options)
+
+
+def worker_devices(gpus: float, placement: Placement) -> tuple[str, ...]:
+    """Devices of a worker as it names them: Ray shows it its own GPUs alone, counted from 0."""
+    if gpus == 0:
+        return ("cpu",) if placement == "one_device" else ("cpu", "cpu")
+    return tuple(f"cuda:{index}" for index in range(max(1, int(gpus))))

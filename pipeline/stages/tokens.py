@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import InputError
-from pipeline.operators.pair import load_tokenizer
+from pipeline.operators.loading import load_tokenizer
 from pipeline.operators.tokenise import Tokenise, check_vocabularies, split_dropped, tokenizer_hash
 from pipeline.progress import Progress
 from pipeline.schema import INDEX_COLUMNS

@@ -9,12 +9,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 
 GEMMA_TEMPLATE = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}\
@@ -113,10 +115,15 @@ _SIZES = {
     "vocab_size": 97,
 }
 _GROUPED = {"num_key_value_heads": 2, "max_position_embeddings": 128}
+_MIXED_LAYERS = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
 ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "gemma2": lambda: Gemma2Config(**_SIZES, **_GROUPED, head_dim=8, sliding_window=6, query_pre_attn_scalar=8),
+    "gemma3": lambda: Gemma3TextConfig(
+        **_SIZES, **_GROUPED, head_dim=8, sliding_window=6, query_pre_attn_scalar=8, layer_types=_MIXED_LAYERS
+    ),
     "llama": lambda: LlamaConfig(**_SIZES, **_GROUPED),
     "qwen2": lambda: Qwen2Config(**_SIZES, **_GROUPED),
+    "qwen3": lambda: Qwen3Config(**_SIZES, **_GROUPED, head_dim=8),
     "gpt_neox": lambda: GPTNeoXConfig(**_SIZES, max_position_embeddings=128),
     "mistral": lambda: MistralConfig(**_SIZES, **_GROUPED, sliding_window=5, head_dim=8),
     "gpt2": lambda: GPT2Config(n_embd=32, n_layer=4, n_head=4, vocab_size=97, n_positions=128),

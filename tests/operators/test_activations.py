@@ -8,15 +8,16 @@ import torch
 
 from pipeline.errors import InputError
 from pipeline.operators.activations import ExtractRows, RowOptions, plan_batches
-from pipeline.operators.pair import ModelPair, ModelSpec
+from pipeline.operators.loading import LoadOptions, ModelSpec
+from pipeline.operators.pair import ModelPair
 from pipeline.schema import MODEL_NAMES, Flag
 
-ARCHITECTURES = ("gemma2", "llama", "qwen2", "gpt_neox", "mistral", "gpt2")
+ARCHITECTURES = ("gemma2", "gemma3", "llama", "qwen2", "qwen3", "gpt_neox", "mistral", "gpt2")
 
 
 def _load(saved_pairs: Callable[[str], tuple[str, str]], architecture: str) -> ModelPair:
     base, chat = saved_pairs(architecture)
-    return ModelPair.load(ModelSpec(base), ModelSpec(chat), layer=2, dtype="float32", device="cpu")
+    return ModelPair.load(ModelSpec(base), ModelSpec(chat), LoadOptions(layer=2, dtype="float32"))
 
 
 def _token_rows(lengths: list[int]) -> dict[str, list[Any]]:

@@ -8,9 +8,10 @@ from transformers import GenerationConfig
 from pipeline.errors import InputError
 from pipeline.operators.decoder import SplitDecoder
 from pipeline.operators.generation import Positions, Steering, answer_likelihood, generate
-from pipeline.operators.pair import ModelPair, ModelSpec
+from pipeline.operators.loading import LoadOptions, ModelSpec
+from pipeline.operators.pair import ModelPair
 
-ARCHITECTURES = ("gemma2", "llama", "qwen2", "gpt_neox", "mistral", "gpt2")
+ARCHITECTURES = ("gemma2", "gemma3", "llama", "qwen2", "qwen3", "gpt_neox", "mistral", "gpt2")
 NUM_NEW = 8
 
 
@@ -93,7 +94,7 @@ def test_answer_likelihood_equals_the_plain_log_softmax(random_model: Callable[.
 
 def test_pair_generates_with_the_chat_model_and_its_stop_tokens(saved_pairs: Callable[[str], tuple[str, str]]) -> None:
     base, chat = saved_pairs("llama")
-    pair = ModelPair.load(ModelSpec(base), ModelSpec(chat), layer=2, dtype="float32", device="cpu")
+    pair = ModelPair.load(ModelSpec(base), ModelSpec(chat), LoadOptions(layer=2, dtype="float32"))
     assert pair.stop_token_ids() >= {pair.tokenizer.eos_token_id}
     answers = pair.generate(_prompts(), NUM_NEW)
     stops = sorted(pair.stop_token_ids())

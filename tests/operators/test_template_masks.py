@@ -15,7 +15,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.operators.pair import ModelSpec, load_tokenizer
+from pipeline.operators.loading import ModelSpec, load_tokenizer
 from pipeline.operators.tokenise import Tokenise
 from pipeline.schema import Flag
 
