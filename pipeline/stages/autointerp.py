@@ -27,7 +27,7 @@ from pipeline.analyses.autointerp_prompts import Cost, cost_text
 from pipeline.analyses.verdict import latents_with
 from pipeline.endpoint import Endpoint, EndpointOptions, read_key
 from pipeline.errors import InputError
-from pipeline.operators.pair import load_tokenizer
+from pipeline.operators.loading import load_tokenizer
 from pipeline.operators.tokenise import token_texts
 from pipeline.progress import Progress
 from pipeline.schema import ANSWER_COLUMNS, AUTOINTERP_COLUMNS, InterpStatus, Split, Verdict
