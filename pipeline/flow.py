@@ -278,10 +278,11 @@ def _check_steering(config: RunConfig, *, has_planted: bool) -> None:
             "analyses.steering.prompts_path: expected a file of prompts, since the run has no organism; "
             "give one or set analyses.steering to null"
         )
-    if not config.analyses.steering.latents and not has_planted:
+    steering = config.analyses.steering
+    if not steering.latents and not steering.num_latents and not has_planted:
         raise InputError(
-            "analyses.steering.latents: expected latents to steer with, since analyses.planted is off; name some or "
-            "turn analyses.planted on"
+            "analyses.steering.latents: expected latents to steer with, since analyses.planted is off; name some, set "
+            "num_latents, or turn analyses.planted on"
         )
 
 

@@ -250,25 +250,31 @@ CAUSALITY_CURVE_COLUMNS = (
 """KL against the number of latents added, in order of evidence and, as control, in random orders."""
 
 STEERING_COLUMNS = (
-    Column("behavior", "string", "planted behaviour whose rate is measured"),
+    Column("behavior", "string", "behaviour whose rate is measured, or the name of the prompts"),
+    Column("model", "string", "base or chat: the model that answers"),
     Column("latent", "int32", "steered latent; -1 for the unsteered run"),
     Column(
         "control", "string", "latent, random (another latent of the crosscoder, drawn at random, at equal norm) or none"
     ),
+    Column("positions", "string", "where the direction is added: all, prompt, generated; none for the unsteered run"),
     Column("scale", "float64", "multiple of the latent's maximal activation that was added"),
-    Column("rate", "float64", "share of neutral prompts whose answer shows the behaviour, in [0, 1]"),
+    Column("rate", "float64", "share of prompts whose answer shows the behaviour, in [0, 1]; NaN without markers"),
+    Column("kl", "float64", "mean KL(p || p_steered) of the next token over the answer, nats; p: this model unsteered"),
     Column("nll", "float64", "chat model's nats per generated token of the steered text; lower = more fluent"),
     Column("num_prompts", "int64", "prompts answered"),
+    Column("num_tokens", "int64", "tokens generated, all prompts together"),
 )
 
 STEERING_SAMPLE_COLUMNS = (
     Column("behavior", "string", "as in the steering table"),
+    Column("model", "string", "as in the steering table"),
     Column("latent", "int32", "as in the steering table"),
     Column("control", "string", "as in the steering table"),
+    Column("positions", "string", "as in the steering table"),
     Column("scale", "float64", "as in the steering table"),
     Column("prompt", "string", "the user's message"),
-    Column("answer", "string", "the chat model's generated answer"),
-    Column("shows_behavior", "bool", "whether the answer counts towards the rate"),
+    Column("answer", "string", "the model's generated answer"),
+    Column("shows_behavior", "bool", "whether the answer counts towards the rate; null without markers"),
 )
 
 TWIN_COLUMNS = (

@@ -13,7 +13,7 @@ from runs import Finished, command, contents, run_file
 from pipeline import runner
 from pipeline.config import load
 from pipeline.progress import SilentReporter
-from pipeline.schema import LATENT_COLUMNS, TABLE_METADATA, Verdict, latent_corpus_columns
+from pipeline.schema import LATENT_COLUMNS, STEERING_COLUMNS, TABLE_METADATA, Verdict, latent_corpus_columns
 from pipeline.store import ActivationStore
 from pipeline.tracking import RecordingTracker
 
@@ -118,6 +118,18 @@ def test_causality_is_zero_for_the_unedited_chat_model(finished: Finished) -> No
     curve = finished.table("causality batch_topk", "curve.parquet")
     none = table[table["intervention"] == "none"]["kl"].tolist()
     assert curve[(curve["order"] == "evidence") & (curve["num_latents"] == 0)]["kl"].tolist() == none
+
+
+def test_steering_answers_with_both_models_and_unsteered_runs_have_no_kl(finished: Finished) -> None:
+    table = finished.table("steering l1", "steering.parquet")
+    assert list(table.columns) == [column.name for column in STEERING_COLUMNS]
+    unsteered = table[table["control"] == "none"]
+    assert set(unsteered["model"]) == {"base", "chat"}
+    assert (unsteered["kl"] == 0).all()
+    steered = table[table["control"] == "latent"]
+    assert finished.counts("steering l1")["num_latents"] == steered["latent"].nunique()
+    assert (steered["kl"] > 0).all()
+    assert (table["rate"].between(0, 1)).all()
 
 
 def test_the_tracker_knows_the_run_its_steps_and_their_inputs(finished: Finished) -> None:

@@ -1,16 +1,20 @@
-"""Steering: what the chat model does when a latent's direction is added to its residual stream while it writes.
+"""Steering: what a model does when a latent's direction is added to its residual stream while it writes.
 
-    h <- h + scale * max_act_j * d_j^chat / |d_j^chat|          at layer L, at every position of prompt and answer
+    h <- h + scale * max_act_j * d_j^chat / |d_j^chat|          at layer L: everywhere, in the prompt, or in the answer
 
-Each behaviour's neutral prompts are answered greedily: unsteered, with each latent at each scale, and with random other
-latents of the same crosscoder, scaled to equal norm, as control. An answer shows a behaviour if it contains one of its
-markers; how fluent it still is, is the unsteered chat model's nats per generated token. All answers share batches, each
-prompt with its own vector.
+Each behaviour's neutral prompts are answered by the base or the chat model, greedily or sampled: unsteered, with each
+latent at each scale, and with random other latents of the same crosscoder, scaled to equal norm, as control. Three
+numbers say what that does: the rate of answers that contain one of the behaviour's markers; KL(p || p_steered) of the
+next token at every position of the answer, p being the same model unsteered on the same text; and, for fluency, the
+unsteered chat model's nats per generated token. All answers of a model share batches, each prompt with its own vector.
 
 Which latent belongs to which behaviour is decided elsewhere. The trade-off: markers are substrings, so a behaviour in
 other words does not count; rates of steered and unsteered answers are comparable, not absolute.
+
+Shapes: B prompts, T positions, N new tokens, D width, P positions of answers, V vocabulary.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,35 +23,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pipeline.analyses.steering_inputs import BehaviorPrompts, Direction
 from pipeline.errors import InputError
-from pipeline.numerics.crosscoder import Crosscoder
-from pipeline.operators.generation import Positions, Steering
+from pipeline.operators.generation import Positions, Sampling, Steering
 from pipeline.operators.pair import ModelPair
 from pipeline.operators.tokenise import prompt_ids
-from pipeline.schema import CHAT, STEERING_COLUMNS, STEERING_SAMPLE_COLUMNS
+from pipeline.schema import CHAT, MODEL_NAMES, STEERING_COLUMNS, STEERING_SAMPLE_COLUMNS
 
 NONE, LATENT, RANDOM = "none", "latent", "random"
-"""Values of the column `control`."""
-
-
-class Direction(NamedTuple):
-    """A latent as a steering direction."""
-
-    latent: int
-    unit_D: Tensor
-    """d_j^chat / |d_j^chat| in raw activation space, float32."""
-    max_activation: float
-    """Largest f_j on the validation rows: the norm that is added at scale 1."""
-
-
-class BehaviorPrompts(NamedTuple):
-    """A behaviour, prompts that do not call for it, and how it is recognised."""
-
-    behavior: str
-    prompts: tuple[str, ...]
-    """User messages."""
-    markers: tuple[str, ...]
-    """An answer that contains one of these substrings shows the behaviour."""
+"""Values of the column `control`; an unsteered run's `positions` is NONE too."""
 
 
 class SteeringRequest(NamedTuple):
@@ -67,7 +51,14 @@ class SteeringOptions(NamedTuple):
     max_new_tokens: int = 24
     num_samples: int = 3
     """Prompts per run whose answers are written out; of random latents, the first one's."""
-    positions: Positions = "all"
+    models: tuple[int, ...] = (CHAT,)
+    """Models that answer (schema.BASE, schema.CHAT)."""
+    positions: tuple[Positions, ...] = ("all",)
+    """Where the direction is added; each is a sweep of its own."""
+    temperature: float = 0.0
+    """0 is greedy; above, every prompt has its own random numbers, the same ones in every run."""
+    seed: int = 0
+    """Seed of sampled answers."""
     prompts_per_batch: int = 256
 
 
@@ -84,9 +75,10 @@ class _Run(NamedTuple):
     """All prompts of a behaviour, answered in one way."""
 
     prompts: BehaviorPrompts
-    latent: int
-    control: str
-    scale: float
+    key: Mapping[str, Any]
+    """Columns that both tables share."""
+    model: int
+    positions: Positions
     vector_D: Tensor
     has_samples: bool
 
@@ -95,6 +87,8 @@ class _Answer(NamedTuple):
     text: str
     nll: float
     num_tokens: int
+    kl: float
+    """Summed over num_tokens + 1 positions: those that predict the answer's tokens, and what comes after."""
 
 
 def steer(
@@ -103,9 +97,10 @@ def steer(
     options: SteeringOptions,
     progress: Callable[[int, int], None] | None = None,
 ) -> SteeringResult:
-    """Answers and rates of every run; `progress` is called with (answers done, answers in all) after each batch.
+    """Answers, rates, KL and fluency of every run; `progress` is called with (answers done, in all) after each batch.
 
-    nll is NaN for a run whose answers are all empty. Equal input gives equal tables.
+    nll is NaN for a run whose answers are all empty, the rate for prompts without markers. Equal input gives equal
+    tables.
     """
     check_requests(requests, options)
     runs = [run for request in requests for run in _runs(request, options, pair.activation_dim)]
@@ -113,15 +108,16 @@ def steer(
     messages = dict.fromkeys(message for run in runs for message in run.prompts.prompts)
     ids_of = {m: prompt_ids(pair.tokenizer, [{"role": "user", "content": m}]) for m in messages}
     prompts = [ids_of[runs[number].prompts.prompts[place]] for number, place in jobs]
-    order = sorted(range(len(jobs)), key=lambda job: len(prompts[job]))
     answers: dict[tuple[int, int], _Answer] = {}
-    for start in range(0, len(order), options.prompts_per_batch):
-        batch = order[start : start + options.prompts_per_batch]
+    for batch in _batches(runs, jobs, prompts, options.prompts_per_batch):
+        first = runs[jobs[batch[0]][0]]
         vector_BD = torch.stack([runs[jobs[job][0]].vector_D for job in batch])
-        answered = _answer(pair, [prompts[job] for job in batch], vector_BD, options)
+        places = [jobs[job][1] for job in batch]
+        steering = Steering(vector_BD, first.positions)
+        answered = _answer(pair, [prompts[job] for job in batch], places, (first.model, steering), options)
         answers.update(zip([jobs[job] for job in batch], answered, strict=True))
         if progress is not None:
-            progress(min(start + options.prompts_per_batch, len(order)), len(order))
+            progress(len(answers), len(jobs))
     by_run = [[answers[number, place] for place in range(len(run.prompts.prompts))] for number, run in enumerate(runs)]
     rows = [_row(run, run_answers) for run, run_answers in zip(runs, by_run, strict=True)]
     samples = [
@@ -136,70 +132,9 @@ def steer(
     )
 
 
-def directions_of(crosscoder: Crosscoder, latents: pd.DataFrame, chosen: Sequence[int]) -> tuple[Direction, ...]:
-    """Chosen latents as directions; `latents` is the latent table (columns latent, max_activation).
-
-    InputError for a latent that does not exist, never fires, or has no chat decoder.
-    """
-    max_activation = dict(zip(latents["latent"].tolist(), latents["max_activation"].tolist(), strict=True))
-    decoder_FD = crosscoder.raw_decoder_FMD()[:, CHAT]
-    directions = []
-    for latent in chosen:
-        if latent not in max_activation:
-            raise InputError(
-                f"expected latents to steer with between 0 and {crosscoder.num_latents - 1}, got {latent}; change "
-                "analyses.steering.latents"
-            )
-        norm = float(decoder_FD[latent].norm())
-        if not max_activation[latent] > 0 or not norm > 0:
-            raise InputError(
-                f"expected a latent that fires and has a chat decoder, latent {latent} has maximal activation "
-                f"{max_activation[latent]} and decoder norm {norm}; steer with another latent"
-            )
-        unit_D = (decoder_FD[latent] / norm).float().cpu()
-        directions.append(Direction(int(latent), unit_D, float(max_activation[latent])))
-    return tuple(directions)
-
-
-def random_controls(
-    crosscoder: Crosscoder, latents: pd.DataFrame, *, excluded: Sequence[int], num: int, seed: int
-) -> Tensor:
-    """Unit chat decoder directions [R, D], float32, of `num` random latents that fire (fewer where there are fewer).
-
-    Latents of the same dictionary are the fair control: a random direction leaves the space that the model uses.
-    `excluded` are the latents under test. Equal seeds give equal controls.
-    """
-    decoder_FD = crosscoder.raw_decoder_FMD()[:, CHAT].float().cpu()
-    fires = latents.loc[latents["max_activation"] > 0, "latent"].to_numpy()
-    candidates = np.setdiff1d(fires, np.asarray(list(excluded), dtype=fires.dtype))
-    candidates = candidates[decoder_FD[torch.from_numpy(candidates).long()].norm(dim=1).numpy() > 0]
-    chosen = np.random.default_rng(seed).permutation(candidates)[:num]
-    chosen_RD = decoder_FD[torch.from_numpy(chosen).long()]
-    units_RD: Tensor = chosen_RD / chosen_RD.norm(dim=1, keepdim=True)
-    return units_RD
-
-
-def parse_prompts(prompts: Any, *, num_prompts: int, source: str) -> tuple[BehaviorPrompts, ...]:
-    """Behaviours of a parsed prompts file {behavior: {"neutral": [...], "markers": [...]}}, first num_prompts each."""
-    if not isinstance(prompts, Mapping) or not prompts:
-        raise InputError(f"{source}: expected {{behavior: {{neutral, markers}}}}, got {str(prompts)[:60]!r}")
-    parsed = []
-    for behavior, entry in prompts.items():
-        lists = {}
-        for key in ("neutral", "markers"):
-            value = entry.get(key) if isinstance(entry, Mapping) else None
-            if not isinstance(value, list) or not value or not all(isinstance(item, str) and item for item in value):
-                raise InputError(
-                    f"{source}: expected a list of texts under {behavior}.{key}, got {str(value)[:60]!r}; add them"
-                )
-            lists[key] = tuple(value)
-        parsed.append(BehaviorPrompts(str(behavior), lists["neutral"][:num_prompts], lists["markers"]))
-    return tuple(parsed)
-
-
-def shows_behavior(answer: str, markers: Sequence[str]) -> bool:
-    """Whether the answer contains one of the markers, letter by letter."""
-    return any(marker in answer for marker in markers)
+def shows_behavior(answer: str, markers: Sequence[str]) -> bool | None:
+    """Whether the answer contains one of the markers, letter by letter; None where there is no marker to look for."""
+    return any(marker in answer for marker in markers) if markers else None
 
 
 def check_requests(requests: Sequence[SteeringRequest], options: SteeringOptions) -> None:
@@ -210,53 +145,117 @@ def check_requests(requests: Sequence[SteeringRequest], options: SteeringOptions
     for name in ("max_new_tokens", "prompts_per_batch"):
         if getattr(options, name) < 1:
             raise InputError(f"expected {name} of at least 1, got {getattr(options, name)}")
+    if options.temperature < 0:
+        raise InputError(f"expected a temperature of at least 0 (0 is greedy), got {options.temperature}")
+    for name in ("models", "positions"):
+        if not getattr(options, name):
+            raise InputError(f"expected at least one of {name} to steer, got none")
 
 
 def _runs(request: SteeringRequest, options: SteeringOptions, width: int) -> list[_Run]:
-    runs = [_Run(request.prompts, -1, NONE, 0.0, torch.zeros(width), has_samples=True)]
-    for direction in request.directions:
-        for scale in options.scales:
-            norm = scale * direction.max_activation
-            latent, unit_D = direction.latent, direction.unit_D
-            runs.append(_Run(request.prompts, latent, LATENT, scale, norm * unit_D, has_samples=True))
-            runs += [
-                _Run(request.prompts, latent, RANDOM, scale, norm * unit_D, has_samples=number == 0)
-                for number, unit_D in enumerate(request.controls_RD)
-            ]
+    def run(model: int, where: Positions, vector_D: Tensor, *, has_samples: bool = True, **own: Any) -> _Run:
+        shared = {"behavior": request.prompts.behavior, "model": MODEL_NAMES[model], "positions": where}
+        return _Run(request.prompts, {**shared, **own}, model, where, vector_D, has_samples)
+
+    first, zero_D = options.positions[0], torch.zeros(width)
+    unsteered = {"latent": np.int32(-1), "control": NONE, "scale": 0.0}
+    runs = [run(model, first, zero_D, **{**unsteered, "positions": NONE}) for model in options.models]
+    sweep = itertools.product(options.models, options.positions, request.directions, options.scales)
+    for model, positions, direction, scale in sweep:
+        norm = scale * direction.max_activation
+        own = {"latent": np.int32(direction.latent), "scale": scale}
+        runs.append(run(model, positions, norm * direction.unit_D, control=LATENT, **own))
+        runs += [
+            run(model, positions, norm * unit_D, has_samples=number == 0, control=RANDOM, **own)
+            for number, unit_D in enumerate(request.controls_RD)
+        ]
     return runs
 
 
+def _batches(
+    runs: Sequence[_Run], jobs: Sequence[tuple[int, int]], prompts: Sequence[Sequence[int]], size: int
+) -> list[list[int]]:
+    """Jobs of one model and one choice of positions, prompts of similar length together."""
+    groups: dict[tuple[int, Positions], list[int]] = {}
+    for job, (number, _) in enumerate(jobs):
+        groups.setdefault((runs[number].model, runs[number].positions), []).append(job)
+    ordered = [sorted(members, key=lambda job: len(prompts[job])) for members in groups.values()]
+    return [members[start : start + size] for members in ordered for start in range(0, len(members), size)]
+
+
 def _answer(
-    pair: ModelPair, prompts: Sequence[Sequence[int]], vector_BD: Tensor, options: SteeringOptions
+    pair: ModelPair,
+    prompts: Sequence[Sequence[int]],
+    places: Sequence[int],
+    how: tuple[int, Steering],
+    options: SteeringOptions,
 ) -> list[_Answer]:
-    generated = pair.generate(prompts, options.max_new_tokens, Steering(vector_BD, options.positions))
+    """Answers of one batch; places are the prompts' numbers, which decide what is drawn for them."""
+    model, steering = how
+    sampling = None
+    if options.temperature > 0:
+        drawn = [np.random.default_rng((options.seed, place)).random(options.max_new_tokens) for place in places]
+        sampling = Sampling(options.temperature, torch.from_numpy(np.stack(drawn)))
+    generated = pair.generate(prompts, options.max_new_tokens, steering, model=model, sampling=sampling)
     likelihood = pair.answer_likelihood(prompts, generated)
+    kl_B = steering_kl(pair, model, prompts, generated, steering)
     texts = [str(pair.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in generated]
-    numbers = zip(likelihood.nll_B.tolist(), likelihood.num_tokens_B.tolist(), strict=True)
-    return [_Answer(text, nll, num_tokens) for text, (nll, num_tokens) in zip(texts, numbers, strict=True)]
+    numbers = zip(likelihood.nll_B.tolist(), likelihood.num_tokens_B.tolist(), kl_B.tolist(), strict=True)
+    return [_Answer(text, *own) for text, own in zip(texts, numbers, strict=True)]
+
+
+@torch.no_grad()
+def steering_kl(
+    pair: ModelPair,
+    model: int,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    steering: Steering,
+) -> Tensor:
+    """KL(p || p_steered) of the next token, summed over the answer, nats, float64 [B].
+
+    p is one model unsteered, p_steered the same model steered, both reading prompt and answer; the positions are those
+    that predict an answer's tokens and the one after it, len(answer) + 1 in all. steering.vector is [B, D].
+    """
+    documents = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    longest = max(len(document) for document in documents)
+    ids_BT = torch.zeros(len(documents), longest, dtype=torch.int64)
+    mask_BT = torch.zeros(len(documents), longest, dtype=torch.int64)
+    for row, document in enumerate(documents):
+        ids_BT[row, : len(document)] = torch.tensor(document)
+        mask_BT[row, : len(document)] = 1
+    h_BTD = pair.lower(model, ids_BT, mask_BT)
+    is_answer_BT = torch.arange(longest)[None] >= torch.tensor([len(prompt) for prompt in prompts])[:, None]
+    where_BT = {"all": torch.ones_like(is_answer_BT), "prompt": ~is_answer_BT, "generated": is_answer_BT}
+    added_BTD = where_BT[steering.positions].to(h_BTD)[..., None] * steering.vector.to(h_BTD)[:, None]
+    rows_P = torch.repeat_interleave(torch.arange(len(answers)), torch.tensor([len(a) + 1 for a in answers]))
+    positions_P = torch.cat([torch.arange(len(p) - 1, len(p) + len(a)) for p, a in zip(prompts, answers, strict=True)])
+    hidden = [pair.upper(model, edited, mask_BT)[rows_P, positions_P] for edited in (h_BTD, h_BTD + added_BTD)]
+    kl_B = torch.zeros(len(documents), dtype=torch.float64)
+    for here in pair.decoders[model].head_chunks(len(rows_P)):
+        plain_PV, steered_PV = (pair.head(model, hidden_PD[here]).float().log_softmax(-1) for hidden_PD in hidden)
+        kl_P = (plain_PV.exp() * (plain_PV - steered_PV)).sum(-1)
+        kl_B.index_add_(0, rows_P[here], kl_P.double().cpu())
+    return kl_B
 
 
 def _row(run: _Run, answers: Sequence[_Answer]) -> dict[str, Any]:
     num_tokens = sum(answer.num_tokens for answer in answers)
     shown = [shows_behavior(answer.text, run.prompts.markers) for answer in answers]
     return {
-        "behavior": run.prompts.behavior,
-        "latent": np.int32(run.latent),
-        "control": run.control,
-        "scale": run.scale,
-        "rate": sum(shown) / len(shown),
+        **run.key,
+        "rate": sum(map(bool, shown)) / len(shown) if run.prompts.markers else float("nan"),
+        "kl": sum(answer.kl for answer in answers) / (num_tokens + len(answers)),
         "nll": sum(answer.nll for answer in answers) / num_tokens if num_tokens else float("nan"),
         "num_prompts": len(answers),
+        "num_tokens": num_tokens,
     }
 
 
 def _samples(run: _Run, answers: Sequence[_Answer]) -> list[dict[str, Any]]:
     return [
         {
-            "behavior": run.prompts.behavior,
-            "latent": np.int32(run.latent),
-            "control": run.control,
-            "scale": run.scale,
+            **run.key,
             "prompt": prompt,
             "answer": answer.text,
             "shows_behavior": shows_behavior(answer.text, run.prompts.markers),

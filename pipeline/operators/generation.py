@@ -1,10 +1,11 @@
-"""Greedy answers of one model, optionally steered at layer L, and how likely an answer is without steering.
+"""Answers of one model, greedy or sampled, optionally steered at layer L, and how likely an answer is without steering.
 
 A loop of its own instead of the library's generate: the prompts of a batch may each have their own steering vector,
 and settings hidden in a checkpoint (penalties, temperatures) must not decide what an analysis measures. Prompts are
-padded on the left with exact positions, so a batch gives the tokens that each prompt gives alone.
+padded on the left with exact positions, so a batch gives the tokens that each prompt gives alone; a sampled answer is
+drawn with numbers of its own prompt, so it does not depend on the batch either.
 
-Shapes: B prompts, T positions, D width, P chosen positions, V vocabulary.
+Shapes: B prompts, T positions, N new tokens, D width, P chosen positions, V vocabulary.
 """
 
 from collections.abc import Collection, Sequence
@@ -29,6 +30,15 @@ class Steering(NamedTuple):
     """Where it is added: all positions, those of the prompt, or those of generated tokens."""
 
 
+class Sampling(NamedTuple):
+    """How the next token is drawn; without it the likeliest one is taken."""
+
+    temperature: float
+    """> 0; logits are divided by it."""
+    uniform_BN: Tensor
+    """float64 in [0, 1), one number per prompt and new token: where in the cumulative probabilities the token lies."""
+
+
 class AnswerLikelihood(NamedTuple):
     """How likely given answers are, one entry per prompt."""
 
@@ -46,13 +56,19 @@ def generate(
     max_new_tokens: int,
     stop_ids: Collection[int],
     steering: Steering | None = None,
+    sampling: Sampling | None = None,
     use_cache: bool = True,
 ) -> list[list[int]]:
-    """Greedy continuation of every prompt, without the stop token that ended it; ties go to the smallest id."""
+    """Continuation of every prompt, without the stop token that ended it; greedy ties go to the smallest id.
+
+    InputError for an empty prompt, one that does not fit the model's context together with its answer, or sampling
+    numbers of another shape.
+    """
     if not prompts:
         return []
-    if any(len(prompt) == 0 for prompt in prompts):
-        raise InputError("expected prompts with at least one token, got an empty one; drop prompts without text")
+    check_prompts(decoder, prompts, max_new_tokens)
+    if sampling is not None:
+        _check_sampling(sampling, len(prompts), max_new_tokens)
     ids_BT, mask_BT = _pad_left(prompts, decoder.device)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=decoder.device)
     wrapper = None if steering is None else _Steer(decoder, steering, num_prompts=len(prompts))
@@ -74,7 +90,8 @@ def generate(
                 use_cache=use_cache,
             )
             cache = output.past_key_values if use_cache else None
-            next_B = decoder.head(output.last_hidden_state[:, -1]).argmax(-1)
+            logits_BV = decoder.head(output.last_hidden_state[:, -1])
+            next_B = logits_BV.argmax(-1) if sampling is None else _drawn(logits_BV, sampling, step)
             is_done_B = is_done_B | torch.isin(next_B, stops)
             new_BN = torch.cat([new_BN, next_B[:, None]], dim=1)
             ended_BN = torch.cat([ended_BN, is_done_B[:, None]], dim=1)
@@ -84,6 +101,36 @@ def generate(
             mask_BT = torch.cat([mask_BT, torch.ones_like(mask_BT[:, :1])], dim=1)
     lengths = (~ended_BN).sum(1).tolist()
     return [row[:length] for row, length in zip(new_BN.tolist(), lengths, strict=True)]
+
+
+def check_prompts(decoder: SplitDecoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """InputError for an empty prompt, or one that is too long for the model's context with max_new_tokens after it."""
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise InputError("expected prompts with at least one token, got an empty one; drop prompts without text")
+    context = getattr(decoder.base.config.get_text_config(), "max_position_embeddings", None)
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    if context is not None and longest + max_new_tokens > context:
+        raise InputError(
+            f"expected prompts of at most {context - max_new_tokens} tokens (the model's context of {context} less "
+            f"{max_new_tokens} new tokens), got one of {longest}; shorten the prompt or the answer"
+        )
+
+
+def _check_sampling(sampling: Sampling, num_prompts: int, max_new_tokens: int) -> None:
+    if not sampling.temperature > 0:
+        raise InputError(f"expected a temperature above 0, got {sampling.temperature}; leave sampling out for greedy")
+    if tuple(sampling.uniform_BN.shape) != (num_prompts, max_new_tokens):
+        raise InputError(
+            f"expected one uniform number per prompt and new token ({num_prompts}, {max_new_tokens}), got shape "
+            f"{tuple(sampling.uniform_BN.shape)}; draw as many as the call generates"
+        )
+
+
+def _drawn(logits_BV: Tensor, sampling: Sampling, step: int) -> Tensor:
+    """The token in which each prompt's number falls, by inverting the cumulative probabilities (float64)."""
+    cumulative_BV = (logits_BV.double() / sampling.temperature).softmax(-1).cumsum(-1)
+    wanted_B1 = sampling.uniform_BN[:, step, None].to(cumulative_BV) * cumulative_BV[:, -1:]
+    return torch.searchsorted(cumulative_BV, wanted_B1, right=True)[:, 0].clamp_max(logits_BV.shape[1] - 1)
 
 
 @torch.no_grad()

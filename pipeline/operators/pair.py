@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.errors import InputError
 from pipeline.operators.decoder import SplitDecoder, hidden_of
-from pipeline.operators.generation import AnswerLikelihood, Steering, answer_likelihood, generate
+from pipeline.operators.generation import AnswerLikelihood, Sampling, Steering, answer_likelihood, generate
 from pipeline.operators.loading import LoadOptions, ModelSpec, load_decoders, load_tokenizer
 from pipeline.operators.tokenise import end_of_turn_id
 from pipeline.schema import CHAT, MODEL_NAMES
@@ -123,15 +123,18 @@ class ModelPair:
         max_new_tokens: int,
         steering: Steering | None = None,
         *,
+        model: int = CHAT,
+        sampling: Sampling | None = None,
         use_cache: bool = True,
     ) -> list[list[int]]:
-        """The chat model's greedy answers, one batch, without their stop token."""
+        """One model's answers, greedy without sampling, one batch, without their stop token."""
         return generate(
-            self.decoders[CHAT],
+            self.decoders[model],
             prompts,
             max_new_tokens=max_new_tokens,
             stop_ids=self.stop_token_ids(),
             steering=steering,
+            sampling=sampling,
             use_cache=use_cache,
         )
 

@@ -1,6 +1,6 @@
 """What is asked of a fitted crosscoder. Each analysis has one section; null in the run file turns it off."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -74,7 +74,7 @@ class CausalitySection(Section):
 
 
 class SteeringSection(Section):
-    """What a latent does when its direction is added to the chat model while it writes."""
+    """What a latent does when its direction is added to a model's residual stream while it writes."""
 
     scales: tuple[float, ...] = Field((0.5, 1.0, 2.0), min_length=1)
     """Multiples of the latent's maximal activation."""
@@ -85,13 +85,22 @@ class SteeringSection(Section):
     max_new_tokens: PositiveInt = 24
     """Length of an answer."""
     prompts_path: str | None = None
-    """JSON file {behavior: {neutral: [...], markers: [...]}}; None takes the organism's own."""
+    """JSON file {behavior: {neutral: [...], markers: [...]}} or [prompt, ...]; None takes the organism's own. Without
+    markers there is no rate, only KL, fluency and answers."""
     latents: tuple[NonNegativeInt, ...] = ()
-    """Latents to steer with for every behaviour; empty takes each behaviour's best chat-specific latent."""
+    """Latents to steer with for every behaviour; empty takes num_latents."""
+    num_latents: NonNegativeInt = 0
+    """The most chat-specific latents to steer with for every behaviour; 0 takes each behaviour's best one (planted)."""
+    models: tuple[Literal["chat", "base"], ...] = Field(("chat", "base"), min_length=1)
+    """Models that answer. The base model with the latent added shows what the direction brings by itself."""
+    positions: tuple[Literal["all", "prompt", "generated"], ...] = Field(("all",), min_length=1)
+    """Where the direction is added; each is a sweep of its own."""
+    temperature: NonNegativeFloat = 0.0
+    """0 answers greedily; above, answers are sampled, every prompt with its own random numbers."""
     num_samples: NonNegativeInt = 3
     """Prompts per behaviour and scale whose answers are written out side by side."""
     seed: NonNegativeInt = 0
-    """Seed of the random latents."""
+    """Seed of the random latents and of sampled answers."""
 
 
 class AutointerpSection(Section):

@@ -1,6 +1,7 @@
-"""Answers of the chat model under steering, for each behaviour's best chat-specific latent or for latents by name.
+"""Answers of both models under steering: each behaviour's best chat-specific latent, the most specific ones, or any.
 
-One worker call steers one behaviour with one crosscoder's latents. Prompts come from the organism or from a file.
+One worker call steers one behaviour with one crosscoder's latents. Prompts come from the organism or from a file. A
+crosscoder without a chat-specific latent has the unsteered runs in its table and nothing else.
 """
 
 import json
@@ -12,18 +13,17 @@ import fsspec
 import pandas as pd
 
 from pipeline.analyses.planted import CHAT_SPECIFIC_LATENT
-from pipeline.analyses.steering import (
+from pipeline.analyses.steering import SteeringOptions, SteeringRequest, steer
+from pipeline.analyses.steering_inputs import (
     BehaviorPrompts,
-    SteeringOptions,
-    SteeringRequest,
     directions_of,
+    most_specific_latents,
     parse_prompts,
     random_controls,
-    steer,
 )
 from pipeline.errors import InputError
 from pipeline.progress import Progress
-from pipeline.schema import STEERING_COLUMNS, STEERING_SAMPLE_COLUMNS
+from pipeline.schema import MODEL_NAMES, STEERING_COLUMNS, STEERING_SAMPLE_COLUMNS
 from pipeline.sections.analyses import SteeringSection
 from pipeline.stages.base import Context, Pool, Step, run_pool, shown
 from pipeline.stages.crosscoder import fitted
@@ -33,7 +33,7 @@ from pipeline.stages.tables import arrow_schema, numbers_of, read_table, write_f
 from pipeline.storage import Storage
 
 NAME = "steering"
-VERSION = 1
+VERSION = 2
 
 TABLE_NAME = "steering.parquet"
 SAMPLES_NAME = "samples.parquet"
@@ -66,6 +66,10 @@ def run(steps: Sequence[Step], context: Context) -> None:
         scales=section.scales,
         max_new_tokens=section.max_new_tokens,
         num_samples=section.num_samples,
+        models=tuple(MODEL_NAMES.index(name) for name in section.models),
+        positions=section.positions,
+        temperature=section.temperature,
+        seed=section.seed,
     )
     arguments = (context.storage, steps[0].extra["loading"], steps[0].extra["layer"], options)
     pool = Pool("analyses", context.resources.analyses, Steer, arguments)
@@ -79,30 +83,68 @@ def run(steps: Sequence[Step], context: Context) -> None:
         table, samples = (pd.concat([result[name] for result in own]) for name in ("table", "samples"))
         write_frame(context.storage, f"{step.key.folder}/{TABLE_NAME}", table, STEERING_SCHEMA)
         write_frame(context.storage, f"{step.key.folder}/{SAMPLES_NAME}", samples, SAMPLE_SCHEMA)
-        best = table.groupby(["behavior", "control"], as_index=False)["rate"].max()
-        counts = {"highest_rate": numbers_of(best, "rate", by=("behavior", "control"))}
+        best = table.groupby(["model", "behavior", "control"], as_index=False)["rate"].max()
+        counts = {
+            "highest_rate": numbers_of(best, "rate", by=("model", "behavior", "control")),
+            "num_latents": int(table.loc[table["latent"] >= 0, "latent"].nunique()),
+        }
         context.finish(step, counts, time.monotonic() - started)
 
 
 def _jobs(step: Step, section: SteeringSection, context: Context) -> list[Job]:
     prompts_json, source = _prompts(step, section, context)
     behaviors = parse_prompts(prompts_json, num_prompts=section.num_prompts, source=source)
-    chosen: Mapping[str, Sequence[int]] = {}
-    if not section.latents:
-        planted = read_table(context.storage, f"{step.inputs['planted'].key.folder}/{PLANTED_NAME}").to_pandas()
-        best = planted[(planted["candidate"] == CHAT_SPECIFIC_LATENT) & (planted["latent"] >= 0)]
-        chosen = {behavior: own["latent"].tolist() for behavior, own in best.groupby("behavior")}
+    chosen = _chosen(step, section, context, behaviors, source)
     return [
         Job(
             step.inputs["crosscoder"].key.folder,
             step.inputs["latents"].key.folder,
             prompts,
-            tuple(section.latents or chosen.get(prompts.behavior, ())),
+            chosen[prompts.behavior],
             section.num_random,
             section.seed,
         )
         for prompts in behaviors
     ]
+
+
+def _chosen(
+    step: Step, section: SteeringSection, context: Context, behaviors: Sequence[BehaviorPrompts], source: str
+) -> dict[str, tuple[int, ...]]:
+    """Latents to steer with, by behaviour."""
+    if section.latents or section.num_latents:
+        latents = read_table(context.storage, f"{step.inputs['latents'].key.folder}/{LATENTS_NAME}").to_pandas()
+        _check_latents(section.latents, latents)
+        same = section.latents or most_specific_latents(latents, section.num_latents)
+        return {prompts.behavior: same for prompts in behaviors}
+    planted = read_table(context.storage, f"{step.inputs['planted'].key.folder}/{PLANTED_NAME}").to_pandas()
+    unknown = [prompts.behavior for prompts in behaviors if prompts.behavior not in set(planted["behavior"])]
+    if unknown:
+        raise InputError(
+            f"{source}: expected the planted behaviours {sorted(set(planted['behavior']))}, since each is steered with "
+            f"its own best latent, got {unknown[0]!r}; set analyses.steering.latents or num_latents for other prompts"
+        )
+    best = planted[(planted["candidate"] == CHAT_SPECIFIC_LATENT) & (planted["latent"] >= 0)]
+    return {
+        prompts.behavior: tuple(int(latent) for latent in best.loc[best["behavior"] == prompts.behavior, "latent"])
+        for prompts in behaviors
+    }
+
+
+def _check_latents(chosen: Sequence[int], latents: pd.DataFrame) -> None:
+    """InputError before any model is loaded."""
+    wrong = [latent for latent in chosen if latent >= len(latents)]
+    if wrong:
+        raise InputError(
+            f"analyses.steering.latents: expected latents between 0 and {len(latents) - 1}, got {wrong[0]}; choose "
+            "among this crosscoder's own"
+        )
+    silent = latents.loc[latents["latent"].isin(list(chosen)) & ~(latents["max_activation"] > 0), "latent"].tolist()
+    if silent:
+        raise InputError(
+            f"analyses.steering.latents: expected latents that fire on the validation rows, latent {silent[0]} never "
+            "does, so its scale is unknown; steer with another one"
+        )
 
 
 def _prompts(step: Step, section: SteeringSection, context: Context) -> tuple[Any, str]:

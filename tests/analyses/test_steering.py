@@ -2,30 +2,30 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from pipeline.analyses.steering import (
+from pipeline.analyses.steering import SteeringOptions, SteeringRequest, shows_behavior, steer, steering_kl
+from pipeline.analyses.steering_inputs import (
+    UNNAMED,
     BehaviorPrompts,
     Direction,
-    SteeringOptions,
-    SteeringRequest,
     directions_of,
+    most_specific_latents,
     parse_prompts,
     random_controls,
-    shows_behavior,
-    steer,
 )
 from pipeline.errors import InputError
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.operators.decoder import SplitDecoder
-from pipeline.operators.generation import Steering
+from pipeline.operators.generation import Positions, Sampling, Steering
 from pipeline.operators.pair import ModelPair
 from pipeline.operators.tokenise import prompt_ids
-from pipeline.schema import CHAT, STEERING_COLUMNS, STEERING_SAMPLE_COLUMNS
+from pipeline.schema import BASE, CHAT, MODEL_NAMES, STEERING_COLUMNS, STEERING_SAMPLE_COLUMNS, Verdict
 
 WIDTH = 32
 WORDS = [f"w{i}" for i in range(40)]
@@ -104,6 +104,9 @@ def test_a_direction_towards_a_word_raises_its_rate_above_every_control(pair: Mo
     assert plain["latent"].tolist() == [-1, -1]
     assert plain["scale"].tolist() == [0.0, 0.0]
     assert plain["num_prompts"].tolist() == [3, 2]
+    assert plain["positions"].tolist() == ["none", "none"]
+    assert (plain["kl"] == 0).all()
+    assert far.loc["latent", "kl"] > table[(table["scale"] == 0.5) & (table["control"] == "latent")]["kl"].iloc[0] > 0
     assert far.loc["latent", "nll"] > plain["nll"].iloc[0]
     assert len(samples) == 2 * (1 + 2 * 2) + 2
     steered = samples[(samples["control"] == "latent") & (samples["scale"] == 50.0)]
@@ -180,15 +183,102 @@ def test_prompts_file_is_checked_by_behaviour_and_key() -> None:
         parse_prompts({"refusal": ["a"]}, num_prompts=2, source="p.json")
     with pytest.raises(InputError, match=r"p\.json: expected"):
         parse_prompts([], num_prompts=2, source="p.json")
+    with pytest.raises(InputError, match=r"expected a list of texts under the list, got '\[1\]'"):
+        parse_prompts([1], num_prompts=2, source="p.json")
+
+
+def test_prompts_without_markers_have_kl_and_fluency_but_no_rate(pair: ModelPair) -> None:
+    (plain,) = parse_prompts(["w1 w2", "w3"], num_prompts=9, source="p.json")
+    (named,) = parse_prompts({"my_task": {"neutral": ["w1 w2"]}}, num_prompts=9, source="p.json")
+    assert (plain.behavior, plain.markers) == (UNNAMED, ())
+    assert named == BehaviorPrompts("my_task", ("w1 w2",), ())
+    request = SteeringRequest(plain, (_direction_towards(pair, "w5", 20.0),), torch.zeros(0, WIDTH))
+    table, samples = steer(pair, [request], OPTIONS)
+    assert table["rate"].isna().all()
+    assert table["kl"].notna().all()
+    assert table["nll"].notna().all()
+    assert samples["shows_behavior"].isna().all()
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt", "generated"])
+@pytest.mark.parametrize("model", [BASE, CHAT])
+def test_kl_equals_full_forwards_token_by_token(pair: ModelPair, model: int, positions: Positions) -> None:
+    prompts, answers = [[1, 9, 12], [1, 7], [1, 4, 5, 6, 7]], [[8, 9, 10, 11], [], [20]]
+    vector_BD = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(1)) * 3
+    found_B = steering_kl(pair, model, prompts, answers, Steering(vector_BD, positions))
+    for prompt, answer, vector_D, found in zip(prompts, answers, vector_BD, found_B, strict=True):
+        expected = 0.0
+        for length in range(len(prompt), len(prompt) + len(answer) + 1):
+            ids = torch.tensor([[*prompt, *answer][:length]])
+            is_answer = torch.arange(length) >= len(prompt)
+            where = {"all": torch.ones(length), "prompt": ~is_answer, "generated": is_answer}[positions].float()
+            h_BTD = pair.lower(model, ids, torch.ones_like(ids))
+            logs = [
+                pair.upper_logits(model, h, torch.ones_like(ids))[0, -1].double().log_softmax(-1)
+                for h in (h_BTD, h_BTD + where[None, :, None] * vector_D)
+            ]
+            expected += float((logs[0].exp() * (logs[0] - logs[1])).sum())
+        assert float(found) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_both_models_and_every_position_are_swept_and_equal_their_own_sweep(pair: ModelPair) -> None:
+    (request, _) = _requests(pair)
+    options = OPTIONS._replace(models=(CHAT, BASE), positions=("all", "generated"), temperature=0.7, seed=3)
+    table, samples = steer(pair, [request], options)
+    sweep = table[table["control"] != "none"]
+    assert len(sweep) == 2 * 2 * 2 * (1 + 3)
+    assert table[table["control"] == "none"]["model"].tolist() == ["chat", "base"]
+    for model in (CHAT, BASE):
+        for positions in ("all", "generated"):
+            alone = steer(pair, [request], options._replace(models=(model,), positions=(positions,)))
+            own = (samples["model"] == MODEL_NAMES[model]) & samples["positions"].isin(["none", positions])
+            pd.testing.assert_frame_equal(samples[own].reset_index(drop=True), alone.samples)
+
+
+def test_sampled_answers_use_each_prompts_own_numbers_and_zero_temperature_is_greedy(pair: ModelPair) -> None:
+    (request, _) = _requests(pair)
+    options = OPTIONS._replace(temperature=1.0, seed=5, num_samples=3)
+    first, again = (steer(pair, [request], options._replace(prompts_per_batch=size)).samples for size in (256, 2))
+    pd.testing.assert_frame_equal(first, again)
+    other = steer(pair, [request], options._replace(seed=6)).samples
+    assert first["answer"].tolist() != other["answer"].tolist()
+    greedy = steer(pair, [request], options._replace(temperature=0.0)).samples
+    cold = steer(pair, [request], options._replace(temperature=1e-4)).samples
+    assert greedy["answer"].tolist() == cold["answer"].tolist()
+    message = request.prompts.prompts[1]
+    ids = prompt_ids(pair.tokenizer, [{"role": "user", "content": message}])
+    uniform_BN = torch.from_numpy(np.random.default_rng((5, 1)).random(OPTIONS.max_new_tokens))[None]
+    (answer,) = pair.generate([ids], OPTIONS.max_new_tokens, sampling=Sampling(1.0, uniform_BN))
+    unsteered = first[(first["control"] == "none") & (first["prompt"] == message)]
+    assert unsteered["answer"].tolist() == [pair.tokenizer.decode(answer, skip_special_tokens=True).strip()]
+
+
+def test_the_most_specific_latents_are_chosen_by_evidence_and_may_be_none() -> None:
+    latents = pd.DataFrame(
+        {
+            "latent": [0, 1, 2, 3],
+            "verdict": [Verdict.CHAT_SPECIFIC, Verdict.SHARED, Verdict.CHAT_SPECIFIC, Verdict.CHAT_SPECIFIC],
+            "nu_eps": [0.1, 0.0, 0.02, 0.05],
+            "nu_r": [0.1, 0.0, 0.01, 0.2],
+        }
+    )
+    assert most_specific_latents(latents, 2) == (2, 0)
+    assert most_specific_latents(latents, 9) == (2, 0, 3)
+    assert most_specific_latents(latents[latents["verdict"] == Verdict.SHARED], 2) == ()
 
 
 def test_markers_are_substrings_and_empty_requests_are_refused(pair: ModelPair) -> None:
     assert shows_behavior("I cannot help.", ("cannot", "will not"))
     assert not shows_behavior("I Cannot help.", ("cannot",))
+    assert shows_behavior("I Cannot help.", ()) is None
     with pytest.raises(InputError, match=r"got none for \['x'\]"):
         steer(pair, [SteeringRequest(BehaviorPrompts("x", (), ("m",)), (), torch.zeros(0, WIDTH))], OPTIONS)
     with pytest.raises(InputError, match="max_new_tokens of at least 1, got 0"):
         steer(pair, _requests(pair), OPTIONS._replace(max_new_tokens=0))
+    with pytest.raises(InputError, match="at least one of models to steer, got none"):
+        steer(pair, _requests(pair), OPTIONS._replace(models=()))
+    with pytest.raises(InputError, match=r"temperature of at least 0 .* got -1"):
+        steer(pair, _requests(pair), OPTIONS._replace(temperature=-1.0))
 
 
 def test_random_controls_are_other_latents_that_fire() -> None:

@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 
 from pipeline.errors import InputError
 from pipeline.operators.decoder import SplitDecoder
-from pipeline.operators.generation import Positions, Steering, answer_likelihood, generate
+from pipeline.operators.generation import Positions, Sampling, Steering, answer_likelihood, generate
 from pipeline.operators.loading import LoadOptions, ModelSpec
 from pipeline.operators.pair import ModelPair
 
@@ -120,3 +120,39 @@ def test_likelihood_does_not_depend_on_the_chunks_of_logits(
     monkeypatch.setattr("pipeline.operators.decoder.LOGITS_PER_CHUNK", 2 * 97)
     assert list(decoder.head_chunks(5)) == [slice(0, 2), slice(2, 4), slice(4, 5)]
     torch.testing.assert_close(answer_likelihood(decoder, _prompts(), answers).nll_B, whole.nll_B)
+
+
+def test_sampled_tokens_follow_the_models_probabilities(random_model: Callable[..., Any]) -> None:
+    """An even grid of numbers draws each token as often as its probability says, to one grid step."""
+    decoder = SplitDecoder(random_model("llama", seed=3), 2)
+    prompt, num_draws, temperature = _prompts()[0], 1000, 0.5
+    grid_BN = (torch.arange(num_draws, dtype=torch.float64)[:, None] + 0.5) / num_draws
+    answers = generate(
+        decoder, [prompt] * num_draws, max_new_tokens=1, stop_ids=[], sampling=Sampling(temperature, grid_BN)
+    )
+    ids = torch.tensor([prompt])
+    hidden = decoder.upper(decoder.lower(ids, torch.ones_like(ids)), torch.ones_like(ids))
+    probability_V = (decoder.head(hidden[0, -1:])[0].double() / temperature).softmax(-1)
+    counts_V = torch.bincount(torch.tensor(answers).flatten(), minlength=len(probability_V))
+    torch.testing.assert_close(counts_V.double() / num_draws, probability_V, rtol=0, atol=1.5 / num_draws)
+    assert int((counts_V > 0).sum()) > 10
+
+
+def test_sampled_answers_do_not_depend_on_the_batch(random_model: Callable[..., Any]) -> None:
+    decoder = SplitDecoder(random_model("gemma2", seed=3), 2)
+    uniform_BN = torch.rand(4, NUM_NEW, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    together = generate(decoder, _prompts(), max_new_tokens=NUM_NEW, stop_ids=[], sampling=Sampling(1.0, uniform_BN))
+    for prompt, own_N, answer in zip(_prompts(), uniform_BN, together, strict=True):
+        sampling = Sampling(1.0, own_N[None])
+        assert generate(decoder, [prompt], max_new_tokens=NUM_NEW, stop_ids=[], sampling=sampling) == [answer]
+
+
+def test_prompts_beyond_the_context_and_wrong_sampling_are_refused(random_model: Callable[..., Any]) -> None:
+    decoder = SplitDecoder(random_model("llama", seed=3), 2)
+    context = decoder.base.config.max_position_embeddings
+    with pytest.raises(InputError, match=f"prompts of at most {context - 4} tokens .* got one of {context - 3}"):
+        generate(decoder, [[1] * (context - 3)], max_new_tokens=4, stop_ids=[])
+    with pytest.raises(InputError, match=r"\(1, 4\), got shape \(2, 4\)"):
+        generate(decoder, [[1]], max_new_tokens=4, stop_ids=[], sampling=Sampling(1.0, torch.rand(2, 4)))
+    with pytest.raises(InputError, match="a temperature above 0, got 0"):
+        generate(decoder, [[1]], max_new_tokens=4, stop_ids=[], sampling=Sampling(0, torch.rand(1, 4)))

@@ -176,7 +176,8 @@ def steering_table(latents: list[int], strength: float, seed: int) -> pd.DataFra
                 wobble = max(0.0, base + float(random.normal(0, 0.02)) + 0.01 * scale)
                 rows.append((behavior, index, "random", scale, round(wobble * 40) / 40, 1.2 + 0.12 * scale**1.3))
     table = pd.DataFrame(rows, columns=["behavior", "latent", "control", "scale", "rate", "nll"])
-    return table.assign(num_prompts=40)
+    positions = table["control"].map({"none": "none"}).fillna("all")
+    return table.assign(num_prompts=40, model="chat", positions=positions, kl=table["scale"], num_tokens=960)
 
 
 ANSWERS = {
@@ -196,7 +197,9 @@ def sample_table(latents: list[int]) -> pd.DataFrame:
             rows.append((behavior, -1, "none", 0.0, prompt, plain, False))
             rows.append((behavior, latent, "latent", 2.0, prompt, ANSWERS[behavior], True))
             rows.append((behavior, 0, "random", 2.0, prompt, plain[:33] + "and the baker of Orlin.", False))
-    return pd.DataFrame(rows, columns=[column.name for column in schema.STEERING_SAMPLE_COLUMNS])
+    names = ["behavior", "latent", "control", "scale", "prompt", "answer", "shows_behavior"]
+    table = pd.DataFrame(rows, columns=names)
+    return table.assign(model="chat", positions=table["control"].map({"none": "none"}).fillna("all"))
 
 
 def example_table(latents: list[int], seed: int, hostile: bool) -> pd.DataFrame:

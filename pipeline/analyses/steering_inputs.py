@@ -1,0 +1,119 @@
+"""What steering starts from: prompts with the markers of a behaviour, and latents as directions.
+
+Prompts come as parsed JSON, from the organism or from a user's file; a file may say nothing of behaviours, then KL,
+fluency and the answers themselves are all that is measured. Latents are named, or taken from the latent table by
+evidence. Nothing here runs a model.
+
+Shapes: D width, R random controls.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pipeline.analyses.interventions import rank_by_nu
+from pipeline.errors import InputError
+from pipeline.numerics.crosscoder import Crosscoder
+from pipeline.schema import CHAT, Verdict
+
+UNNAMED = "prompts"
+"""Column `behavior` of a file that is a plain list of prompts."""
+
+
+class Direction(NamedTuple):
+    """A latent as a steering direction."""
+
+    latent: int
+    unit_D: Tensor
+    """d_j^chat / |d_j^chat| in raw activation space, float32."""
+    max_activation: float
+    """Largest f_j on the validation rows: the norm that is added at scale 1."""
+
+
+class BehaviorPrompts(NamedTuple):
+    """Prompts that do not call for a behaviour, and how it is recognised."""
+
+    behavior: str
+    prompts: tuple[str, ...]
+    """User messages."""
+    markers: tuple[str, ...]
+    """An answer that contains one of these substrings shows the behaviour; empty: no behaviour is looked for."""
+
+
+def directions_of(crosscoder: Crosscoder, latents: pd.DataFrame, chosen: Sequence[int]) -> tuple[Direction, ...]:
+    """Chosen latents as directions; `latents` is the latent table (columns latent, max_activation).
+
+    InputError for a latent that does not exist, never fires, or has no chat decoder.
+    """
+    max_activation = dict(zip(latents["latent"].tolist(), latents["max_activation"].tolist(), strict=True))
+    decoder_FD = crosscoder.raw_decoder_FMD()[:, CHAT]
+    directions = []
+    for latent in chosen:
+        if latent not in max_activation:
+            raise InputError(
+                f"expected latents to steer with between 0 and {crosscoder.num_latents - 1}, got {latent}; change "
+                "analyses.steering.latents"
+            )
+        norm = float(decoder_FD[latent].norm())
+        if not max_activation[latent] > 0 or not norm > 0:
+            raise InputError(
+                f"expected a latent that fires and has a chat decoder, latent {latent} has maximal activation "
+                f"{max_activation[latent]} and decoder norm {norm}; steer with another latent"
+            )
+        unit_D = (decoder_FD[latent] / norm).float().cpu()
+        directions.append(Direction(int(latent), unit_D, float(max_activation[latent])))
+    return tuple(directions)
+
+
+def most_specific_latents(latents: pd.DataFrame, num: int) -> tuple[int, ...]:
+    """Up to num chat-specific latents of the latent table, best evidence first; empty where there is none."""
+    specific = latents[latents["verdict"] == Verdict.CHAT_SPECIFIC]
+    return tuple(int(latent) for latent in rank_by_nu(specific)[:num])
+
+
+def random_controls(
+    crosscoder: Crosscoder, latents: pd.DataFrame, *, excluded: Sequence[int], num: int, seed: int
+) -> Tensor:
+    """Unit chat decoder directions [R, D], float32, of `num` random latents that fire (fewer where there are fewer).
+
+    Latents of the same dictionary are the fair control: a random direction leaves the space that the model uses.
+    `excluded` are the latents under test. Equal seeds give equal controls.
+    """
+    decoder_FD = crosscoder.raw_decoder_FMD()[:, CHAT].float().cpu()
+    fires = latents.loc[latents["max_activation"] > 0, "latent"].to_numpy()
+    candidates = np.setdiff1d(fires, np.asarray(list(excluded), dtype=fires.dtype))
+    candidates = candidates[decoder_FD[torch.from_numpy(candidates).long()].norm(dim=1).numpy() > 0]
+    chosen = np.random.default_rng(seed).permutation(candidates)[:num]
+    chosen_RD = decoder_FD[torch.from_numpy(chosen).long()]
+    units_RD: Tensor = chosen_RD / chosen_RD.norm(dim=1, keepdim=True)
+    return units_RD
+
+
+def parse_prompts(prompts: Any, *, num_prompts: int, source: str) -> tuple[BehaviorPrompts, ...]:
+    """Behaviours of a parsed prompts file, the first num_prompts prompts of each.
+
+    Either {behavior: {"neutral": [...], "markers": [...]}}, where markers may be left out, or a plain list of prompts.
+    """
+    if isinstance(prompts, list) and prompts:
+        return (BehaviorPrompts(UNNAMED, _texts(prompts, source, "the list")[:num_prompts], ()),)
+    if not isinstance(prompts, Mapping) or not prompts:
+        raise InputError(
+            f"{source}: expected {{behavior: {{neutral, markers}}}} or a list of prompts, got {str(prompts)[:60]!r}"
+        )
+    parsed = []
+    for behavior, entry in prompts.items():
+        read = entry if isinstance(entry, Mapping) else {}
+        neutral = _texts(read.get("neutral"), source, f"{behavior}.neutral")[:num_prompts]
+        markers = _texts(read["markers"], source, f"{behavior}.markers") if "markers" in read else ()
+        parsed.append(BehaviorPrompts(str(behavior), neutral, markers))
+    return tuple(parsed)
+
+
+def _texts(value: Any, source: str, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(item, str) and item for item in value):
+        raise InputError(f"{source}: expected a list of texts under {where}, got {str(value)[:60]!r}; add them")
+    return tuple(value)
