@@ -153,20 +153,22 @@ def check_requests(requests: Sequence[SteeringRequest], options: SteeringOptions
 
 
 def _runs(request: SteeringRequest, options: SteeringOptions, width: int) -> list[_Run]:
-    def run(model: int, where: Positions, vector_D: Tensor, *, has_samples: bool = True, **own: Any) -> _Run:
+    def run(
+        model: int, where: Positions, vector_D: Tensor, own: Mapping[str, Any], *, has_samples: bool = True
+    ) -> _Run:
         shared = {"behavior": request.prompts.behavior, "model": MODEL_NAMES[model], "positions": where}
         return _Run(request.prompts, {**shared, **own}, model, where, vector_D, has_samples)
 
     first, zero_D = options.positions[0], torch.zeros(width)
-    unsteered = {"latent": np.int32(-1), "control": NONE, "scale": 0.0}
-    runs = [run(model, first, zero_D, **{**unsteered, "positions": NONE}) for model in options.models]
+    unsteered = {"latent": np.int32(-1), "control": NONE, "positions": NONE, "scale": 0.0}
+    runs = [run(model, first, zero_D, unsteered) for model in options.models]
     sweep = itertools.product(options.models, options.positions, request.directions, options.scales)
     for model, positions, direction, scale in sweep:
         norm = scale * direction.max_activation
         own = {"latent": np.int32(direction.latent), "scale": scale}
-        runs.append(run(model, positions, norm * direction.unit_D, control=LATENT, **own))
+        runs.append(run(model, positions, norm * direction.unit_D, {**own, "control": LATENT}))
         runs += [
-            run(model, positions, norm * unit_D, has_samples=number == 0, control=RANDOM, **own)
+            run(model, positions, norm * unit_D, {**own, "control": RANDOM}, has_samples=number == 0)
             for number, unit_D in enumerate(request.controls_RD)
         ]
     return runs
