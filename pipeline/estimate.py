@@ -42,7 +42,7 @@ class Estimate(NamedTuple):
     """Predicted size and cost of the missing part of a run."""
 
     num_rows: int | None
-    """Rows of the activation store; None where neither budget nor index says."""
+    """Rows of the activation store, in stream mode those of validation; None where neither budget nor index says."""
     num_bytes: int | None
     """Bytes of the activation store."""
     training_bytes_per_rank: int | None
@@ -69,9 +69,12 @@ def estimate(config: RunConfig, states: Sequence[StepState], activation_dim: int
     if num_rows is None or width is None:
         return Estimate(num_rows, None, None, seconds)
     num_models = len(MODEL_NAMES)
+    is_streamed = config.activations.mode == "stream"
+    if is_streamed and "activations" not in records:
+        num_rows = int(num_rows * config.corpus.validation_frac)  # the training rows are not kept
+    extract_seconds = 24 * width**2 * config.activations.layer * num_models / (flops * _FORWARD_EFFICIENCY)
     if "activations" in missing:
-        per_token = 24 * width**2 * config.activations.layer * num_models
-        seconds["activations"] = _LOAD_PAIR_SECONDS + num_rows * per_token / (flops * _FORWARD_EFFICIENCY)
+        seconds["activations"] = _LOAD_PAIR_SECONDS + num_rows * extract_seconds
     fitted = [section for section in config.crosscoders if isinstance(section, CrosscoderSection)]
     sizes = [section.num_latents or (section.expansion or 0) * width for section in fitted]
     encoder_flops = 2 * sum(sizes) * num_models * width
@@ -80,8 +83,10 @@ def estimate(config: RunConfig, states: Sequence[StepState], activation_dim: int
         num_steps = config.training.num_rows / config.training.batch_rows
         overhead = num_steps * len(sizes) * _STEP_OVERHEAD_SECONDS
         seconds["crosscoder"] = _START_TRAIN_SECONDS + config.training.num_rows * per_row + overhead
+        if is_streamed:
+            seconds["crosscoder"] += _LOAD_PAIR_SECONDS + config.training.num_rows * extract_seconds
     if "latents" in missing:
-        num_validation = num_rows * config.corpus.validation_frac
+        num_validation = num_rows * (1.0 if is_streamed else config.corpus.validation_frac)
         seconds["latents"] = _MEASURE_SECONDS + 2 * num_validation * encoder_flops * 2 / flops
     seconds |= {stage: _MODEL_ANALYSIS_SECONDS for stage in ("causality", "steering") if stage in missing}
     ranks = config.resources.training

@@ -92,6 +92,15 @@ INDEX_COLUMNS = (
 )
 """The documents that a run uses, in the order in which their activations are stored."""
 
+REJECTED_COLUMNS = (
+    Column("doc_id", "int64", "as in the corpus"),
+    Column("corpus", "string", "as in the corpus"),
+    Column("split", "string", "as in the corpus"),
+    Column("num_tokens", "int32", "tokens of the document after truncation; 0 where they cannot be read"),
+    Column("reason", "string", "why it was set aside: cannot be read, the forward pass failed, NaN or Inf"),
+)
+"""Documents that no activations could be made of."""
+
 SHARD_TENSORS = (
     Column("x", "bfloat16 [rows, M, D]", "residual stream after decoder layer L, model order base, chat"),
     Column("token_id", "int32 [rows]", "the token read at this row"),

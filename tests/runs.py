@@ -1,11 +1,14 @@
 """Shared by the tests that make whole runs: the tiny run file, a finished run, and processes to disturb."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,11 @@ import pytest
 import yaml
 
 from pipeline import runner
-from pipeline.config import load
+from pipeline.artifacts import Record
+from pipeline.config import RunConfig, load
+from pipeline.flow import build_flow
 from pipeline.progress import SilentReporter
+from pipeline.stages.base import Context, Step
 from pipeline.storage import Storage
 from pipeline.tracking import RecordingTracker
 
@@ -100,6 +106,53 @@ class Finished:
 
     def table(self, step: str, name: str) -> pd.DataFrame:
         return pd.read_parquet(self.root / self.states[step].step.key.folder / name)
+
+
+class _Unwatched:
+    def points(self, step: Step, points: object) -> None:
+        """Nobody watches."""
+
+
+def make(config: RunConfig, *stages: str) -> dict[str, Record]:
+    """Run some stages of a run file in this process, on the cluster that it has joined; their records by stage."""
+    storage = Storage(config.storage.root)
+    context = Context(storage, config.resources, SilentReporter(), _Unwatched(), config.name, 10)
+    records = {}
+    for group in build_flow(config):
+        if group.steps[0].key.stage in stages:
+            group.run(group.steps, context)
+            records[group.steps[0].key.stage] = context.record_of(group.steps[0])
+    return records
+
+
+def copied(finished: Finished, folder: Path, *stages: str) -> Path:
+    """A fresh root that holds only the artifacts of some stages."""
+    root = folder / "runs"
+    for stage in stages:
+        shutil.copytree(finished.root / stage, root / stage)
+    return root
+
+
+def checksums(root: Path, stage: str) -> dict[str, Any]:
+    """Everything that was computed for a stage: checksums and, for tables, their bytes' checksums."""
+    return {
+        path.parent.name: json.loads(path.read_text())["checksums"]
+        for path in sorted(root.glob(f"{stage}/*/record.json"))
+    }
+
+
+@contextmanager
+def mounted(folder: Path, size: str) -> Iterator[Path]:
+    """A real file system of some size at `folder`, for the length of the block; skips where nothing can be mounted."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True)
+    if done.returncode:
+        pytest.skip(f"cannot mount a small file system here: {done.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def start(path: Path) -> subprocess.Popen[str]:

@@ -3,14 +3,13 @@
 import gzip
 import json
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from runs import TINY, Finished, run_file
+from runs import TINY, Finished, mounted, run_file
 
 from pipeline.cli import main
 
@@ -197,13 +196,8 @@ def test_unwritable_storage_is_refused(refused: Refused, pair: dict[str, Path], 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 1 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with mounted(tmp_path / "disk", "1m") as folder:
+        yield folder
 
 
 def test_a_disk_that_fills_up_is_named_and_what_was_finished_stays(

@@ -29,6 +29,16 @@ def test_sizes_are_arithmetic(config: RunConfig, tmp_path: Path) -> None:
     assert result.training_bytes_per_rank == parameters * 4 * 4 + int(2.5 * 256 * 128 * 4)
 
 
+def test_a_stream_stores_the_validation_rows_and_extracts_while_it_trains(config: RunConfig, tmp_path: Path) -> None:
+    states = inspect(config, Storage(str(tmp_path)))
+    section = config.activations.model_copy(update={"mode": "stream"})
+    streamed = estimate(config.model_copy(update={"activations": section}), states, 32)
+    stored = estimate(config, states, 32)
+    assert streamed.num_bytes == 2_000 * 2 * 32 * 2  # a fifth of the documents is held out
+    assert streamed.seconds["activations"] < stored.seconds["activations"]
+    assert streamed.seconds["crosscoder"] > stored.seconds["crosscoder"] + 9
+
+
 def test_every_missing_stage_has_its_time(config: RunConfig, tmp_path: Path) -> None:
     result = estimate(config, inspect(config, Storage(str(tmp_path))), 32)
     stages = {"start", "organism", "tokens", "activations", "crosscoder", "latents", "causality", "steering"}

@@ -1,34 +1,15 @@
 """Killed in the middle: the next run (or the same one, where only a worker died) ends with the same bytes."""
 
-import json
 import os
-import shutil
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from runs import Finished, kill_worker, run_file, start, wait_for
+from runs import Finished, checksums, copied, kill_worker, run_file, start, wait_for
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-
-def copied(finished: Finished, folder: Path, *stages: str) -> tuple[Path, Path]:
-    """A fresh root that holds only the artifacts of some stages, and its run file."""
-    root = folder / "runs"
-    for stage in stages:
-        shutil.copytree(finished.root / stage, root / stage)
-    return root, run_file(folder, str(root), tracking={"kind": "none"})
-
-
-def checksums(root: Path, stage: str) -> dict[str, Any]:
-    """Everything that was computed for a stage: checksums and, for tables, their bytes' checksums."""
-    return {
-        path.parent.name: json.loads(path.read_text())["checksums"]
-        for path in sorted(root.glob(f"{stage}/*/record.json"))
-    }
 
 
 def weights(root: Path) -> dict[str, str]:
@@ -37,7 +18,8 @@ def weights(root: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("victim", ["driver", "worker"])
 def test_a_killed_extraction_continues_to_the_same_bytes(finished: Finished, tmp_path: Path, victim: str) -> None:
-    root, path = copied(finished, tmp_path, "organism", "corpus", "tokens")
+    root = copied(finished, tmp_path, "organism", "corpus", "tokens")
+    path = run_file(tmp_path, str(root), tracking={"kind": "none"})
     folder = root / finished.states["activations"].step.key.folder
     process = start(path)
     wait_for(lambda: len(list(folder.glob("*.safetensors.json"))) >= 1, process)
@@ -59,7 +41,8 @@ def test_a_killed_extraction_continues_to_the_same_bytes(finished: Finished, tmp
 
 @pytest.mark.parametrize("victim", ["driver", "worker"])
 def test_a_killed_training_continues_to_the_same_weights(finished: Finished, tmp_path: Path, victim: str) -> None:
-    root, path = copied(finished, tmp_path, "organism", "corpus", "tokens", "activations")
+    root = copied(finished, tmp_path, "organism", "corpus", "tokens", "activations")
+    path = run_file(tmp_path, str(root), tracking={"kind": "none"})
     process = start(path)
     wait_for(lambda: any(root.glob("training/*/step-000000020/state.pt")), process)
     if victim == "driver":
@@ -78,7 +61,7 @@ def test_a_killed_training_continues_to_the_same_weights(finished: Finished, tmp
 
 @pytest.mark.parametrize("mesh", [{"data": 2}, {"latent": 2}], ids=["data", "latent"])
 def test_two_ranks_end_where_one_rank_ends(finished: Finished, tmp_path: Path, mesh: dict[str, int]) -> None:
-    root, _ = copied(finished, tmp_path, "organism", "corpus", "tokens", "activations")
+    root = copied(finished, tmp_path, "organism", "corpus", "tokens", "activations")
     path = run_file(tmp_path, str(root), resources={"training": mesh}, tracking={"kind": "none"})
     process = start(path)
     wait_for(lambda: len(list(root.glob("crosscoder/*/record.json"))) == 2, process)

@@ -102,10 +102,12 @@ class ExtractRows:
             source = np.concatenate([row * width + positions[i] for row, i in enumerate(members)])
             target = np.concatenate([np.arange(ends[i] - len(positions[i]), ends[i]) for i in members])
             source_B = torch.from_numpy(source).to(h_BTMD.device)
-            x_BMD[torch.from_numpy(target)] = h_BTMD.flatten(0, 1)[source_B].to(torch.bfloat16).cpu()
+            kept_BMD = h_BTMD.flatten(0, 1)[source_B]
+            x_BMD[torch.from_numpy(target)] = kept_BMD.to(torch.bfloat16).cpu()
             if self.options.norm_cap is not None:
                 is_within_BT = within_norm_cap(h_BTMD, batch.mask_BT, self.options.norm_cap)
-                is_within_cap_B[torch.from_numpy(target)] = is_within_BT.flatten()[source_B].cpu()
+                is_bad_B = ~kept_BMD.isfinite().flatten(1).all(dim=1)  # a fault of the document, not a large norm
+                is_within_cap_B[torch.from_numpy(target)] = (is_within_BT.flatten()[source_B] | is_bad_B).cpu()
         lengths = [len(row) for row in positions]
         rows = ActivationRows(
             x_BMD,

@@ -154,5 +154,8 @@ class TrainingSection(Section):
     """Rows to train on; more than the store holds means several epochs."""
     shuffle_seed: NonNegativeInt = 0
     """Seed of the row order."""
+    shuffle_buffer_rows: PositiveInt = 200_000
+    """activations.mode stream only: rows from which batches are drawn, over all data ranks; more mix better and cost
+    memory, rows x 2 models x width x 2 bytes."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """Precision of the matrix products over float32 weights; the last two need a GPU."""

@@ -207,6 +207,9 @@ class TokensSection(Section):
 class ActivationsSection(Section):
     """Which rows of which layer enter the crosscoder."""
 
+    mode: Literal["store", "stream"] = "store"
+    """store: all rows are extracted once and kept. stream: only the validation rows are kept; training rows go from
+    extraction into the trainer, and every epoch costs another pass of both models."""
     layer: PositiveInt
     """Output of this decoder layer, counted from 1 (transformers' hidden_states[layer], never after the final norm)."""
     drop_first_tokens: NonNegativeInt = 0
@@ -223,3 +226,6 @@ class ActivationsSection(Section):
     half the bytes, one scale per row and model; adds noise of at most 1/254 of a row's largest value."""
     tokens_per_batch: PositiveInt = 16_384
     """Tokens in one forward pass, padding included; raising it costs memory."""
+    max_rejected_frac: float = Field(0.01, ge=0, le=1)
+    """Share of documents that may be set aside because they cannot be read, fail or give NaN or Inf; more end the run.
+    0 allows none."""

@@ -37,6 +37,8 @@ class WorkersSection(Section):
     """CPUs (and threads, rounded down, at least 1) of each worker."""
     gpus: NonNegativeFloat = 0.0
     """GPUs of each worker; above 0 the models are put on the GPU."""
+    max_retries: NonNegativeInt = 10
+    """How often an item is repeated because its process was lost, before the run fails."""
 
 
 class ModelWorkersSection(WorkersSection):
@@ -52,6 +54,23 @@ class ModelWorkersSection(WorkersSection):
             raise ValueError(
                 f"placement {self.placement}: expected gpus of at least 2 per worker (or 0 for the CPU), got "
                 f"{self.gpus:g}; raise gpus or use placement one_device"
+            )
+        return self
+
+
+class ExtractionResources(ModelWorkersSection):
+    """The pool of workers that hold both models."""
+
+    min_workers: PositiveInt | None = None
+    """Start with this many and grow to `workers` while work is waiting and the cluster has room (also by starting
+    nodes, where it can); None starts all at once."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_workers is not None and self.workers is not None and self.min_workers > self.workers:
+            raise ValueError(
+                f"resources.extraction: expected min_workers <= workers, got min_workers={self.min_workers} and "
+                f"workers={self.workers}"
             )
         return self
 
@@ -129,7 +148,7 @@ class ResourcesSection(Section):
     """The Ray cluster."""
     tokens: WorkersSection = WorkersSection()
     """Tokenising workers."""
-    extraction: ModelWorkersSection = ModelWorkersSection()
+    extraction: ExtractionResources = ExtractionResources()
     """Workers that hold both models up to the layer."""
     training: TrainingResources = TrainingResources()
     """Ranks that fit the crosscoders."""

@@ -2,7 +2,11 @@
 
 Which documents make up which shard is planned before anything runs, from the index of tokens alone. A worker call makes
 one shard and publishes it under its final name together with a small description, the description last: a killed run
-repeats at most the shards in work, and a shard that is made twice has the same bytes.
+repeats at most the shards in work, and a shard that is made twice has the same bytes. Documents that cannot be run are
+set aside, listed in a table beside the shards, and counted; more of them than allowed end the run.
+
+In stream mode only the validation rows are stored, which the analyses read twice; the training rows are extracted while
+crosscoders are fitted (stages.stream).
 """
 
 import time
@@ -15,20 +19,21 @@ import pyarrow as pa
 
 from pipeline.artifacts import Record
 from pipeline.errors import InputError
-from pipeline.operators.activations import ExtractRows, RowOptions
+from pipeline.operators.screening import Rejected, refusal
 from pipeline.progress import Progress
 from pipeline.schema import MODEL_NAMES, Split
 from pipeline.sections.data import ActivationsSection
-from pipeline.shards import Rows, publish_shard, require_finite, summarise
+from pipeline.shards import publish_shard, summarise
 from pipeline.stages.base import Context, Pool, Step, run_pool, shown
-from pipeline.stages.models import Loading, load_pair
+from pipeline.stages.extraction import REJECTED_NAME, Extractor, write_rejected
+from pipeline.stages.models import Loading
 from pipeline.stages.tables import read_table
 from pipeline.stages.tokens import INDEX_NAME
 from pipeline.storage import Storage
 from pipeline.store import MANIFEST_NAME, Manifest, Shard, StoredMoments
 
 NAME = "activations"
-VERSION = 2
+VERSION = 3
 
 _DESCRIPTION_SUFFIX = ".json"
 
@@ -44,23 +49,58 @@ def run(steps: Sequence[Step], context: Context) -> None:
     index = read_table(context.storage, f"{tokens_folder}/{INDEX_NAME}")
     corpora = tuple(sorted(set(index["corpus"].to_pylist())))
     plan = plan_shards(index, section.rows_per_shard)
+    if section.mode == "stream":
+        plan = [item for item in plan if item["split"] == Split.VALIDATION]
     done = _finished_shards(context.storage, step.key.folder)
     progress = Progress(NAME, sum(item["num_tokens"] for item in plan), "tokens")
     num_done = sum(item["num_tokens"] for item in plan if item["name"] in done)
     shown(context, progress, num_done, f"{len(done)} of {len(plan)} shards were there" if done else "")
     missing = [item for item in plan if item["name"] not in done]
+    max_rejected = int(section.max_rejected_frac * index.num_rows)
     if missing:
         loading: Loading = step.extra["loading"]
-        arguments = (context.storage, tokens_folder, step.key.folder, section, loading, corpora)
-        pool = Pool("extraction", context.resources.extraction, ExtractShard, arguments, uses_actors=True)
+        extractor = Extractor(
+            context.storage,
+            tokens_folder,
+            section=section,
+            loading=loading,
+            corpora=corpora,
+            max_rejected=max_rejected,
+        )
+        workers = context.resources.extraction
+        arguments = (context.storage, step.key.folder, extractor)
+        pool = Pool("extraction", workers, ExtractShard, arguments, uses_actors=True, min_workers=workers.min_workers)
         for result in run_pool(pool, missing):
             done[result["name"]] = result
             num_done += result["num_tokens"]
-            shown(context, progress, num_done)
+            rejected = check_rejected([done[item["name"]] for item in plan if item["name"] in done], max_rejected)
+            shown(context, progress, num_done, f"{len(rejected)} documents set aside" if rejected else "")
     described = [done[item["name"]] for item in plan]
+    rejected = check_rejected(described, max_rejected)
+    write_rejected(context.storage, step.key.folder, rejected)
+    described = _with_rows(described)
     _publish_manifest(step, context, described, corpora, tokens)
-    counts = _counts(described)
-    context.finish(step, counts, time.monotonic() - started, files=[MANIFEST_NAME])
+    counts = {**_counts(described), "num_rejected_documents": len(rejected)}
+    context.finish(step, counts, time.monotonic() - started, files=[MANIFEST_NAME, REJECTED_NAME])
+
+
+def check_rejected(described: Sequence[Mapping[str, Any]], max_rejected: int) -> list[dict[str, Any]]:
+    """The documents set aside in these shards; an InputError where there are more than `max_rejected`."""
+    rejected = [document for shard in described for document in shard["rejected"]]
+    if len(rejected) > max_rejected:
+        raise refusal([Rejected(document["doc_id"], document["reason"]) for document in rejected], limit=max_rejected)
+    return rejected
+
+
+def _with_rows(described: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The shards that hold rows; an InputError where a split has none."""
+    for split in sorted({shard["split"] for shard in described}):
+        if not any(shard["num_rows"] for shard in described if shard["split"] == split):
+            raise InputError(
+                f"activations: expected rows in the {split} split, got none of {len(described)} shards; add documents, "
+                "or lower activations.drop_first_tokens"
+            )
+    return [shard for shard in described if shard["num_rows"]]
 
 
 def plan_shards(index: pa.Table, rows_per_shard: int) -> list[dict[str, Any]]:
@@ -94,55 +134,23 @@ def plan_shards(index: pa.Table, rows_per_shard: int) -> list[dict[str, Any]]:
 
 
 class ExtractShard:
-    """Worker: both models in one process, one shard per call."""
+    """Worker: one shard of the store per call."""
 
-    def __init__(
-        self,
-        storage: Storage,
-        tokens_folder: str,
-        folder: str,
-        section: ActivationsSection,
-        loading: Loading,
-        corpora: Sequence[str],
-    ) -> None:
-        self.storage, self.tokens_folder, self.folder, self.corpora = storage, tokens_folder, folder, corpora
-        pair = load_pair(storage, loading, layer=section.layer, is_lower_only=True)
-        options = RowOptions(
-            tokens_per_batch=section.tokens_per_batch,
-            drop_first_tokens=section.drop_first_tokens,
-            drop_bos=section.drop_bos,
-            norm_cap=section.norm_cap,
-        )
-        self.num_layers = pair.num_layers
-        self.compression = section.compression
-        self.extract = ExtractRows(pair, options)
-        self.index = read_table(storage, f"{tokens_folder}/{INDEX_NAME}")
+    def __init__(self, storage: Storage, folder: str, extractor: Extractor) -> None:
+        self.storage, self.folder, self.extractor = storage, folder, extractor
 
     def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """Publish the shard, then its description; return the description."""
-        documents = read_token_rows(self.storage, self.tokens_folder, self.index.take(item["documents"]))
-        extracted = self.extract(documents)
-        corpus_of = {
-            doc_id: self.corpora.index(name)
-            for doc_id, name in zip(documents["doc_id"], documents["corpus"], strict=True)
-        }
-        rows = Rows(
-            x_BMD=extracted.x_BMD,
-            token_id_B=extracted.token_id_B,
-            doc_id_B=extracted.doc_id_B,
-            position_B=extracted.position_B,
-            flags_B=extracted.flags_B,
-            corpus_B=_lookup(extracted.doc_id_B, corpus_of),
-        )
+        extracted = self.extractor(item["documents"])
+        rows = extracted.rows
         key = f"{self.folder}/{item['name']}"
-        require_finite(rows, key)
         summary = summarise(rows.x_BMD)
-        file = publish_shard(self.storage, key, rows, self.compression)
+        file = publish_shard(self.storage, key, rows, self.extractor.section.compression)
         description = {
             "name": item["name"],
             "split": item["split"],
             "num_rows": len(rows.x_BMD),
-            "num_documents": len(documents["doc_id"]),
+            "num_documents": len(item["documents"]) - len(extracted.rejected),
             "num_bytes": file.num_bytes,
             "num_tokens": item["num_tokens"],
             "sha256": file.sha256,
@@ -151,34 +159,11 @@ class ExtractShard:
             "mean_norm": summary.mean_norm_M.tolist(),
             "moments": asdict(StoredMoments.of(summary.moments)),
             "shape": list(rows.x_BMD.shape[1:]),
-            "num_layers": self.num_layers,
+            "num_layers": self.extractor.num_layers,
+            "rejected": [dict(document) for document in extracted.rejected],
         }
         self.storage.write_json(f"{key}{_DESCRIPTION_SUFFIX}", description)
         return description
-
-
-def read_token_rows(storage: Storage, tokens_folder: str, index: pa.Table) -> dict[str, list[Any]]:
-    """Token rows of the indexed documents, in the order of the index; each part is read once."""
-    parts = index["part"].to_pylist()
-    numbers = index["row"].to_numpy()
-    rows: dict[str, list[Any]] = {}
-    for part in sorted(set(parts)):
-        places = [place for place, name in enumerate(parts) if name == part]
-        taken = read_table(storage, f"{tokens_folder}/{part}").take(numbers[places])
-        for name in taken.column_names:
-            column = taken[name]
-            is_list = pa.types.is_list(column.type)
-            values = [np.asarray(v.values, dtype=np.int32) for v in column] if is_list else column.to_pylist()
-            target = rows.setdefault(name, [None] * len(parts))
-            for place, value in zip(places, values, strict=True):
-                target[place] = value
-    return rows
-
-
-def _lookup(doc_id_B: Any, corpus_of: Mapping[int, int]) -> Any:
-    import torch
-
-    return torch.tensor([corpus_of[doc_id] for doc_id in doc_id_B.tolist()], dtype=torch.int32)
 
 
 def _finished_shards(storage: Storage, folder: str) -> dict[str, dict[str, Any]]:
@@ -203,7 +188,7 @@ def _publish_manifest(
         labels=tuple(tokens.counts["labels"]),
         dialogue_corpora=tuple(corpora.index(name) for name in tokens.counts["dialogue_corpora"] if name in corpora),
         compression=step.section.compression,
-        moments={split: _merged_moments(described, split) for split in (Split.TRAIN, Split.VALIDATION)},
+        moments={split: _merged_moments(described, split) for split in sorted({value["split"] for value in described})},
     )
     context.storage.write_json(f"{step.key.folder}/{MANIFEST_NAME}", manifest.to_json())
 
@@ -233,6 +218,7 @@ def _counts(described: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "num_bytes": sum(value["num_bytes"] for value in described),
         "activation_dim": described[0]["shape"][1],
         "num_layers": described[0]["num_layers"],
+        "kept_frac": num_rows / float(tokens.sum()),
         "real_token_frac": float(tokens.sum() / (tokens / fractions).sum()),
         **{f"mean_norm_{name}": float(norms[:, m] @ weights / num_rows) for m, name in enumerate(MODEL_NAMES)},
     }

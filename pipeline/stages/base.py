@@ -7,7 +7,8 @@ import pickle
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pipeline import cluster
 from pipeline.artifacts import ArtifactKey, Record, read_record, write_record
@@ -17,6 +18,9 @@ from pipeline.sections.base import Section
 from pipeline.sections.how import ResourcesSection, WorkersSection
 from pipeline.storage import Storage
 from pipeline.tracking import Point
+
+if TYPE_CHECKING:
+    import ray.data
 
 
 @dataclass(frozen=True)
@@ -100,45 +104,75 @@ class Pool(NamedTuple):
     uses_actors: bool = False
     """Actors own their process, as a GPU or a large model wants it. Without, Ray's idle processes are used again: they
     have torch imported already, which saves seconds per stage."""
+    min_workers: int | None = None
+    """Of actors: how many are started at once; the others follow while work is waiting. None starts all."""
+    logical_cpus: float | None = None
+    """What each worker asks of the cluster, where that differs from the CPUs (threads) that it uses."""
 
 
 def run_pool(pool: Pool, items: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Results of `pool.worker(item)` in the order in which they are ready.
 
-    Lost processes are replaced and their items repeated by Ray Data, so a worker must give the same result when called
-    twice. A CrossrayError of a worker arrives here as itself.
+    Lost processes are replaced and their items repeated by Ray Data, each at most `max_retries` times, so a worker must
+    give the same result when called twice. A CrossrayError of a worker arrives here as itself.
     """
+    import ray
+
+    try:
+        for row in pool_dataset(pool, items).iter_rows():
+            yield result_of(row)
+    except ray.exceptions.RayError as error:
+        lost = find_lost_process(error)
+        if lost is None:
+            raise
+        raise CrossrayError(
+            f"resources.{pool.name}: expected every item to end within max_retries={pool.section.max_retries} repeats, "
+            f"but its process was lost each time ({lost}); the usual reason is memory: start fewer workers or give "
+            "them smaller items, then run again: what was finished is kept"
+        ) from error
+
+
+def pool_dataset(pool: Pool, items: Sequence[Mapping[str, Any]]) -> "ray.data.Dataset":
+    """A lazy Ray Data set of one row per item; `result_of` opens a row."""
     import ray.data
 
     num_workers = cluster.pool_size(pool.section, len(items))
-    cluster.check_fits(pool.name, pool.section.cpus, pool.section.gpus, num_workers)
+    first_workers = min(pool.min_workers or num_workers, num_workers)
+    cpus = pool.section.cpus
+    logical_cpus = pool.logical_cpus or cpus
+    cluster.check_fits(pool.name, logical_cpus, pool.section.gpus, first_workers)
     # Items and results travel as bytes: Ray would otherwise give every nested field an Arrow type, and arrays would
     # come back as lists.
     packed = [{"item": pickle.dumps(dict(item))} for item in items]
     dataset = ray.data.from_items(packed, override_num_blocks=len(items))
-    common = {"batch_size": 1, "batch_format": "numpy", "num_cpus": min(pool.section.cpus, cluster.total_cpus())}
-    cpus = pool.section.cpus
+    common = {"batch_size": 1, "batch_format": "numpy", "num_cpus": min(logical_cpus, cluster.total_cpus())}
     if pool.uses_actors or pool.section.gpus > 0:
-        results = dataset.map_batches(
+        return dataset.map_batches(
             _OneByOne,
             fn_constructor_args=(pool.worker, pool.arguments, cpus),
-            compute=ray.data.ActorPoolStrategy(size=num_workers, max_tasks_in_flight_per_actor=2),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=first_workers, max_size=num_workers, max_tasks_in_flight_per_actor=2
+            ),
             num_gpus=pool.section.gpus or None,
+            ray_remote_args_fn=partial(dict, max_task_retries=pool.section.max_retries),
             **common,
         )
-    else:
-        token = uuid.uuid4().hex
-        results = dataset.map_batches(
-            _in_reused_process,
-            fn_kwargs={"token": token, "worker": pool.worker, "arguments": pool.arguments, "cpus": cpus},
-            compute=ray.data.TaskPoolStrategy(size=num_workers),
-            **common,
-        )
-    for row in results.iter_rows():
-        result = pickle.loads(row["result"])
-        if isinstance(result, CrossrayError):
-            raise result
-        yield result
+    token = uuid.uuid4().hex
+    return dataset.map_batches(
+        _in_reused_process,
+        fn_kwargs={"token": token, "worker": pool.worker, "arguments": pool.arguments, "cpus": cpus},
+        compute=ray.data.TaskPoolStrategy(size=num_workers),
+        ray_remote_args_fn=partial(dict, max_retries=pool.section.max_retries),
+        **common,
+    )
+
+
+def result_of(row: Mapping[str, Any]) -> Any:
+    """What the worker returned for one row of a pool's data set; raises the CrossrayError that it raised."""
+    result = pickle.loads(row["result"])
+    if isinstance(result, CrossrayError):
+        raise result
+    return result
 
 
 class _OneByOne:
@@ -193,6 +227,19 @@ def find_fault(error: BaseException) -> CrossrayError | None:
             return current
         queue += [inner if isinstance(inner, BaseException) else None, current.__cause__, current.__context__]
         queue += list(getattr(current, "worker_failures", {}).values())
+    return None
+
+
+def find_lost_process(error: BaseException) -> str | None:
+    """What Ray says of the process whose loss ended a pool, or None where the error is another one."""
+    import ray
+
+    lost = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, lost):
+            return (str(current).strip().splitlines() or [type(current).__name__])[0]
+        current = getattr(current, "cause", None) or current.__cause__
     return None
 
 

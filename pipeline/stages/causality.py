@@ -31,9 +31,9 @@ from pipeline.schema import (
 )
 from pipeline.sections.analyses import CausalitySection
 from pipeline.sections.data import ActivationsSection
-from pipeline.stages.activations import read_token_rows
 from pipeline.stages.base import Context, Pool, Step, run_pool, run_task, shown
 from pipeline.stages.crosscoder import fitted
+from pipeline.stages.extraction import read_token_rows
 from pipeline.stages.measurements import LATENTS_NAME
 from pipeline.stages.models import Loading, load_pair
 from pipeline.stages.tables import arrow_schema, numbers_of, read_table, write_frame

@@ -1,9 +1,10 @@
 """All missing crosscoders of a run, fitted in one Ray Train run from one read of the activations.
 
-Each rank reads its slice of every global batch and gives it to one trainer per crosscoder. Checkpoints (all trainers'
-states and the curves so far) go to the storage root under a name made of the crosscoders' fingerprints, so a killed
-driver, a killed worker and a plain re-run all continue from the last one. A finished crosscoder is published in the
-published layout, with its curve.
+The rows come from the store, or from extraction as it goes (stages.rows). Each rank reads its slice of every global
+batch and gives it to one trainer per crosscoder. Checkpoints (all trainers' states, the source's position and the
+curves so far) go to the storage root under a name made of the crosscoders' fingerprints, so a killed driver, a killed
+worker and a plain re-run all continue from the last one. A finished crosscoder is published in the published layout,
+with its curve.
 """
 
 import tempfile
@@ -26,11 +27,12 @@ from pipeline.schema import TABLE_METADATA
 from pipeline.sections.crosscoder import CrosscoderSection, TrainingSection
 from pipeline.sections.how import TrainingResources
 from pipeline.stages.base import Context, Step, find_fault, shown
+from pipeline.stages.rows import RowSource, open_rows
+from pipeline.stages.stream import is_streamed, open_stream, place, publish_rejected, stream_config
 from pipeline.stages.tables import read_table, write_table
 from pipeline.storage import Storage
 from pipeline.store import ActivationStore
 from pipeline.tracking import Point
-from pipeline.training_rows import ReadOptions, TrainingRows
 
 NAME = "crosscoder"
 VERSION = 1
@@ -48,12 +50,14 @@ def run(steps: Sequence[Step], context: Context) -> None:
     training: TrainingSection = steps[0].extra["training"]
     resources = context.resources.training
     cpus = resources.cpus or max(0.5, cluster.total_cpus() / (resources.data * resources.latent) * 0.75)
+    placement = place(context, cpus) if is_streamed(activations) else None
+    cpus = placement.per_trainer if placement else cpus
     cluster.check_fits("training", cpus, resources.gpus, resources.data * resources.latent)
     store = ActivationStore(context.storage, activations.key.folder)
     num_steps = training.num_rows // training.batch_rows
     specs = [spec_of(_section(step), training, resources, store) for step in steps]
     group = f"{CHECKPOINTS}/{fingerprint_of(sorted(step.key.fingerprint for step in steps))}"
-    job = {
+    job: dict[str, Any] = {
         "storage": context.storage,
         "activations": activations.key.folder,
         "folders": [step.key.folder for step in steps],
@@ -64,7 +68,11 @@ def run(steps: Sequence[Step], context: Context) -> None:
         "num_steps": num_steps,
         "log_every_steps": context.log_every_steps,
         "num_threads": max(1, int(resources.cpus or cluster.local_cpus() / (resources.data * resources.latent))),
+        "stream": None,
     }
+    dataset = None
+    if placement is not None:
+        dataset, job["stream"] = open_stream(activations, store.manifest, context, training, placement)
     progress = Progress(NAME, num_steps * training.batch_rows, "rows")
     shown(context, progress, 0, "starting Ray Train")
 
@@ -77,9 +85,10 @@ def run(steps: Sequence[Step], context: Context) -> None:
             shown(context, progress, content["step"] * training.batch_rows, content["note"])
 
     with cluster.listening(on_event) as board:
-        result = _fit(job | {"board": board}, group, context.storage, cpus)
+        result = _fit(job | {"board": board, "cpus": cpus}, group, context.storage, dataset)
+    about = publish_rejected(job["stream"], steps, context.storage) if job["stream"] is not None else {}
     for step, counts in zip(steps, result, strict=True):
-        context.finish(step, counts, time.monotonic() - started)
+        context.finish(step, counts | about, time.monotonic() - started)
     context.storage.delete(group)
 
 
@@ -109,7 +118,7 @@ def spec_of(
         raise InputError(f"crosscoder {section.name!r}: {error}") from error
 
 
-def _fit(job: Mapping[str, Any], group: str, storage: Storage, cpus: float) -> list[dict[str, Any]]:
+def _fit(job: Mapping[str, Any], group: str, storage: Storage, dataset: Any | None) -> list[dict[str, Any]]:
     """Run Ray Train until every rank is done; the measured numbers of each crosscoder."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -122,7 +131,7 @@ def _fit(job: Mapping[str, Any], group: str, storage: Storage, cpus: float) -> l
         scaling_config=ScalingConfig(
             num_workers=resources.data * resources.latent,
             use_gpu=resources.gpus > 0,
-            resources_per_worker={"CPU": cpus, **({"GPU": resources.gpus} if resources.gpus else {})},
+            resources_per_worker={"CPU": job["cpus"], **({"GPU": resources.gpus} if resources.gpus else {})},
         ),
         run_config=RunConfig(
             name=name,
@@ -130,6 +139,8 @@ def _fit(job: Mapping[str, Any], group: str, storage: Storage, cpus: float) -> l
             failure_config=FailureConfig(max_failures=resources.max_restarts),
             checkpoint_config=CheckpointConfig(num_to_keep=resources.checkpoints_kept),
         ),
+        datasets={"train": dataset} if dataset is not None else None,
+        dataset_config=stream_config(data=resources.data, latent=resources.latent) if dataset is not None else None,
     )
     try:
         result = trainer.fit()
@@ -160,24 +171,15 @@ def _train(job: dict[str, Any]) -> list[dict[str, Any]]:
 
     torch.set_num_threads(job["num_threads"])
     resources: TrainingResources = job["resources"]
-    training: TrainingSection = job["training"]
     mesh = make_mesh(data=resources.data, latent=resources.latent)
-    store = ActivationStore(job["storage"], job["activations"])
     device = str(ray.train.torch.get_device())
-    rows = TrainingRows(
-        store,
-        seed=training.shuffle_seed,
-        batch_rows=training.batch_rows,
-        rank=mesh.data_rank,
-        num_ranks=mesh.data_size,
-        options=ReadOptions(dtype=torch.float32 if device == "cpu" else torch.bfloat16),
-    )
+    rows = open_rows(job, mesh, device)
     with _explained(job, first_step=None):
         trainers = [CrosscoderTrainer(spec, device=device, mesh=mesh) for spec in job["specs"]]
     log = _Log(job, is_first=ray.train.get_context().get_world_rank() == 0)
-    first_step = _restore(trainers, log)
+    first_step = _restore(trainers, rows, log)
     if first_step == 0:
-        x_BMD = next(rows.batches(0, 1)).to(device).float()
+        x_BMD = rows.warm_up().to(device).float()
         for trainer in trainers:
             trainer.initialise(x_BMD)
     last_step = job["num_steps"]
@@ -189,7 +191,7 @@ def _train(job: dict[str, Any]) -> list[dict[str, Any]]:
             if step % job["log_every_steps"] == 0 or step == last_step:
                 log.add(step, [trainer.metrics() for trainer in trainers])
             if step % resources.checkpoint_every_steps == 0 and step < last_step:
-                _checkpoint(trainers, step, log, mesh)
+                _checkpoint(trainers, rows, step, log, mesh)
     counts = log.publish(trainers)
     ray.train.report({"step": last_step})
     return counts
@@ -210,22 +212,24 @@ def _explained(job: Mapping[str, Any], first_step: int | None) -> Iterator[None]
         ) from error
 
 
-def _restore(trainers: Sequence[CrosscoderTrainer], log: "_Log") -> int:
+def _restore(trainers: Sequence[CrosscoderTrainer], rows: RowSource, log: "_Log") -> int:
     """Load the last checkpoint, if there is one; the number of steps that were done."""
     import ray.train
 
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
+        rows.restore(None, 0)
         return 0
     with checkpoint.as_directory() as folder:
         state = torch.load(Path(folder) / _STATE_NAME, map_location="cpu", weights_only=True)
     for trainer, own in zip(trainers, state["trainers"], strict=True):
         trainer.load_state_dict(own)
     log.resume(state["curves"])
+    rows.restore(state["rows"], int(state["step"]))
     return int(state["step"])
 
 
-def _checkpoint(trainers: Sequence[CrosscoderTrainer], step: int, log: "_Log", mesh: Mesh) -> None:
+def _checkpoint(trainers: Sequence[CrosscoderTrainer], rows: RowSource, step: int, log: "_Log", mesh: Mesh) -> None:
     """Publish the trainers' states. They do not depend on the mesh, so a run may go on with other ranks.
 
     Collecting a state is collective over the latent ranks; the first data rank does it, the first of all writes it.
@@ -233,10 +237,12 @@ def _checkpoint(trainers: Sequence[CrosscoderTrainer], step: int, log: "_Log", m
     import ray.train
 
     states = [trainer.state_dict() for trainer in trainers] if mesh.data_rank == 0 else []
+    position = rows.state()
     is_writer = mesh.data_rank == mesh.latent_rank == 0
     with tempfile.TemporaryDirectory(prefix="crossray-checkpoint-") as folder:
         if is_writer:
-            torch.save({"step": step, "trainers": states, "curves": log.curves}, Path(folder) / _STATE_NAME)
+            state = {"step": step, "trainers": states, "curves": log.curves, "rows": position}
+            torch.save(state, Path(folder) / _STATE_NAME)
         ray.train.report(
             {"step": step},
             checkpoint=ray.train.Checkpoint.from_directory(folder) if is_writer else None,

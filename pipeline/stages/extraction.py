@@ -1,0 +1,142 @@
+"""Both models in one process: the rows of any documents of the tokens artifact.
+
+An `Extractor` travels to a worker as plain values and loads the models there, on its first call. What it returns
+depends on the documents alone, so whatever is made twice (a lost worker, a killed run) is the same twice. Documents
+that cannot be run are set aside with their reason, up to the limit of the activations section.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipeline.operators.activations import ExtractRows, RowOptions
+from pipeline.operators.screening import extract_screened
+from pipeline.schema import REJECTED_COLUMNS
+from pipeline.sections.data import ActivationsSection
+from pipeline.shards import Rows
+from pipeline.stages.models import Loading, load_pair
+from pipeline.stages.tables import arrow_schema, read_table, write_table
+from pipeline.stages.tokens import INDEX_NAME
+from pipeline.storage import Storage
+
+REJECTED_NAME = "rejected.parquet"
+REJECTED_SCHEMA = arrow_schema(REJECTED_COLUMNS)
+
+
+class Extracted(NamedTuple):
+    """Rows of some documents."""
+
+    rows: Rows
+    """In the order of the documents, positions ascending."""
+    rejected: tuple[dict[str, Any], ...]
+    """Documents set aside: schema.REJECTED_COLUMNS by name."""
+    real_token_frac: float
+    """Tokens over tokens computed, padding included."""
+    num_capped: int
+    """Rows left out for their norm."""
+
+
+class Extractor:
+    """Callable on row numbers of the tokens' index; see the module's docstring.
+
+    Args of the constructor: `corpora`, the names that the column `corpus` points into; `max_rejected`, documents that
+    one call may set aside before it raises an InputError.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        tokens_folder: str,
+        *,
+        section: ActivationsSection,
+        loading: Loading,
+        corpora: Sequence[str],
+        max_rejected: int,
+    ) -> None:
+        self.storage, self.tokens_folder, self.corpora = storage, tokens_folder, tuple(corpora)
+        self.section, self.loading, self.max_rejected = section, loading, max_rejected
+
+    @cached_property
+    def _extract(self) -> ExtractRows:
+        options = RowOptions(
+            tokens_per_batch=self.section.tokens_per_batch,
+            drop_first_tokens=self.section.drop_first_tokens,
+            drop_bos=self.section.drop_bos,
+            norm_cap=self.section.norm_cap,
+        )
+        pair = load_pair(self.storage, self.loading, layer=self.section.layer, is_lower_only=True)
+        return ExtractRows(pair, options)
+
+    @cached_property
+    def _index(self) -> pa.Table:
+        return read_table(self.storage, f"{self.tokens_folder}/{INDEX_NAME}")
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the chat model."""
+        return int(self._extract.pair.num_layers)
+
+    def __call__(self, places: np.ndarray) -> Extracted:
+        """Rows of the documents at these places of the index."""
+        documents = read_token_rows(self.storage, self.tokens_folder, self._index.take(places))
+        screened = extract_screened(
+            self._extract,
+            documents,
+            vocab_size=self._extract.pair.vocab_size,
+            max_rejected=self.max_rejected,
+        )
+        extracted = screened.rows
+        about = {
+            doc_id: (corpus, split, 0 if ids is None else len(ids))
+            for doc_id, corpus, split, ids in zip(
+                *(documents[name] for name in ("doc_id", "corpus", "split", "input_ids")), strict=True
+            )
+        }
+        corpus_B = [self.corpora.index(about[doc_id][0]) for doc_id in extracted.doc_id_B.tolist()]
+        rows = Rows(
+            x_BMD=extracted.x_BMD,
+            token_id_B=extracted.token_id_B,
+            doc_id_B=extracted.doc_id_B,
+            position_B=extracted.position_B,
+            flags_B=extracted.flags_B,
+            corpus_B=torch.tensor(corpus_B, dtype=torch.int32),
+        )
+        rejected = tuple(
+            dict(zip(("corpus", "split", "num_tokens"), about[doc_id], strict=True), doc_id=doc_id, reason=reason)
+            for doc_id, reason in screened.rejected
+        )
+        return Extracted(rows, rejected, extracted.real_token_frac, extracted.num_capped)
+
+
+def write_rejected(storage: Storage, folder: str, rejected: Sequence[Mapping[str, Any]]) -> None:
+    """Publish the table of documents that were set aside."""
+    ordered = sorted(rejected, key=lambda document: int(document["doc_id"]))
+    columns = {name: [document[name] for document in ordered] for name in REJECTED_SCHEMA.names}
+    write_table(storage, f"{folder}/{REJECTED_NAME}", columns, REJECTED_SCHEMA)
+
+
+def read_token_rows(storage: Storage, tokens_folder: str, index: pa.Table) -> dict[str, list[Any]]:
+    """Token rows of the indexed documents, in the order of the index; each part is read once."""
+    parts = index["part"].to_pylist()
+    numbers = index["row"].to_numpy()
+    rows: dict[str, list[Any]] = {}
+    for part in sorted(set(parts)):
+        places = [place for place, name in enumerate(parts) if name == part]
+        taken = read_table(storage, f"{tokens_folder}/{part}").take(numbers[places])
+        for name in taken.column_names:
+            column = taken[name]
+            is_list = pa.types.is_list(column.type)
+            values = _lists(column) if is_list else column.to_pylist()
+            target = rows.setdefault(name, [None] * len(parts))
+            for place, value in zip(places, values, strict=True):
+                target[place] = value
+    return rows
+
+
+def _lists(column: pa.ChunkedArray) -> list[np.ndarray | None]:
+    """Rows of a list column as int32 arrays; None where there is none, for the screening to name."""
+    return [np.asarray(row.values, dtype=np.int32) if row.is_valid else None for row in column]

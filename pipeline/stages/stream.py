@@ -1,0 +1,264 @@
+"""Training rows without a store: extraction workers feed the trainer's ranks (stages.rows) through Ray Data.
+
+The stream is an endless plan of blocks of documents: epoch after epoch, each in its own order. A worker turns one block
+into rows; Ray Data hands the blocks to the data ranks in the order of the plan and holds extraction back while nobody
+reads. A cursor beside the stream knows which blocks a run that goes on from a checkpoint need not make again.
+
+Trade-off against the store: every epoch costs a forward pass of both models, and nothing is left to look at.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from pipeline import cluster
+from pipeline.artifacts import Record
+from pipeline.operators.screening import Rejected, refusal
+from pipeline.schema import Split
+from pipeline.sections.crosscoder import TrainingSection
+from pipeline.sections.data import ActivationsSection
+from pipeline.stages.base import Context, Pool, Step, pool_dataset
+from pipeline.stages.extraction import Extractor, write_rejected
+from pipeline.stages.tables import read_table
+from pipeline.stages.tokens import INDEX_NAME
+from pipeline.storage import Storage
+from pipeline.store import Manifest
+
+_BYTES_PER_VALUE = 2
+_BLOCK_BYTES = 128 << 20
+"""Largest block: Ray Data's own target, so that its bounds on memory hold."""
+_MARGIN = 2.0
+"""Blocks planned over blocks needed: they cost nothing until they are asked for."""
+_BUSY_FRAC = 0.95
+"""Share of the cluster's logical CPUs that trainers and extraction take together."""
+
+
+class StreamOrder(NamedTuple):
+    """Which documents make up which block, for every epoch."""
+
+    places: np.ndarray
+    """Training documents: rows of the tokens' index, int64."""
+    lengths: np.ndarray
+    """Their tokens."""
+    block_tokens: int
+    seed: int
+
+    def blocks(self, epoch: int) -> list[np.ndarray]:
+        """Places of the documents of each block: all documents once, in the epoch's own order."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.places))
+        starts = np.cumsum(self.lengths[order]) - self.lengths[order]
+        cuts = np.flatnonzero(np.diff(starts // self.block_tokens)) + 1
+        return list(np.split(self.places[order], cuts))
+
+    def slots(self, num_tokens: int) -> list[dict[str, int]]:
+        """{slot, epoch, block}, numbered from 0, of at least num_tokens tokens."""
+        slots: list[dict[str, int]] = []
+        for epoch in range(-(-num_tokens // int(self.lengths.sum()))):
+            first = len(slots)
+            slots += [
+                {"slot": first + block, "epoch": epoch, "block": block} for block in range(len(self.blocks(epoch)))
+            ]
+        return slots
+
+
+class Stream(NamedTuple):
+    """What a rank needs to read a stream."""
+
+    cursor: "Cursor | RemoteCursor"
+    num_slots: int
+    buffer_rows: int
+    """Rows of the shuffle buffers of all data ranks together."""
+    seed: int
+    row_shape: tuple[int, int]
+    """(M, D)."""
+
+
+class Cursor:
+    """Where the present attempt began, and which documents were set aside. One per stream."""
+
+    def __init__(self) -> None:
+        self._done: set[int] = set()
+        self._rejected: dict[int, dict[str, Any]] = {}
+
+    def start(self, done: set[int], rejected: Sequence[dict[str, Any]]) -> None:
+        """Begin an attempt: these slots are not made again."""
+        self._done = done
+        self.reject(rejected)
+
+    def done(self) -> set[int]:
+        """Slots that are not made again."""
+        return self._done
+
+    def reject(self, documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Note documents as set aside; all of them so far, each once however often it came by."""
+        self._rejected.update({document["doc_id"]: document for document in documents})
+        return list(self._rejected.values())
+
+
+class RemoteCursor:
+    """A Cursor that lives in an actor."""
+
+    def __init__(self) -> None:
+        import ray
+
+        self._actor = ray.remote(Cursor).options(num_cpus=0).remote()
+
+    def start(self, done: set[int], rejected: Sequence[dict[str, Any]]) -> None:
+        """As Cursor.start; returns when it has happened."""
+        import ray
+
+        ray.get(self._actor.start.remote(done, rejected))
+
+    def done(self) -> set[int]:
+        """As Cursor.done."""
+        import ray
+
+        found: set[int] = ray.get(self._actor.done.remote())
+        return found
+
+    def reject(self, documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """As Cursor.reject."""
+        import ray
+
+        rejected: list[dict[str, Any]] = ray.get(self._actor.reject.remote(documents))
+        return rejected
+
+
+class ExtractBlock:
+    """Worker: the rows of one block; a block that the attempt began behind is empty and costs nothing."""
+
+    def __init__(self, extractor: Extractor, order: StreamOrder, cursor: "Cursor | RemoteCursor") -> None:
+        self.extractor, self.order, self.cursor = extractor, order, cursor
+        self._done = cursor.done()
+        self._epoch: tuple[int, list[np.ndarray]] = (-1, [])
+
+    def __call__(self, item: Mapping[str, int]) -> dict[str, Any]:
+        """{slot, x}: bfloat16 rows as int16 [B, M, D], or None."""
+        if item["slot"] in self._done:
+            return {"slot": item["slot"], "x": None}
+        if self._epoch[0] != item["epoch"]:
+            self._epoch = (item["epoch"], self.order.blocks(item["epoch"]))
+        extracted = self.extractor(self._epoch[1][item["block"]])
+        if extracted.rejected:
+            rejected = self.cursor.reject(extracted.rejected)
+            if len(rejected) > self.extractor.max_rejected:
+                raise refusal(
+                    [Rejected(document["doc_id"], document["reason"]) for document in rejected],
+                    limit=self.extractor.max_rejected,
+                )
+        return {"slot": item["slot"], "x": extracted.rows.x_BMD.view(torch.int16).numpy()}
+
+
+def is_streamed(activations: Step) -> bool:
+    """Whether the training rows of an activations step are streamed rather than stored."""
+    assert isinstance(activations.section, ActivationsSection)
+    return activations.section.mode == "stream"
+
+
+def open_stream(
+    activations: Step, manifest: Manifest, context: Context, training: TrainingSection, placement: "Placement"
+) -> tuple[Any, Stream]:
+    """The stream behind an activations artifact that holds validation rows only: its Ray Data set, and how to read it.
+
+    `result_of` opens a row of the data set: what ExtractBlock returns.
+    """
+    section = activations.section
+    assert isinstance(section, ActivationsSection)
+    record: Record = context.record_of(activations)
+    tokens_folder = activations.inputs["tokens"].key.folder
+    index = read_table(context.storage, f"{tokens_folder}/{INDEX_NAME}")
+    is_train = np.asarray(index["split"].to_pylist(), dtype=object) == Split.TRAIN
+    lengths = index["num_tokens"].to_numpy()[is_train].astype(np.int64)
+    row_bytes = manifest.num_models * manifest.activation_dim * _BYTES_PER_VALUE
+    order = StreamOrder(
+        places=np.flatnonzero(is_train).astype(np.int64),
+        lengths=lengths,
+        block_tokens=max(1, min(section.rows_per_shard, _BLOCK_BYTES // row_bytes)),
+        seed=training.shuffle_seed,
+    )
+    kept_frac = record.counts["kept_frac"]
+    epoch_rows = int(lengths.sum() * kept_frac)
+    num_ranks = context.resources.training.data
+    num_tokens = int(training.num_rows / kept_frac * _MARGIN) + 8 * num_ranks * order.block_tokens
+    slots = order.slots(num_tokens)
+    cursor = RemoteCursor()
+    extractor = Extractor(
+        context.storage,
+        tokens_folder,
+        section=section,
+        loading=activations.extra["loading"],
+        corpora=manifest.corpora,
+        max_rejected=int(section.max_rejected_frac * index.num_rows),
+    )
+    workers = context.resources.extraction
+    pool = Pool(
+        "extraction",
+        workers.model_copy(update={"workers": placement.num_extractors}),
+        ExtractBlock,
+        (extractor, order, cursor),
+        uses_actors=True,
+        min_workers=workers.min_workers,
+        logical_cpus=placement.per_extractor,
+    )
+    dataset = pool_dataset(pool, slots)
+    dataset.context.execution_no_progress_timeout_s = -1  # a trainer that takes its time is no stall
+    stream = Stream(
+        cursor,
+        num_slots=len(slots),
+        buffer_rows=min(training.shuffle_buffer_rows, epoch_rows),
+        seed=training.shuffle_seed,
+        row_shape=(manifest.num_models, manifest.activation_dim),
+    )
+    return dataset, stream
+
+
+def publish_rejected(stream: Stream, steps: Sequence[Step], storage: Storage) -> dict[str, int]:
+    """Write the training documents that were set aside beside each crosscoder; their number, for the records."""
+    rejected = stream.cursor.reject([])
+    for step in steps:
+        write_rejected(storage, step.key.folder, rejected)
+    return {"num_rejected_documents": len(rejected)}
+
+
+class Placement(NamedTuple):
+    """Logical CPUs of a stream's two halves: both must run at the same time, or neither gets anywhere."""
+
+    per_trainer: float
+    per_extractor: float
+    num_extractors: int
+
+
+def place(context: Context, trainer_cpus: float) -> Placement:
+    """Share the cluster's logical CPUs; asks are scaled down where they exceed it together (threads are not)."""
+    training, extraction = context.resources.training, context.resources.extraction
+    total = float(cluster.total_cpus())
+    num_trainers = training.data * training.latent
+    left = total - trainer_cpus * num_trainers
+    num_extractors = extraction.workers or max(1, int(left / extraction.cpus))
+    num_first = min(extraction.min_workers or num_extractors, num_extractors)
+    asked = trainer_cpus * num_trainers + extraction.cpus * num_first
+    scale = min(1.0, total * _BUSY_FRAC / asked)
+    gpus = training.gpus * num_trainers + extraction.gpus * num_first
+    cluster.check_fits("training with resources.extraction", 0, gpus, 1)
+    return Placement(round(trainer_cpus * scale, 3), round(extraction.cpus * scale, 3), num_extractors)
+
+
+def stream_config(*, data: int, latent: int) -> Any:
+    """Ray Train's split of the stream: one part per data rank, blocks dealt out in order."""
+    from ray.train import DataConfig
+
+    class StreamConfig(DataConfig):  # type: ignore[misc]
+        """Latent ranks get the iterator of their data rank; only the first of them reads it."""
+
+        def configure(self, datasets: dict[str, Any], world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
+            assert world_size == data * latent, (world_size, data, latent)
+            ((name, dataset),) = datasets.items()
+            dataset = dataset.copy(dataset)
+            dataset.context.execution_options = self._resolve_execution_options(name)
+            dataset.context.execution_options.preserve_order = True
+            splits = dataset.streaming_split(data, equal=False)
+            return [{name: splits[rank // latent]} for rank in range(world_size)]
+
+    return StreamConfig()
