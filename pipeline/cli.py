@@ -43,11 +43,15 @@ def _parser() -> argparse.ArgumentParser:
         ("plan", "print every step with its state, and what the run will cost; touches nothing"),
         ("run", "make what is missing, then print the verdict"),
         ("report", "render the report again from finished artifacts"),
+        ("benchmark", "score recipes by planted truth: a benchmark file, or a finished run with planted labels"),
         ("submit", "run as a job of a Ray cluster and follow its log; the job goes on without this terminal"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("file", help="run file (YAML)")
         _add_pairs(command, "--set", "override a key of the run file, e.g. crosscoders.l1.sparsity.mu=0.02")
+        if name == "benchmark":
+            text = "judge a crosscoder from elsewhere too: folder, file or hub id; fitted on that seed's activations"
+            _add_pairs(command, "--checkpoint", text, "NAME[@SEED]=SOURCE")
         if name == "submit":
             command.add_argument("--name", help="name of the job; the run's name and the time by default")
             _add_pairs(command, "--env", "environment variable of the job; no secrets, they are readable there")
@@ -66,8 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_pairs(command: argparse.ArgumentParser, option: str, text: str) -> None:
-    command.add_argument(option, action="append", default=[], metavar="KEY=VALUE", help=text)
+def _add_pairs(command: argparse.ArgumentParser, option: str, text: str, shape: str = "KEY=VALUE") -> None:
+    command.add_argument(option, action="append", default=[], metavar=shape, help=text)
 
 
 def _add_address(command: argparse.ArgumentParser) -> None:
@@ -130,6 +134,30 @@ def _report(parsed: argparse.Namespace) -> int:
     outcome = runner.render(_config(parsed), SilentReporter())
     print(outcome.verdict)
     print(f"report   {outcome.report_path}")
+    return 0
+
+
+def _benchmark(parsed: argparse.Namespace) -> int:
+    from pipeline.config import load_as, read_tree
+    from pipeline.progress import Console, format_seconds
+    from workloads.planted import benchmark, pair
+    from workloads.planted.settings import BenchmarkConfig
+
+    path = Path(parsed.file)
+    if "world" not in read_tree(path):
+        if parsed.checkpoint:
+            raise InputError(f"--checkpoint: expected a benchmark file, got the run file {path}")
+        print(pair.run(_config(parsed)))
+        return 0
+    config = benchmark.with_checkpoints(load_as(BenchmarkConfig, path, parsed.set), parsed.checkpoint)
+    with os.fdopen(os.dup(2), "w") as terminal:
+        console = Console(lambda text: print(text, end="", file=terminal, flush=True), is_terminal=terminal.isatty())
+        results = benchmark.run(config, console)
+    seed, activations = next(iter(results.activations.items()))
+    print(results.text)
+    print(f"table        {results.folder}")
+    print(f"activations  {activations} (seed {seed})")
+    print(f"time         {format_seconds(results.seconds)}; {results.num_made} worlds and trials were made")
     return 0
 
 
@@ -199,6 +227,7 @@ _COMMANDS = {
     "plan": _plan,
     "run": _run,
     "report": _report,
+    "benchmark": _benchmark,
     "submit": _submit,
     "status": _status,
     "logs": _logs,

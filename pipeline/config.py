@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -38,6 +38,9 @@ _Yaml12Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
     list("-+0123456789"),
 )
+
+
+Config = TypeVar("Config", bound=Section)
 
 
 def _parse_yaml(text: str) -> Any:
@@ -100,6 +103,27 @@ class RunConfig(Section):
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The run described by a YAML file, with `a.b=c` overrides applied; raises InputError with one line per fault."""
+    return load_as(RunConfig, path, overrides)
+
+
+def load_as(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The same for another kind of file whose sections are checked like a run's (a benchmark)."""
+    tree = read_tree(path)
+    presets = [override for override in overrides if override.partition("=")[0] == "preset"]
+    for override in presets:  # before the rest: it decides what lies under the file
+        tree.setdefault("preset", None)
+        _apply(tree, override)
+    config = _validated(kind, with_preset(tree), str(path))
+    if not overrides:
+        return config
+    resolved = config.model_dump(mode="json")
+    for override in overrides:
+        _apply(resolved, override)
+    return _validated(kind, resolved, f"{path} with --set {' '.join(overrides)}")
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The sections of a YAML file as they stand there; raises InputError where there is no such mapping."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -110,24 +134,14 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise InputError(f"{path}: expected YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected a mapping of sections, got {type(tree).__name__}")
-    presets = [override for override in overrides if override.partition("=")[0] == "preset"]
-    for override in presets:  # before the rest: it decides what lies under the file
-        tree.setdefault("preset", None)
-        _apply(tree, override)
-    config = _validated(with_preset(tree), str(path))
-    if not overrides:
-        return config
-    resolved = config.model_dump(mode="json")
-    for override in overrides:
-        _apply(resolved, override)
-    return _validated(resolved, f"{path} with --set {' '.join(overrides)}")
+    return tree
 
 
-def _validated(tree: dict[str, Any], where: str) -> RunConfig:
+def _validated(kind: type[Config], tree: dict[str, Any], where: str) -> Config:
     try:
-        return RunConfig.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        faults = [_describe(fault) for fault in error.errors(include_url=False)]
+        faults = [_describe(kind, fault) for fault in error.errors(include_url=False)]
         raise InputError(f"{where}: {'; '.join(faults)}") from error
 
 
@@ -175,9 +189,9 @@ def _nearest(word: str, choices: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(choices)}"
 
 
-def _describe(fault: Any) -> str:
+def _describe(kind: type[Section], fault: Any) -> str:
     """One pydantic fault as: where, what was expected, what came; the nearest key for an unknown one."""
-    location, owner = _walk(fault["loc"])
+    location, owner = _walk(kind, fault["loc"])
     where = ".".join(location)
     if fault["type"] == "extra_forbidden" and owner is not None:
         return f"{where}: unknown key{_nearest(location[-1], list(owner.model_fields))}"
@@ -192,9 +206,9 @@ def _describe(fault: Any) -> str:
     return f"{where}: {message}, got {fault['input']!r}"
 
 
-def _walk(loc: Sequence[str | int]) -> tuple[list[str], type[BaseModel] | None]:
+def _walk(kind: type[Section], loc: Sequence[str | int]) -> tuple[list[str], type[BaseModel] | None]:
     """The user's spelling of a pydantic location (union tags left out) and the section that holds its last part."""
-    owner: Any = RunConfig
+    owner: Any = kind
     names: list[str] = []
     for depth, part in enumerate(loc):
         candidates = _sections_in(owner)

@@ -7,10 +7,11 @@ import pydantic
 import pytest
 import yaml
 
-from pipeline.config import RunConfig, load
+from pipeline.config import RunConfig, load, load_as, read_tree
 from pipeline.errors import InputError
 from pipeline.sections.base import Section
 from pipeline.sections.presets import PRESETS
+from workloads.planted.settings import BenchmarkConfig
 
 WORKLOADS = Path(__file__).parent.parent / "workloads"
 
@@ -56,7 +57,10 @@ def all_sections(section: type[Section] = Section) -> list[type[Section]]:
 
 @pytest.mark.parametrize("path", sorted(WORKLOADS.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_workload_file_loads(path: Path) -> None:
-    assert load(path).crosscoders
+    if "world" in read_tree(path):
+        assert load_as(BenchmarkConfig, path).recipes
+    else:
+        assert load(path).crosscoders
 
 
 def test_every_field_of_every_section_is_documented() -> None:
