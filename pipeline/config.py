@@ -113,13 +113,13 @@ def load_as(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -> Co
     for override in presets:  # before the rest: it decides what lies under the file
         tree.setdefault("preset", None)
         _apply(tree, override)
-    config = _validated(kind, with_preset(tree), str(path))
+    config = validated(kind, with_preset(tree), str(path))
     if not overrides:
         return config
     resolved = config.model_dump(mode="json")
     for override in overrides:
         _apply(resolved, override)
-    return _validated(kind, resolved, f"{path} with --set {' '.join(overrides)}")
+    return validated(kind, resolved, f"{path} with --set {' '.join(overrides)}")
 
 
 def read_tree(path: Path) -> dict[str, Any]:
@@ -137,7 +137,8 @@ def read_tree(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _validated(kind: type[Config], tree: dict[str, Any], where: str) -> Config:
+def validated(kind: type[Config], tree: dict[str, Any], where: str) -> Config:
+    """The sections of a tree; raises InputError with one line that names `where` and every fault."""
     try:
         return kind.model_validate(tree)
     except ValidationError as error:

@@ -14,6 +14,7 @@ import pandas as pd
 
 from pipeline import cluster
 from pipeline.artifacts import ArtifactKey, artifact_key, digest_of_path, read_record, write_record
+from pipeline.config import validated
 from pipeline.errors import InputError
 from pipeline.progress import Progress, Reporter
 from pipeline.stages.base import Pool, run_pool
@@ -124,7 +125,7 @@ def _plant(config: BenchmarkConfig, storage: Storage, jobs: Sequence[Job], repor
     reporter.progress(progress.update(0))
     pool = Pool("workers", config.workers, _PlantAndTell, (storage, config.world, config.rows))
     for done, result in enumerate(run_pool(pool, [job.item for job in jobs]), 1):
-        _record(config, storage, by_folder[result.pop("folder")], result)
+        record_job(config, storage, by_folder[result.pop("folder")], result)
         reporter.progress(progress.update(done))
 
 
@@ -153,7 +154,7 @@ def _try(config: BenchmarkConfig, storage: Storage, jobs: Sequence[Job], reporte
         pool = Pool("workers", config.workers, _BoardTrial, (storage, config.training, config.judge, board))
         for result in run_pool(pool, [job.item for job in jobs]):
             job = by_folder[result.pop("folder")]
-            _record(config, storage, job, result)
+            record_job(config, storage, job, result)
             reporter.message(f"{job.name} on {job.item['activations']}: {result['seconds']:.0f} s")
 
 
@@ -164,7 +165,8 @@ class _BoardTrial(Trial):
         super().__init__(storage, training, judge, board=board)
 
 
-def _record(config: BenchmarkConfig, storage: Storage, job: Job, counts: dict[str, Any]) -> None:
+def record_job(config: BenchmarkConfig, storage: Storage, job: Job, counts: dict[str, Any]) -> None:
+    """Publish the record of a world or a trial: from here on it is complete."""
     write_record(
         storage, job.key, name=job.name, counts=counts, seconds=counts.get("seconds", 0.0), run_name=config.name
     )
@@ -200,4 +202,4 @@ def with_checkpoints(config: BenchmarkConfig, texts: Sequence[str]) -> Benchmark
             raise InputError(f"--checkpoint: expected NAME=SOURCE or NAME@SEED=SOURCE, got {text!r}")
         added.append({"name": name, "source": source, "seed": int(seed) if at else config.seeds[0]})
     tree = config.model_dump()
-    return type(config).model_validate(tree | {"checkpoints": [*tree["checkpoints"], *added]})
+    return validated(BenchmarkConfig, tree | {"checkpoints": [*tree["checkpoints"], *added]}, "--checkpoint")
