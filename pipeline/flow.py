@@ -59,6 +59,9 @@ def build_flow(config: RunConfig) -> tuple[Group, ...]:
     if len(adopted) < len(fits):
         groups.append(Group(crosscoder.run, tuple(step for step in fits if step not in adopted)))
     measured = [_measurement_steps(config, fit, data) for fit in fits]
+    if config.analyses.controls is not None:
+        for fit, own in zip(fits, measured, strict=True):
+            own["controls"] = _controls_step(config, fit, {other.name: other for other in fits}, measured, data)
     rows = tuple(step for own in measured for step in own.values() if step.key.stage in measurements.STAGES)
     groups.append(Group(measurements.run, rows))
     for name, run in (("causality", causality.run), ("steering", steering.run), ("autointerp", autointerp.run)):

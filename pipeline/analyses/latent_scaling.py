@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.analyses.rows import RowBatch, Sums, check_batch, merge_sums, require_rows
 from pipeline.errors import InputError
+from pipeline.numerics.codes import SparseCodes
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.numerics.scaling import (
     CENTRED,
@@ -51,8 +52,15 @@ class LatentScaling:
         seed: int = 0,
         thresholds: tuple[float, float] = (DEFAULT_NU_EPS_THRESHOLD, DEFAULT_NU_R_THRESHOLD),
         direction_FD: Tensor | None = None,
+        latents: Tensor | None = None,
     ) -> None:
-        """thresholds: nu_eps and nu_r from which on a latent is an artifact; direction_FD: u_j, or the chat decoder."""
+        """Settings beyond the sizes.
+
+        Args:
+            thresholds: nu_eps and nu_r from which on a latent is an artifact.
+            direction_FD: u_j in place of the chat decoder's rows, one per latent (per one of `latents`).
+            latents: measure these latents only, ascending and at least one; None takes all.
+        """
         shape = tuple(crosscoder.W_dec_FMD.shape)
         if shape[1] != 2:
             raise InputError(
@@ -63,11 +71,14 @@ class LatentScaling:
             raise InputError(
                 f"expected num_groups >= 4, got {num_groups}: intervals need several groups of documents, 64 is usual"
             )
-        if direction_FD is not None and direction_FD.shape != (shape[0], shape[2]):
+        self.num_latents = shape[0]
+        self.latents_F = torch.arange(shape[0]) if latents is None else latents
+        num_directions = len(self.latents_F)
+        if direction_FD is not None and direction_FD.shape != (num_directions, shape[2]):
             raise InputError(
-                f"expected directions [{shape[0]}, {shape[2]}], got {list(direction_FD.shape)}: give one per latent"
+                f"expected directions [{num_directions}, {shape[2]}], got {list(direction_FD.shape)}: give one per latent"
             )
-        self.W_dec_FMD = crosscoder.W_dec_FMD.detach().float().cpu().clone()
+        self.W_dec_FMD = crosscoder.W_dec_FMD.detach()[self.latents_F].float().cpu().clone()
         self.b_dec_MD = crosscoder.b_dec_MD.detach().float().cpu().clone()
         self.mean_MD, self.scale_M = crosscoder.mean_MD.cpu().clone(), crosscoder.scale_M.cpu().clone()
         self.is_decoupled = crosscoder.code_weight == "decoupled"
@@ -89,12 +100,12 @@ class LatentScaling:
 
     def update(self, sums: Sums, batch: RowBatch) -> None:
         """Adds a batch; work proportional to the active pairs."""
-        num_latents, num_models, activation_dim = self.W_dec_FMD.shape
-        check_batch(batch, num_models=num_models, activation_dim=activation_dim, num_latents=num_latents)
+        _, num_models, activation_dim = self.W_dec_FMD.shape
+        check_batch(batch, num_models=num_models, activation_dim=activation_dim, num_latents=self.num_latents)
         scale_M1, mean_MD = self.scale_M.to(batch.x_BMD)[:, None], self.mean_MD.to(batch.x_BMD)
         add_scaling_sums(
             sums["scaling"],
-            batch.codes,
+            self._own(batch.codes),
             error_BMD=(batch.x_BMD - batch.reconstruction_BMD) * scale_M1,
             reconstruction_BMD=(batch.reconstruction_BMD - mean_MD) * scale_M1,
             groups_B=hash_documents(batch.doc_id_B, num_groups=self.num_groups),
@@ -102,6 +113,15 @@ class LatentScaling:
         )
         sums["x"] += ((batch.x_BMD - mean_MD) * scale_M1).double().sum(0).cpu()
         sums["num_rows"] += len(batch.x_BMD)
+
+    def _own(self, codes: SparseCodes) -> SparseCodes:
+        """The codes of the latents that are measured, counted from 0."""
+        if len(self.latents_F) == self.num_latents:
+            return codes
+        place_F = torch.full((self.num_latents,), -1, device=codes.latents_P.device)
+        place_F[self.latents_F] = torch.arange(len(self.latents_F), device=place_F.device)
+        own = codes.keep(place_F[codes.latents_P] >= 0)
+        return own._replace(latents_P=place_F[own.latents_P], num_latents=len(self.latents_F))
 
     def merge(self, a: Sums, b: Sums) -> Sums:
         """All sums add."""
@@ -119,7 +139,7 @@ class LatentScaling:
             num_resamples=self.num_resamples,
             seed=self.seed,
         )
-        columns = {"latent": np.arange(len(self.W_dec_FMD), dtype=np.int32)}
+        columns = {"latent": self.latents_F.numpy().astype(np.int32)}
         for name, target in NU_COLUMNS.items():
             columns |= _interval_columns(name, estimates.nu[target])
         for target in TARGETS:

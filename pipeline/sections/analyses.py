@@ -147,6 +147,15 @@ class PlantedSection(Section):
     """Seed of the bootstrap. Latents are chosen on one half of the documents and scored on the other, by hash."""
 
 
+class ControlsSection(Section):
+    """What the verdict says of its own errors, and what it says where the answer is known."""
+
+    seed: NonNegativeInt = 0
+    """Seed of the random directions."""
+    min_match_cosine: float = Field(0.7, gt=0, le=1)
+    """Latents of two training seeds match if they are each other's best and their cosine is at least this."""
+
+
 class AnalysesSection(Section):
     """The analyses of every crosscoder of the run."""
 
@@ -156,6 +165,8 @@ class AnalysesSection(Section):
     """Always on: the verdict rests on it."""
     examples: ExamplesSection | None = ExamplesSection()
     """null turns it off."""
+    controls: ControlsSection | None = ControlsSection()
+    """null turns it off. Crosscoders of the run that differ in nothing but seed and name are matched with each other."""
     causality: CausalitySection | None = CausalitySection()
     """null turns it off."""
     steering: SteeringSection | None = None
