@@ -4,7 +4,7 @@ Nothing is executed or written here. Each step receives its own section, the ste
 needs; identities cover what was asked, never `resources`, `storage` or `tracking`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from pipeline.config import RunConfig
 from pipeline.errors import InputError
 from pipeline.operators.files import expand_paths, read_text, reading
 from pipeline.operators.text import check_template
+from pipeline.sections.analyses import ControlsSection
 from pipeline.sections.base import Section
 from pipeline.sections.crosscoder import AdoptedCrosscoderSection, CrosscoderSection
 from pipeline.sections.data import OrganismCorpus
@@ -24,6 +25,7 @@ from pipeline.stages import (
     adopt,
     autointerp,
     causality,
+    controls,
     corpus,
     crosscoder,
     measurements,
@@ -60,8 +62,7 @@ def build_flow(config: RunConfig) -> tuple[Group, ...]:
         groups.append(Group(crosscoder.run, tuple(step for step in fits if step not in adopted)))
     measured = [_measurement_steps(config, fit, data) for fit in fits]
     if config.analyses.controls is not None:
-        for fit, own in zip(fits, measured, strict=True):
-            own["controls"] = _controls_step(config, fit, {other.name: other for other in fits}, measured, data)
+        _add_controls(config.analyses.controls, fits, measured)
     rows = tuple(step for own in measured for step in own.values() if step.key.stage in measurements.STAGES)
     groups.append(Group(measurements.run, rows))
     for name, run in (("causality", causality.run), ("steering", steering.run), ("autointerp", autointerp.run)):
@@ -264,6 +265,35 @@ def _measurement_steps(config: RunConfig, fit: Step, data: Mapping[str, Step]) -
             extra={**extra, "window_tokens": analyses.examples.window_tokens},
         )
     return steps
+
+
+def _add_controls(section: ControlsSection, fits: Sequence[Step], measured: Sequence[dict[str, Step]]) -> None:
+    """The step `controls` of each crosscoder, which also reads those that differ from it in their seed alone."""
+    for fit, own in zip(fits, measured, strict=True):
+        latents = own["latents"]
+        siblings = {
+            other.extra["crosscoder"]: (other, theirs["latents"])
+            for other, theirs in zip(fits, measured, strict=True)
+            if controls.differ_in_seed(fit.section, other.section)
+        }
+        models = latents.inputs["activations"].key.identity["section"]["models"]
+        own["controls"] = _step(
+            controls.NAME,
+            controls.VERSION,
+            section,
+            name=fit.extra["crosscoder"],
+            inputs={
+                **latents.inputs,
+                "latents": latents,
+                **{f"crosscoder {name}": other for name, (other, _) in siblings.items()},
+                **{f"latents {name}": theirs for name, (_, theirs) in siblings.items()},
+            },
+            extra={
+                "crosscoder": fit.extra["crosscoder"],
+                "noise": controls.noise_of(models["base"], models["chat"]),
+                "seeds": tuple(siblings),
+            },
+        )
 
 
 def _steering_identity(config: RunConfig) -> dict[str, Any]:

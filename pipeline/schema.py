@@ -212,17 +212,11 @@ LATENT_COLUMNS = (
 
 def latent_corpus_columns(corpora: Iterable[str]) -> tuple[Column, ...]:
     """Two columns of the latent table per corpus of the run."""
+    frequency, largest = "share of {}'s validation rows on which it fires; NaN without", "largest f_j on the rows of {}"
     return tuple(
-        column
+        Column(f"{name}_{corpus}", "float64", doc.format(corpus))
         for corpus in corpora
-        for column in (
-            Column(
-                f"frequency_{corpus}",
-                "float64",
-                f"share of the validation rows of {corpus} on which the latent fires, in [0, 1]; NaN without rows",
-            ),
-            Column(f"max_activation_{corpus}", "float64", f"largest f_j on the rows of {corpus}; 0 if it never fires"),
-        )
+        for name, doc in (("frequency", frequency), ("max_activation", largest))
     )
 
 
@@ -294,41 +288,6 @@ TWIN_COLUMNS = (
     Column("num_high_rows", "int64", "rows on which at least one of the two is above 0.4 of the pair's maximum"),
 )
 """Twins: the trace that Latent Decoupling leaves (arXiv 2504.02922, section 3)."""
-
-
-
-class Control:
-    """Kinds of controls: CONTROL_COLUMNS, column `control`."""
-
-    STATED = "stated error"
-    """What the verdict says of itself: the false discovery rate of the chat-specific set."""
-    RANDOM = "random directions"
-    NULL_PAIR = "null pair"
-    """One model as base and as chat."""
-    NOISE_PAIR = "noise pair"
-    """A model against itself with noise on its weights."""
-    SEED = "seed"
-    """Followed by the name of the crosscoder that differs in its seed alone."""
-
-
-CONTROL_COLUMNS = (
-    Column("control", "string", "one of schema.Control; seed is followed by the name of the other crosscoder"),
-    Column("quantity", "string", "what value is, as a phrase"),
-    Column("value", "float64", "the measured share or index, in [0, 1]; NaN where there is no latent to measure it on"),
-    Column("value_low", "float64", "lower end of its 95% interval (Wilson's; two standard deviations for stated error)"),
-    Column("value_high", "float64", "upper end of its 95% interval"),
-    Column("expected", "float64", "what value is to be held against: 0, or what the verdict states; NaN for nothing"),
-    Column("num_latents", "int64", "latents that the share is of"),
-    Column("note", "string", "the numbers behind it, as a sentence"),
-)
-
-SEED_COLUMNS = (
-    Column("other", "string", "name of the crosscoder that differs in its seed alone"),
-    Column("latent", "int32", "a chat-specific latent of this crosscoder"),
-    Column("other_latent", "int32", "its mutual best match by the cosine of [d^base, d^chat]; -1 = none"),
-    Column("other_verdict", "string", "the verdict on the match; null without one"),
-    Column("cosine", "float64", "cosine with the most parallel latent of the other crosscoder, match or not"),
-)
 
 EXAMPLE_COLUMNS = (
     Column("latent", "int32", "index of the latent"),

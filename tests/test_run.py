@@ -88,7 +88,8 @@ def test_the_splits_share_no_document(finished: Finished) -> None:
 def test_the_latent_table_is_complete_and_its_verdicts_add_up(finished: Finished) -> None:
     for name in ("l1", "batch_topk"):
         table = finished.table(f"latents {name}", "latents.parquet")
-        columns = (*LATENT_COLUMNS, *latent_corpus_columns(["documents", "dialogues"]))
+        store = ActivationStore(finished.storage, finished.states["activations"].step.key.folder)
+        columns = (*LATENT_COLUMNS, *latent_corpus_columns(store.manifest.corpora))
         assert list(table.columns) == [column.name for column in columns]
         assert table["latent"].tolist() == list(range(128))
         assert set(table["verdict"]) <= set(Verdict.ALL)

@@ -22,7 +22,8 @@ from torch import Tensor
 from pipeline.analyses.verdict import MADE_SO
 from pipeline.errors import InputError
 from pipeline.numerics.statistics import binomial_interval
-from pipeline.schema import CONTROL_COLUMNS, SEED_COLUMNS, Control, Verdict
+from pipeline.schema import Verdict
+from pipeline.schema_controls import CONTROL_COLUMNS, SEED_COLUMNS, Control
 
 DEFAULT_MIN_MATCH_COSINE = 0.7
 _CHUNK_NUMBERS = 1 << 24
@@ -140,8 +141,8 @@ def match_latents(
     """Mutual best matches by the cosine of [d^base, d^chat]: one-to-one, and the same from either side."""
     if W_dec_FMD.shape[1:] != other_GMD.shape[1:]:
         raise InputError(
-            f"expected decoders of one pair, got {list(W_dec_FMD.shape)} and {list(other_GMD.shape)}: match crosscoders "
-            "of the same activations"
+            f"expected decoders of one pair, got {list(W_dec_FMD.shape)} and {list(other_GMD.shape)}: match "
+            "crosscoders of the same activations"
         )
     unit_FN, unit_GN = (
         torch.nn.functional.normalize(decoder.detach().cpu().float().flatten(1), dim=1)
@@ -158,7 +159,8 @@ def match_latents(
 def _best(unit_CN: Tensor, unit_GN: Tensor) -> tuple[Tensor, Tensor]:
     """(index of the most parallel row of unit_GN, its cosine) for every row of unit_CN."""
     size = max(1, _CHUNK_NUMBERS // len(unit_GN))
-    found = [(part @ unit_GN.T).max(dim=1) for part in unit_CN.split(size)] if len(unit_CN) else []
+    parts = torch.split(unit_CN, size) if len(unit_CN) else []
+    found = [(part @ unit_GN.T).max(dim=1) for part in parts]
     if not found:
         return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
     return torch.cat([best.indices for best in found]), torch.cat([best.values for best in found]).double()

@@ -76,7 +76,8 @@ class LatentScaling:
         num_directions = len(self.latents_F)
         if direction_FD is not None and direction_FD.shape != (num_directions, shape[2]):
             raise InputError(
-                f"expected directions [{num_directions}, {shape[2]}], got {list(direction_FD.shape)}: give one per latent"
+                f"expected directions [{num_directions}, {shape[2]}], got {list(direction_FD.shape)}: give one per "
+                "latent"
             )
         self.W_dec_FMD = crosscoder.W_dec_FMD.detach()[self.latents_F].float().cpu().clone()
         self.b_dec_MD = crosscoder.b_dec_MD.detach().float().cpu().clone()

@@ -166,7 +166,7 @@ class AnalysesSection(Section):
     examples: ExamplesSection | None = ExamplesSection()
     """null turns it off."""
     controls: ControlsSection | None = ControlsSection()
-    """null turns it off. Crosscoders of the run that differ in nothing but seed and name are matched with each other."""
+    """null turns it off. Crosscoders of the run that differ in nothing but seed and name are matched too."""
     causality: CausalitySection | None = CausalitySection()
     """null turns it off."""
     steering: SteeringSection | None = None

@@ -7,13 +7,15 @@ crosscoder and returns sums; the driver merges them.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 
 from pipeline import cluster
+from pipeline.analyses.controls import stated_error
 from pipeline.analyses.examples import Examples, contexts
 from pipeline.analyses.fidelity import Fidelity
 from pipeline.analyses.latent_scaling import LatentScaling
@@ -49,6 +51,7 @@ from pipeline.schema import (
     latent_corpus_columns,
 )
 from pipeline.sections.analyses import ExamplesSection, LatentScalingSection, PlantedSection
+from pipeline.stages import controls
 from pipeline.stages.base import Context, Pool, Step, run_pool, shown
 from pipeline.stages.crosscoder import fitted
 from pipeline.stages.models import local_specs
@@ -56,7 +59,7 @@ from pipeline.stages.tables import arrow_schema, numbers_of, read_table, write_f
 from pipeline.storage import Storage
 from pipeline.store import ActivationStore, Shard
 
-STAGES = ("latents", "examples", "planted")
+STAGES = ("latents", "examples", "planted", "controls")
 VERSION = 3
 
 LATENTS_NAME = "latents.parquet"
@@ -94,13 +97,17 @@ def run(steps: Sequence[Step], context: Context) -> None:
     for folder, own in by_fit.items():
         if "latents" in own:
             _publish_latents(own["latents"], sums[folder], first, context, started)
+    for folder, own in by_fit.items():
+        if "controls" in own:
+            analysis = _named(first, folder, "random")
+            controls.publish(own["controls"], analysis, sums.get(folder, {}).get("random"), _latents(context), context)
     started = time.monotonic()
     second = [
         _planted_question(own["planted"], sums[folder], first, store, context)
         for folder, own in by_fit.items()
         if "planted" in own
     ]
-    scored = _pass("planted", second, store, context) if second else {}
+    scored = _pass("planted", second, store, context)
     for question in second:
         step = by_fit[question.crosscoder]["planted"]
         _publish_planted(step, question, scored[question.crosscoder]["planted"], context, started)
@@ -112,7 +119,12 @@ def run(steps: Sequence[Step], context: Context) -> None:
 
 
 def _named(questions: Sequence[Question], folder: str, name: str) -> Any:
-    return next(q.analysis for q in questions if q.crosscoder == folder and q.name == name)
+    return next((q.analysis for q in questions if q.crosscoder == folder and q.name == name), None)
+
+
+def _latents(context: Context) -> Callable[[Step], pd.DataFrame]:
+    """Reads the finished table of a step `latents`."""
+    return lambda step: read_table(context.storage, f"{step.key.folder}/{LATENTS_NAME}").to_pandas()
 
 
 def _first_questions(folder: str, own: Mapping[str, Step], store: ActivationStore, context: Context) -> list[Question]:
@@ -144,6 +156,9 @@ def _first_questions(folder: str, own: Mapping[str, Step], store: ActivationStor
             "templates": Templates(num_latents=num_latents, corpora=corpora),
             "twins": Twins(W_dec_FMD=W_dec_FMD),
         }
+    if "controls" in own:
+        random = controls.random_scaling(own["controls"], crosscoder)
+        analyses |= {} if random is None else {"random": random}
     if "examples" in own:
         examples = own["examples"].section
         assert isinstance(examples, ExamplesSection)
@@ -175,6 +190,8 @@ def _pass(
     name: str, questions: Sequence[Question], store: ActivationStore, context: Context
 ) -> dict[str, dict[str, Sums]]:
     """Sums of every question over all validation rows: by crosscoder, then by analysis."""
+    if not questions:
+        return {}
     shards = store.manifest.of_split(Split.VALIDATION)
     num_rows = sum(shard.num_rows for shard in shards)
     section = context.resources.analyses
@@ -275,6 +292,7 @@ def _publish_latents(
         "num_chat_only": len(chat_only),
         "num_chat_specific_confident": int(((table["verdict"] == Verdict.CHAT_SPECIFIC) & table["is_confident"]).sum()),
         "artifact_frac": float(is_artifact[decided].mean()) if decided.any() else float("nan"),
+        "stated_false_discovery_rate": stated_error(table).rate,
         "num_twins": len(tables["twins"]),
         "fidelity": dict(tables["fidelity"]),
     }
@@ -300,7 +318,7 @@ def _planted_question(
 
 
 def _publish_planted(step: Step, question: Question, sums: Sums, context: Context, started: float) -> None:
-    latents = read_table(context.storage, f"{step.inputs['latents'].key.folder}/{LATENTS_NAME}").to_pandas()
+    latents = _latents(context)(step.inputs["latents"])
     assert isinstance(question.analysis, Planted)
     table = question.analysis.table(sums, latents_with(latents, [Verdict.CHAT_SPECIFIC]))
     write_frame(context.storage, f"{step.key.folder}/{PLANTED_NAME}", table, PLANTED_SCHEMA)
@@ -313,7 +331,7 @@ def _publish_examples(step: Step, analysis: Examples, sums: Sums, store: Activat
     started = time.monotonic()
     section = step.section
     assert isinstance(section, ExamplesSection)
-    latents = read_table(context.storage, f"{step.inputs['latents'].key.folder}/{LATENTS_NAME}").to_pandas()
+    latents = _latents(context)(step.inputs["latents"])
     chosen = latents_with(latents, [Verdict.CHAT_SPECIFIC])
     chosen += latents_with(latents, [*Verdict.ARTIFACTS, Verdict.UNDECIDED, Verdict.BASE_ONLY])
     chosen = list(dict.fromkeys([*chosen[: section.max_latents], *section.latents]))

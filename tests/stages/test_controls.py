@@ -1,0 +1,98 @@
+"""The controls of a finished run, and those that need a second seed or a pair whose answer is known."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from runs import TINY, Finished, run_file
+
+from pipeline.config import load
+from pipeline.flow import build_flow
+from pipeline.progress import SilentReporter
+from pipeline.schema import Verdict
+from pipeline.schema_controls import CONTROL_COLUMNS, SEED_COLUMNS, Control
+from pipeline.stages import controls
+from pipeline.stages.base import Context, Step
+from pipeline.stages.tables import read_table
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.mark.parametrize("name", ["l1", "batch_topk"])
+def test_every_verdict_comes_with_its_stated_error_and_a_control(finished: Finished, name: str) -> None:
+    table = finished.table(f"controls {name}", controls.TABLE_NAME)
+    latents = finished.table(f"latents {name}", "latents.parquet")
+    assert list(table.columns) == [column.name for column in CONTROL_COLUMNS]
+    assert table["control"].tolist() == [Control.STATED, Control.RANDOM]
+    called = latents[latents["verdict"] == Verdict.CHAT_SPECIFIC]
+    stated = table.iloc[0]
+    assert stated["num_latents"] == len(called)
+    assert stated["value"] == pytest.approx(called["artifact_probability"].fillna(1).mean(), nan_ok=True)
+    counts = finished.counts(f"latents {name}")
+    assert counts["stated_false_discovery_rate"] == pytest.approx(stated["value"], nan_ok=True)
+    is_judged = (latents["ownership"] == "chat-only") & (latents["num_documents"] >= 10)
+    assert table.iloc[1]["num_latents"] == is_judged.sum()
+    seeds = finished.table(f"controls {name}", controls.SEEDS_NAME)
+    assert list(seeds.columns) == [column.name for column in SEED_COLUMNS]
+    assert seeds.empty
+
+
+def test_seeds_of_one_crosscoder_and_known_nulls_are_recognised(finished: Finished) -> None:
+    crosscoders = [
+        {**TINY["crosscoders"][1], "name": "a"},
+        {**TINY["crosscoders"][1], "name": "b", "seed": 1},
+        {**TINY["crosscoders"][0], "name": "c"},
+    ]
+    models = {**TINY["models"], "chat": TINY["models"]["base"]}
+    path = run_file(finished.folder / "..", str(finished.root), crosscoders=crosscoders, models=models)
+    steps = {step.name: step for group in build_flow(load(path)) for step in group.steps}
+    assert steps["controls a"].extra["seeds"] == ("b",)
+    assert steps["controls a"].inputs["latents b"] is steps["latents b"]
+    assert steps["controls b"].inputs["crosscoder a"] is steps["crosscoder a"]
+    assert steps["controls c"].extra["seeds"] == ()
+    assert steps["controls c"].extra["noise"] == 0.0
+    other = {step.name: step for group in build_flow(finished.config) for step in group.steps}
+    assert other["controls l1"].extra["noise"] is None
+
+
+def test_a_second_seed_and_a_null_pair_fill_their_rows(finished: Finished) -> None:
+    """The step of a finished crosscoder told that its own twin is another seed: every latent finds itself."""
+    step = finished.states["controls batch_topk"].step
+    again = dataclasses.replace(
+        step,
+        key=step.key._replace(fingerprint="second"),
+        inputs={
+            **step.inputs,
+            "crosscoder twin": step.inputs["crosscoder"],
+            "latents twin": step.inputs["latents"],
+        },
+        extra={**step.extra, "seeds": ("twin",), "noise": 0.0},
+    )
+    latents = finished.table("latents batch_topk", "latents.parquet")
+    latents.loc[latents["frequency"] > 0, "verdict"] = Verdict.CHAT_SPECIFIC
+    context = Context(finished.storage, finished.config.resources, SilentReporter(), _Unwatched(), "tiny", 1)
+    controls.publish(again, None, None, lambda _: latents, context)
+    table = read_table(finished.storage, f"{again.key.folder}/{controls.TABLE_NAME}").to_pandas().set_index("control")
+    seeds = read_table(finished.storage, f"{again.key.folder}/{controls.SEEDS_NAME}").to_pandas()
+    finished.storage.delete(again.key.folder)
+    num_live = int((latents["frequency"] > 0).sum())
+    assert table.loc["seed twin", "value"] == 1
+    assert table.loc[Control.NULL_PAIR, "value"] == 1  # all live latents were called
+    assert table.loc[Control.NULL_PAIR, "num_latents"] == num_live
+    assert np.isnan(table.loc[Control.RANDOM, "value"])
+    assert seeds["other_latent"].tolist() == seeds["latent"].tolist()
+    assert seeds["cosine"].min() == pytest.approx(1)
+    assert len(seeds) == num_live
+
+
+class _Unwatched:
+    def points(self, step: Step, points: object) -> None:
+        """Nobody watches."""
+
+
+def test_noise_alone_between_two_models_is_told_from_everything_else() -> None:
+    base = {"source": "a", "source_revision": None}
+    assert controls.noise_of(base, base) == 0.0
+    assert controls.noise_of(base, {**base, "weight_noise": 0.01, "weight_noise_seed": 3}) == 0.01
+    assert controls.noise_of(base, {**base, "adapter": "b"}) is None
+    assert controls.noise_of(base, {"source": "b", "source_revision": None}) is None
