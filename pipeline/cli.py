@@ -1,6 +1,7 @@
 """The command line: parsing, printing, exit codes. How to run: `crossray run workloads/demo.yaml`.
 
-The only file that prints. Exit codes: 0 done, 2 the user's input is wrong (one line, no traceback), 1 anything else.
+The only file that prints. Exit codes: 0 done, 2 the user's input is wrong (one line, no traceback) or `verify`
+found faults (one line each), 1 anything else.
 """
 
 import argparse
@@ -57,6 +58,12 @@ def _parser() -> argparse.ArgumentParser:
             _add_pairs(command, "--env", "environment variable of the job; no secrets, they are readable there")
             command.add_argument("--detach", action="store_true", help="return at once instead of following the log")
             _add_address(command)
+    text = "check every finished artifact of a run, or of a whole storage root, byte by byte; reads only"
+    command = commands.add_parser("verify", help=text, description=text)
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("file", nargs="?", help="run file (YAML)")
+    what.add_argument("--root", help="storage root: a folder or URL with artifacts")
+    _add_pairs(command, "--set", "override a key of the run file")
     for name, text in (
         ("status", "list the jobs of a cluster, or one of them"),
         ("logs", "print a job's log"),
@@ -223,11 +230,32 @@ def _stop(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _verify(parsed: argparse.Namespace) -> int:
+    from pipeline.flow import build_flow
+    from pipeline.progress import Console
+    from pipeline.storage import Storage
+    from pipeline.verify import all_folders, verify
+
+    if parsed.root is not None:
+        storage = Storage(parsed.root)
+        folders = all_folders(storage)
+    else:
+        config = _config(parsed)
+        storage = Storage(config.storage.root)
+        folders = [step.key.folder for group in build_flow(config) for step in group.steps]
+    console = Console(lambda text: print(text, end="", file=sys.stderr, flush=True), is_terminal=sys.stderr.isatty())
+    result = verify(storage, folders, console)
+    unfinished = f", {result.num_unfinished} unfinished" if result.num_unfinished else ""
+    print(f"{result.num_artifacts} artifacts, {result.num_bytes:,} bytes: {len(result.faults)} faults{unfinished}")
+    return 2 if result.faults else 0
+
+
 _COMMANDS = {
     "plan": _plan,
     "run": _run,
     "report": _report,
     "benchmark": _benchmark,
+    "verify": _verify,
     "submit": _submit,
     "status": _status,
     "logs": _logs,

@@ -26,6 +26,8 @@ class Faults:
     """So many uploads with a body are cut after half of it, and the store sees half of it too."""
     cut_downloads: int = 0
     """So many answers with a body longer than 100 bytes are cut after half of it."""
+    refuse: bool = False
+    """Every request is answered as one with a wrong key."""
     seen: list[str] = field(default_factory=list)
     """`PUT`, `503 GET`, `cut PUT`, ..., in order."""
 
@@ -54,6 +56,10 @@ def misbehaving(upstream: str, faults: Faults) -> Iterator[str]:
             if faults.busy_every and number % faults.busy_every == 0:
                 faults.seen.append(f"503 {self.command}")
                 self._reply(503, {}, b"<Error><Code>SlowDown</Code><Message>Please reduce your rate</Message></Error>")
+                return
+            if faults.refuse:
+                code = b"<Code>InvalidAccessKeyId</Code><Message>The key does not exist in our records.</Message>"
+                self._reply(403, {}, b"<Error>" + code + b"</Error>")
                 return
             if self.command == "PUT" and len(body) > 100 and self._takes("cut_uploads"):
                 faults.seen.append("cut PUT")
@@ -86,8 +92,6 @@ def misbehaving(upstream: str, faults: Faults) -> Iterator[str]:
                 return bool(left)
 
         def _body(self) -> bytes:
-            if self.headers.get("Expect", "").lower() == "100-continue":
-                pass  # http.server has answered it
             return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
         def _send_half(self, body: bytes) -> None:

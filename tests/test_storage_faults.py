@@ -10,10 +10,15 @@ from typing import Any
 import pytest
 from conftest import free_port
 from proxy import Faults, misbehaving
+from roots import Root
+from runs import run_file
 
 from pipeline import storage_faults
+from pipeline.cli import main
 from pipeline.errors import InputError
 from pipeline.storage import Storage
+from pipeline.store import ActivationStore
+from pipeline.training_rows import TrainingRows
 
 pytestmark = pytest.mark.s3
 
@@ -69,8 +74,8 @@ def exercise(storage: Storage) -> None:
 @pytest.mark.parametrize(
     "faults",
     [
-        Faults(busy_every=3),
-        Faults(slow_every=4, slow_seconds=0.3),
+        pytest.param(Faults(busy_every=3), marks=pytest.mark.rare),
+        pytest.param(Faults(slow_every=4, slow_seconds=0.3), marks=pytest.mark.rare),
         Faults(cut_uploads=3, cut_downloads=3),
     ],
     ids=["503", "slow", "cut"],
@@ -94,6 +99,7 @@ def test_a_service_that_stays_busy_is_given_up_after_the_stated_time(
     behind: Behind, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(storage_faults, "FIRST_ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(storage_faults, "REQUEST_ATTEMPTS", 1)
     with behind(Faults(busy_every=1)) as storage:
         started = time.monotonic()
         with pytest.raises(InputError, match=r"gave no good answer \(SlowDown: .*then run again"):
@@ -152,6 +158,7 @@ def test_a_missing_bucket_is_named(s3_root: str) -> None:
 def test_a_service_that_is_not_there_is_named_soon(s3_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setattr(storage_faults, "FIRST_ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(storage_faults, "REQUEST_ATTEMPTS", 1)
     with pytest.raises(InputError, match=r"gave no good answer .*check AWS_ENDPOINT_URL"):
         fresh(s3_root).read_bytes("a")
 
@@ -162,3 +169,35 @@ def test_missing_credentials_are_named(s3_root: str, tmp_path: Path, monkeypatch
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(InputError, match=r"no credentials .*set AWS_ACCESS_KEY_ID"):
         fresh(s3_root).read_bytes("a")
+
+
+def test_a_store_is_written_read_and_verified_behind_all_faults_at_once(behind: Behind) -> None:
+    faults = Faults(busy_every=7, slow_every=11, slow_seconds=0.1, cut_uploads=2, cut_downloads=2)
+    with behind(faults) as storage:
+        root = Root(storage)
+        store = ActivationStore(storage, root.activations.folder)
+        batches = list(TrainingRows(store, seed=0, batch_rows=4).batches(0, 4))
+        assert root.verify().faults == ()
+    assert len(batches) == 4
+    assert faults.cut_uploads == faults.cut_downloads == 0
+    assert any(entry.startswith("503") for entry in faults.seen)
+
+
+def test_refused_credentials_and_a_missing_bucket_end_the_command_with_one_line(
+    behind: Behind, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with behind(Faults(refuse=True)) as storage:
+        for command in (["verify", "--root", storage.root], ["run", str(run_file(tmp_path, storage.root))]):
+            assert main(command) == 2
+            assert "refused the credentials (403" in one_line(capsys)
+    fresh("")
+    assert main(["run", str(run_file(tmp_path, "s3://no-such-bucket-here/x"))]) == 2
+    assert "no such bucket" in one_line(capsys)
+    assert main(["verify", "--root", "s3://no-such-bucket-here/x"]) == 2
+    assert "expected a storage root" in one_line(capsys)
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("crossray: ")
+    return line
