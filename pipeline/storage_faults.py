@@ -60,7 +60,8 @@ def persist(attempt: Callable[[], _Result], *, seconds: float, what: str) -> _Re
             left = max(0.0, seconds - (time.monotonic() - started))
             if not is_transient(error) or (left == 0 and number >= _FEWEST_ATTEMPTS):
                 raise
-            pause = min(_FIRST_PAUSE_SECONDS * 2 ** (number - 1), _LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1.5)
+            longest = min(_LONGEST_PAUSE_SECONDS, max(left, _FIRST_PAUSE_SECONDS))
+            pause = min(_FIRST_PAUSE_SECONDS * 2 ** (number - 1), longest) * random.uniform(0.5, 1.5)
             _log.warning("%s: %s; trying again in %.1f s, %.0f s of patience left", what, _brief(error), pause, left)
             time.sleep(pause)
     raise AssertionError("unreachable: the loop ends by returning or raising")

@@ -183,14 +183,18 @@ def test_a_store_is_written_read_and_verified_behind_all_faults_at_once(behind: 
     assert any(entry.startswith("503") for entry in faults.seen)
 
 
-def test_refused_credentials_and_a_missing_bucket_end_the_command_with_one_line(
+def test_refused_credentials_end_the_command_with_one_line(
     behind: Behind, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with behind(Faults(refuse=True)) as storage:
         for command in (["verify", "--root", storage.root], ["run", str(run_file(tmp_path, storage.root))]):
             assert main(command) == 2
             assert "refused the credentials (403" in one_line(capsys)
-    fresh("")
+
+
+def test_a_missing_bucket_ends_the_command_with_one_line(
+    s3_root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["run", str(run_file(tmp_path, "s3://no-such-bucket-here/x"))]) == 2
     assert "no such bucket" in one_line(capsys)
     assert main(["verify", "--root", "s3://no-such-bucket-here/x"]) == 2
