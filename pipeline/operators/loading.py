@@ -18,6 +18,7 @@ from transformers.utils import logging
 from pipeline.errors import InputError
 from pipeline.operators.adapters import attach_adapter, merge_adapter
 from pipeline.operators.decoder import SplitDecoder
+from pipeline.operators.noise import add_weight_noise
 from pipeline.operators.placement import Placement, put
 from pipeline.operators.prefix import count_unadapted_layers, share_equal_prefix
 from pipeline.schema import BASE, CHAT, MODEL_NAMES
@@ -42,6 +43,9 @@ class ModelSpec(NamedTuple):
     """Jinja text in place of the tokenizer's own chat template; empty keeps that."""
     adapter_revision: str | None = None
     """Commit, tag or branch of an adapter on the hub."""
+    weight_noise: float = 0.0
+    """Noise on the weights at loading, relative to their size (noise.py); a control."""
+    weight_noise_seed: int = 0
 
 
 class LoadOptions(NamedTuple):
@@ -198,6 +202,8 @@ def _load_model(spec: ModelSpec, options: LoadOptions) -> Any:
             f"expected all weights of the model {spec.source!r}, its files lack {len(missing)} of them, first "
             f"{missing[0]!r}; they would be random, so download or save the model again"
         )
+    if spec.weight_noise:
+        add_weight_noise(model, scale=spec.weight_noise, seed=spec.weight_noise_seed)
     return model.requires_grad_(False)
 
 

@@ -2,7 +2,16 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, NonNegativeInt, PositiveFloat, PositiveInt, Tag, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
 
 from pipeline.sections.base import Fraction, Name, Section
 
@@ -16,7 +25,14 @@ class OrganismSection(Section):
     """demo: both models learn what they should, about 90 s on two cores. tiny: a few seconds, quality irrelevant."""
 
 
-class HubModel(Section):
+class _NoisyModel(Section):
+    weight_noise: NonNegativeFloat = 0.0
+    """A control: Gaussian noise on every weight matrix, relative to its size. Such a model holds nothing new."""
+    weight_noise_seed: NonNegativeInt = 0
+    """Seed of that noise."""
+
+
+class HubModel(_NoisyModel):
     """A model from the hub or from a local folder."""
 
     kind: Literal["pretrained"] = "pretrained"
@@ -34,7 +50,7 @@ class HubModel(Section):
     """Ids that this model reads as other ids: template tokens that a base model never saw in training."""
 
 
-class OrganismModel(Section):
+class OrganismModel(_NoisyModel):
     """One of the two models of the run's `organism`."""
 
     kind: Literal["organism"]

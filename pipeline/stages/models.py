@@ -34,9 +34,11 @@ def locate(model: HubModel | OrganismModel, organism_folder: str, chat_template:
 
     `chat_template` (text) takes the place of the tokenizer's own.
     """
+    noise: dict[str, Any] = {"weight_noise": model.weight_noise, "weight_noise_seed": model.weight_noise_seed}
+    shown_noise = f" + noise {model.weight_noise:g}" if model.weight_noise else ""
     if isinstance(model, OrganismModel):
-        spec = ModelSpec("", None, None, False, chat_template=chat_template)
-        return ModelLocation(spec, f"{organism_folder}/{model.member}", f"organism {model.member}")
+        spec = ModelSpec("", None, None, False, chat_template=chat_template, **noise)
+        return ModelLocation(spec, f"{organism_folder}/{model.member}", f"organism {model.member}{shown_noise}")
     spec = ModelSpec(
         model.source,
         model.revision,
@@ -45,11 +47,13 @@ def locate(model: HubModel | OrganismModel, organism_folder: str, chat_template:
         tuple(sorted(model.token_replacements.items())),
         chat_template=chat_template,
         adapter_revision=model.adapter_revision,
+        **noise,
     )
     shown = (
         model.source
         + (f"@{model.revision}" if model.revision else "")
         + (f" + {model.adapter}" if model.adapter else "")
+        + shown_noise
     )
     return ModelLocation(spec, "", shown)
 
@@ -68,9 +72,10 @@ def model_identity(model: HubModel | OrganismModel, where: str) -> dict[str, Any
     The organism's models are identified by the organism artifact among the step's inputs. Raises InputError where a
     source that looks like a path is missing.
     """
+    names = ("weight_noise", "weight_noise_seed")
+    identity: dict[str, Any] = {name: getattr(model, name) for name in names} if model.weight_noise else {}
     if isinstance(model, OrganismModel):
-        return {"organism": model.member}
-    identity: dict[str, Any] = {}
+        return {"organism": model.member, **identity}
     sources = (("source", model.source, model.revision), ("adapter", model.adapter, model.adapter_revision))
     for field, source, revision in sources:
         if source is None:
