@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from pipeline.artifacts import Record
 from pipeline.errors import InputError
+from pipeline.numerics.moments import Moments
 from pipeline.operators.screening import Rejected, refusal
 from pipeline.progress import Progress
 from pipeline.schema import MODEL_NAMES, Split
@@ -157,12 +158,12 @@ class ExtractShard:
             "real_token_frac": extracted.real_token_frac,
             "num_capped": extracted.num_capped,
             "mean_norm": summary.mean_norm_M.tolist(),
-            "moments": asdict(StoredMoments.of(summary.moments)),
             "shape": list(rows.x_BMD.shape[1:]),
             "num_layers": self.extractor.num_layers,
             "rejected": [dict(document) for document in extracted.rejected],
         }
-        self.storage.write_json(f"{key}{_DESCRIPTION_SUFFIX}", description)
+        moments = asdict(StoredMoments.of(summary.moments))  # D numbers: the driver reads them when all is there
+        self.storage.write_json(f"{key}{_DESCRIPTION_SUFFIX}", {**description, "moments": moments})
         return description
 
 
@@ -170,7 +171,7 @@ def _finished_shards(storage: Storage, folder: str) -> dict[str, dict[str, Any]]
     """Descriptions of the shards that a former run has published."""
     names = set(storage.files(folder))
     described = [name for name in names if name.endswith(f".safetensors{_DESCRIPTION_SUFFIX}")]
-    found = [storage.read_json(f"{folder}/{name}") for name in described]
+    found = ({**storage.read_json(f"{folder}/{name}"), "moments": None} for name in described)
     return {value["name"]: value for value in found if value["name"] in names}
 
 
@@ -188,19 +189,25 @@ def _publish_manifest(
         labels=tuple(tokens.counts["labels"]),
         dialogue_corpora=tuple(corpora.index(name) for name in tokens.counts["dialogue_corpora"] if name in corpora),
         compression=step.section.compression,
-        moments={split: _merged_moments(described, split) for split in sorted({value["split"] for value in described})},
+        moments={
+            split: _merged_moments(
+                context.storage, step.key.folder, [v["name"] for v in described if v["split"] == split]
+            )
+            for split in sorted({value["split"] for value in described})
+        },
     )
     context.storage.write_json(f"{step.key.folder}/{MANIFEST_NAME}", manifest.to_json())
 
 
-def _merged_moments(described: Sequence[Mapping[str, Any]], split: str) -> StoredMoments:
-    """Moments of all rows of a split, merged in the order of its shards."""
-    first, *others = (
-        StoredMoments.from_json(value["moments"]).moments() for value in described if value["split"] == split
-    )
-    for other in others:
-        first = first.merge(other)
-    return StoredMoments.of(first)
+def _merged_moments(storage: Storage, folder: str, names: Sequence[str]) -> StoredMoments:
+    """Moments of all rows of these shards, merged in their order; one description is in memory at a time."""
+    total: Moments | None = None
+    for name in names:
+        described = storage.read_json(f"{folder}/{name}{_DESCRIPTION_SUFFIX}")
+        own = StoredMoments.from_json(described["moments"]).moments()
+        total = own if total is None else total.merge(own)
+    assert total is not None, "a split has at least one shard"
+    return StoredMoments.of(total)
 
 
 def _counts(described: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

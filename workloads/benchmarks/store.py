@@ -12,7 +12,6 @@ medians and their ratios are printed. Files lie in the cache throughout. Reading
 
 import argparse
 import platform
-import resource
 import statistics
 import tempfile
 import time
@@ -30,8 +29,6 @@ from pipeline.shards import NONE, Rows, publish_shard, require_finite, summarise
 from pipeline.storage import Storage
 from pipeline.store import MANIFEST_NAME, ActivationStore, Manifest, Shard
 from pipeline.training_rows import ReadOptions, TrainingRows
-
-MIB = 1 << 20
 
 
 class Case(NamedTuple):
@@ -163,18 +160,15 @@ def describe(shards: list[Rows]) -> None:
 
 
 def print_memory(case: Case, folder: Path) -> None:
-    """Resident memory of a reader that goes through one shard and through a hundred: it must not grow."""
-    small = case._replace(rows=max(1, case.rows // 10))
+    """Memory of a process that writes and reads ten shards, and then a hundred: it must not grow."""
+    rows = make_rows(case._replace(rows=max(case.batch, case.rows // 5)), 0)
+    small = case._replace(rows=len(rows.x_BMD))
     storage = Storage(str(folder))
-    for num_shards in (1, 100):
-        write_store(storage, f"memory-{num_shards}", [make_rows(small, 0)] * num_shards, NONE)
-        store = ActivationStore(storage, f"memory-{num_shards}")
-        read_store(store, small._replace(shards=num_shards), 0)
+    for num_shards in (10, 100, 10, 100):
+        write_store(storage, "memory", [rows] * num_shards, NONE)
+        read_store(ActivationStore(storage, "memory"), small._replace(shards=num_shards), 0)
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
-        print(
-            f"  {num_shards:3d} shards: anonymous {int(status['RssAnon'].split()[0]) / 1024:.0f} MiB, peak {peak:.0f}"
-        )
+        print(f"  {num_shards:3d} shards: {int(status['RssAnon'].split()[0]) / 1024:.0f} MiB beside mapped files")
 
 
 def main() -> None:
