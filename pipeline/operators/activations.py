@@ -2,7 +2,8 @@
 
 A call takes the documents of one shard, runs them in batches of similar length and returns one row per kept token, in
 the order of the documents, positions ascending. What comes out depends on the documents and options alone: the same
-call gives the same bytes, wherever and however often it runs.
+call gives the same bytes, wherever and however often it runs. Only where memory runs out are batches cut differently,
+which changes roundings and nothing else.
 
 It knows no shards or files. The trade-off: documents are sorted by length inside a call, so more documents a call
 means less padding, and all rows of a call are in memory at once.
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import InputError
+from pipeline.operators.memory import is_out_of_memory
 from pipeline.operators.pair import ModelPair
 from pipeline.schema import MODEL_NAMES, Flag
 
@@ -64,6 +66,8 @@ class ActivationRows(NamedTuple):
     """Of the forward passes that made these rows."""
     num_capped: int
     """Rows left out by norm_cap alone."""
+    num_out_of_memory: int
+    """How often a batch did not fit and the budget was halved."""
 
 
 class TokenBatch(NamedTuple):
@@ -84,9 +88,15 @@ class ExtractRows:
         check_options(options)
         self.pair = pair
         self.options = options
+        self.tokens_per_batch = options.tokens_per_batch
+        """Budget of the next call: the options', until memory runs out."""
 
     def __call__(self, documents: Mapping[str, Sequence[Any]]) -> ActivationRows:
-        """Rows of the documents; a document of which everything is dropped gives none."""
+        """Rows of the documents; a document of which everything is dropped gives none.
+
+        A batch that does not fit into memory is run again in halves, and later calls keep the smaller budget. Raises
+        InputError where one document alone does not fit.
+        """
         ids = [np.asarray(row, dtype=np.int32) for row in documents["input_ids"]]
         flags = [np.asarray(row, dtype=np.int32) for row in documents["flags"]]
         positions = [kept_positions(row, self.options) for row in flags]
@@ -94,31 +104,76 @@ class ExtractRows:
         num_rows = int(ends[-1]) if len(ends) else 0
         x_BMD = torch.empty(num_rows, len(MODEL_NAMES), self.pair.activation_dim, dtype=torch.bfloat16)
         is_within_cap_B = torch.ones(num_rows, dtype=torch.bool)
-        plan = plan_batches([len(row) for row in ids], self.options.tokens_per_batch)
-        for members in plan.batches:
+        lengths = [len(row) for row in ids]
+        num_computed, num_out_of_memory = 0, 0
+        waiting = self._plan(np.arange(len(ids)), lengths)
+        while waiting:
+            members = waiting.pop()
             batch = pad_documents([ids[i] for i in members], [flags[i] for i in members])
-            h_BTMD = self.pair.activations(batch.ids_BT, batch.mask_BT)
             width = batch.ids_BT.shape[1]
             source = np.concatenate([row * width + positions[i] for row, i in enumerate(members)])
+            taken = self._run(batch, torch.from_numpy(source))
+            if taken is None:
+                num_out_of_memory += 1
+                self._halve(len(members), width)
+                waiting = self._plan(np.concatenate([*waiting, members]), lengths)
+                continue
+            num_computed += batch.ids_BT.numel()
             target = np.concatenate([np.arange(ends[i] - len(positions[i]), ends[i]) for i in members])
-            source_B = torch.from_numpy(source).to(h_BTMD.device)
-            kept_BMD = h_BTMD.flatten(0, 1)[source_B]
-            x_BMD[torch.from_numpy(target)] = kept_BMD.to(torch.bfloat16).cpu()
-            if self.options.norm_cap is not None:
-                is_within_BT = within_norm_cap(h_BTMD, batch.mask_BT, self.options.norm_cap)
-                is_bad_B = ~kept_BMD.isfinite().flatten(1).all(dim=1)  # a fault of the document, not a large norm
-                is_within_cap_B[torch.from_numpy(target)] = (is_within_BT.flatten()[source_B] | is_bad_B).cpu()
-        lengths = [len(row) for row in positions]
+            x_BMD[torch.from_numpy(target)] = taken.x_BMD
+            is_within_cap_B[torch.from_numpy(target)] = taken.is_within_cap_B
+        num_rows_of = [len(row) for row in positions]
         rows = ActivationRows(
             x_BMD,
             _take(ids, positions),
-            torch.from_numpy(np.repeat(np.asarray(documents["doc_id"], dtype=np.int64), lengths)),
+            torch.from_numpy(np.repeat(np.asarray(documents["doc_id"], dtype=np.int64), num_rows_of)),
             torch.from_numpy(_concatenate(positions).astype(np.int32)),
             _take(flags, positions),
-            plan.real_token_frac,
+            sum(lengths) / num_computed if num_computed else 1.0,
             int((~is_within_cap_B).sum()),
+            num_out_of_memory,
         )
         return rows if rows.num_capped == 0 else _of_rows(rows, is_within_cap_B)
+
+
+    def _plan(self, members: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
+        """Batches of some documents for the present budget; the last one is to be run first."""
+        plan = plan_batches([lengths[i] for i in members], self.tokens_per_batch)
+        return [members[batch] for batch in reversed(plan.batches)]
+
+    def _run(self, batch: TokenBatch, source_B: Tensor) -> "_TakenRows | None":
+        """Rows of a batch, or None where memory ran out; by the return, whatever the attempt held is free again."""
+        try:
+            h_BTMD = self.pair.activations(batch.ids_BT, batch.mask_BT)
+            source_B = source_B.to(h_BTMD.device)
+            kept_BMD = h_BTMD.flatten(0, 1)[source_B]
+            is_within_B = torch.ones(len(kept_BMD), dtype=torch.bool)
+            if self.options.norm_cap is not None:
+                is_within_BT = within_norm_cap(h_BTMD, batch.mask_BT, self.options.norm_cap)
+                is_bad_B = ~kept_BMD.isfinite().flatten(1).all(dim=1)  # a fault of the document, not a large norm
+                is_within_B = (is_within_BT.flatten()[source_B] | is_bad_B).cpu()
+            return _TakenRows(kept_BMD.to(torch.bfloat16).cpu(), is_within_B)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None
+
+    def _halve(self, num_documents: int, width: int) -> None:
+        if num_documents == 1:
+            raise InputError(
+                f"expected memory on {self.pair.device} for one document of {width} tokens, it ran out; lower "
+                "tokens.max_tokens_per_document, or give each worker more memory or fewer neighbours (resources)"
+            )
+        self.tokens_per_batch = max(1, num_documents * width // 2)
+
+
+class _TakenRows(NamedTuple):
+    """Rows of one batch, on the CPU."""
+
+    x_BMD: Tensor
+    is_within_cap_B: Tensor
 
 
 def kept_positions(flags: np.ndarray, options: RowOptions) -> np.ndarray:

@@ -9,6 +9,7 @@ import torch
 from pipeline.errors import InputError
 from pipeline.operators.activations import ExtractRows, RowOptions, plan_batches
 from pipeline.operators.loading import LoadOptions, ModelSpec
+from pipeline.operators.memory import automatic_tokens_per_batch, is_out_of_memory, tokens_that_fit
 from pipeline.operators.pair import ModelPair
 from pipeline.schema import MODEL_NAMES, Flag
 
@@ -107,6 +108,65 @@ def test_norm_cap_compares_each_token_with_its_own_document_alone(
     assert without_bos.num_capped == int((~is_kept & ~is_bos).sum())
     with pytest.raises(InputError, match="above 0, got 0"):
         ExtractRows(pair, RowOptions(64, norm_cap=0))
+
+
+def _no_room(_tokens: int) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def _no_room_on_the_cpu(tokens: int) -> None:
+    torch.empty(tokens << 50, dtype=torch.uint8)  # what the allocator says of it is its own
+
+
+@pytest.mark.parametrize("fail", [_no_room, _no_room_on_the_cpu])
+def test_running_out_of_memory_halves_the_batches_and_loses_no_row(
+    saved_pairs: Callable[[str], tuple[str, str]], fail: Callable[[int], None]
+) -> None:
+    pair = _load(saved_pairs, "gemma2")
+    documents = _token_rows([5, 30, 1, 12, 0, 13, 2, 28, 29, 9])
+    undisturbed = ExtractRows(pair, RowOptions(1000))(documents)
+    sizes: list[int] = []
+
+    def limited(_layer: Any, args: tuple[torch.Tensor, ...]) -> None:
+        sizes.append(args[0].shape[0] * args[0].shape[1])
+        if sizes[-1] > 40:
+            fail(sizes[-1])
+
+    handle = pair.decoders[1].layers[1].register_forward_pre_hook(limited)
+    try:
+        extract = ExtractRows(pair, RowOptions(1000))
+        halved = extract(documents)
+        assert halved.num_out_of_memory > 0
+        num_failed = sum(size > 40 for size in sizes)
+        assert halved.num_out_of_memory == num_failed
+        again = extract(documents)
+        assert again.num_out_of_memory == 0
+        assert sum(size > 40 for size in sizes) == num_failed
+        with pytest.raises(InputError, match="one document of 41 tokens, it ran out"):
+            extract(_token_rows([3, 41]))
+    finally:
+        handle.remove()
+    for rows in (halved, again):
+        torch.testing.assert_close(rows.x_BMD, undisturbed.x_BMD, rtol=2**-7, atol=1e-3)
+        assert all(torch.equal(a, b) for a, b in zip(rows[1:5], undisturbed[1:5], strict=True))
+
+
+def test_other_failures_are_not_taken_for_a_lack_of_memory(saved_pairs: Callable[[str], tuple[str, str]]) -> None:
+    pair = _load(saved_pairs, "llama")
+    documents = _token_rows([5, 6])
+    documents["input_ids"][0][2] = 400
+    with pytest.raises(IndexError):
+        ExtractRows(pair, RowOptions(64))(documents)
+    assert not is_out_of_memory(RuntimeError("expected scalar type Float but found Half"))
+
+
+def test_automatic_budget_is_a_power_of_two_that_fits(saved_pairs: Callable[[str], tuple[str, str]]) -> None:
+    assert automatic_tokens_per_batch(_load(saved_pairs, "llama")) == 16_384
+    gigabyte = 1 << 30
+    assert tokens_that_fit(40 * gigabyte, 500_000) == 32_768  # 51,539 tokens at 0.6 of the memory
+    assert tokens_that_fit(80 * gigabyte, 500_000) == 65_536
+    assert tokens_that_fit(gigabyte // 100, 500_000) == 1024
+    assert tokens_that_fit(1000 * gigabyte, 0) == 131_072
 
 
 def test_no_documents_give_no_rows(saved_pairs: Callable[[str], tuple[str, str]]) -> None:
