@@ -135,7 +135,6 @@ class ExtractRows:
         )
         return rows if rows.num_capped == 0 else _of_rows(rows, is_within_cap_B)
 
-
     def _plan(self, members: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
         """Batches of some documents for the present budget; the last one is to be run first."""
         plan = plan_batches([lengths[i] for i in members], self.tokens_per_batch)
