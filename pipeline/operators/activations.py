@@ -66,7 +66,7 @@ class ActivationRows(NamedTuple):
     """Of the forward passes that made these rows."""
     num_capped: int
     """Rows left out by norm_cap alone."""
-    num_out_of_memory: int
+    num_out_of_memory: int = 0
     """How often a batch did not fit and the budget was halved."""
 
 

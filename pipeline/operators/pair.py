@@ -157,8 +157,7 @@ class ModelPair:
             for row, document in enumerate(documents):
                 plain_TD, plain_TV = _plain_forward(decoder, document)
                 ours_TD = ours_BTMD[row, : len(document), model].to(plain_TD.device, torch.float64)
-                error_T = (ours_TD - plain_TD.double()).norm(dim=-1)
-                relative[model].append((error_T / plain_TD.double().norm(dim=-1)).cpu())
+                relative[model].append(_relative_errors(ours_TD, plain_TD.double()).cpu())
                 if plain_TV is None:
                     continue
                 ones_1T = torch.ones(1, len(document), dtype=torch.int64)
@@ -197,6 +196,14 @@ def _plain_forward(decoder: SplitDecoder, document: Sequence[int]) -> tuple[Tens
     is_last = len(decoder.layers) == decoder.layer
     stream_BTD = seen[0] if is_last else output.hidden_states[decoder.layer]
     return stream_BTD[0], None if decoder.model is None else output.logits[0]
+
+
+def _relative_errors(ours_TD: Tensor, plain_TD: Tensor) -> Tensor:
+    """|ours - plain| / |plain| per position; 0 where the plain forward overflows, infinite where ours alone does."""
+    tiny = torch.finfo(plain_TD.dtype).tiny
+    error_T: Tensor = (ours_TD - plain_TD).norm(dim=-1) / plain_TD.norm(dim=-1).clamp_min(tiny)
+    error_T = error_T.masked_fill(~ours_TD.isfinite().all(dim=-1), float("inf"))
+    return error_T.masked_fill(~plain_TD.isfinite().all(dim=-1), 0.0)
 
 
 def _padded(documents: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

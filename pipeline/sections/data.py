@@ -240,8 +240,9 @@ class ActivationsSection(Section):
     compression: Literal["none", "lossless", "int8"] = "none"
     """How shards are kept. lossless: the same numbers in about two thirds of the bytes, slower to write and read. int8:
     half the bytes, one scale per row and model; adds noise of at most 1/254 of a row's largest value."""
-    tokens_per_batch: PositiveInt = 16_384
-    """Tokens in one forward pass, padding included; raising it costs memory."""
+    tokens_per_batch: PositiveInt | Literal["auto"] = "auto"
+    """Tokens in one forward pass, padding included; auto takes what the GPU has memory for, 16,384 on a CPU. A batch
+    that does not fit after all is run in halves."""
     max_rejected_frac: float = Field(0.01, ge=0, le=1)
     """Share of documents that may be set aside because they cannot be read, fail or give NaN or Inf; more end the run.
     0 allows none."""

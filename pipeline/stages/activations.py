@@ -157,6 +157,9 @@ class ExtractShard:
             "sha256": file.sha256,
             "real_token_frac": extracted.real_token_frac,
             "num_capped": extracted.num_capped,
+            "num_out_of_memory": extracted.num_out_of_memory,
+            "plain_forward_difference": list(self.extractor.verification.relative_difference),
+            "commits": list(self.extractor.commits),
             "mean_norm": summary.mean_norm_M.tolist(),
             "shape": list(rows.x_BMD.shape[1:]),
             "num_layers": self.extractor.num_layers,
@@ -221,11 +224,17 @@ def _counts(described: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "num_rows_train": sum(value["num_rows"] for value in described if value["split"] == Split.TRAIN),
         "num_rows_validation": sum(value["num_rows"] for value in described if value["split"] == Split.VALIDATION),
         "num_rows_above_norm_cap": sum(value["num_capped"] for value in described),
+        "num_out_of_memory": sum(value["num_out_of_memory"] for value in described),
         "num_shards": len(described),
         "num_bytes": sum(value["num_bytes"] for value in described),
         "activation_dim": described[0]["shape"][1],
         "num_layers": described[0]["num_layers"],
         "kept_frac": num_rows / float(tokens.sum()),
         "real_token_frac": float(tokens.sum() / (tokens / fractions).sum()),
+        **{
+            f"plain_forward_difference_{name}": max(value["plain_forward_difference"][m] for value in described)
+            for m, name in enumerate(MODEL_NAMES)
+        },
+        **{f"commit_{name}": described[0]["commits"][m] for m, name in enumerate(MODEL_NAMES)},
         **{f"mean_norm_{name}": float(norms[:, m] @ weights / num_rows) for m, name in enumerate(MODEL_NAMES)},
     }

@@ -14,6 +14,8 @@ import pyarrow as pa
 import torch
 
 from pipeline.operators.activations import ExtractRows, RowOptions
+from pipeline.operators.memory import automatic_tokens_per_batch
+from pipeline.operators.pair import Verification
 from pipeline.operators.screening import extract_screened
 from pipeline.schema import REJECTED_COLUMNS
 from pipeline.sections.data import ActivationsSection
@@ -22,6 +24,9 @@ from pipeline.stages.models import Loading, load_pair
 from pipeline.stages.tables import arrow_schema, read_table, write_table
 from pipeline.stages.tokens import INDEX_NAME
 from pipeline.storage import Storage
+
+_NUM_CHECKED, _NUM_CANDIDATES, _CHECKED_TOKENS = 3, 16, 256
+"""Documents that the check against the plain forward runs, those it looks at to find them, tokens of each."""
 
 REJECTED_NAME = "rejected.parquet"
 REJECTED_SCHEMA = arrow_schema(REJECTED_COLUMNS)
@@ -38,6 +43,15 @@ class Extracted(NamedTuple):
     """Tokens over tokens computed, padding included."""
     num_capped: int
     """Rows left out for their norm."""
+    num_out_of_memory: int
+    """How often a batch did not fit and was run in halves."""
+
+
+class _Ready(NamedTuple):
+    """What a worker makes once."""
+
+    extract: ExtractRows
+    verification: Verification
 
 
 class Extractor:
@@ -61,15 +75,38 @@ class Extractor:
         self.section, self.loading, self.max_rejected = section, loading, max_rejected
 
     @cached_property
-    def _extract(self) -> ExtractRows:
+    def _ready(self) -> "_Ready":
+        """The models, checked against the library's own forward before anything is extracted."""
+        pair = load_pair(self.storage, self.loading, layer=self.section.layer, is_lower_only=True)
+        verification = pair.require_plain_forward(self._first_documents(pair.vocab_size))
+        pair.drop_upper()
+        asked = self.section.tokens_per_batch
         options = RowOptions(
-            tokens_per_batch=self.section.tokens_per_batch,
+            tokens_per_batch=automatic_tokens_per_batch(pair) if asked == "auto" else asked,
             drop_first_tokens=self.section.drop_first_tokens,
             drop_bos=self.section.drop_bos,
             norm_cap=self.section.norm_cap,
         )
-        pair = load_pair(self.storage, self.loading, layer=self.section.layer, is_lower_only=True)
-        return ExtractRows(pair, options)
+        return _Ready(ExtractRows(pair, options), verification)
+
+    @property
+    def verification(self) -> Verification:
+        """How far the pair is from the library's plain forward, on the first documents of the tokens."""
+        return self._ready.verification
+
+    @property
+    def commits(self) -> tuple[str | None, str | None]:
+        """Commits of base and chat on the hub, as they were loaded; None for local models."""
+        return self._ready.extract.pair.commits
+
+    def _first_documents(self, vocab_size: int) -> list[list[int]]:
+        """Beginnings of the first documents that can be read; one of token 0 where none can."""
+        index = self._index.slice(0, _NUM_CANDIDATES)
+        candidates = read_token_rows(self.storage, self.tokens_folder, index)["input_ids"]
+        readable = [
+            row for row in candidates if row is not None and len(row) and 0 <= row.min() <= row.max() < vocab_size
+        ]
+        return [row[:_CHECKED_TOKENS].tolist() for row in readable[:_NUM_CHECKED]] or [[0]]
 
     @cached_property
     def _index(self) -> pa.Table:
@@ -78,15 +115,15 @@ class Extractor:
     @property
     def num_layers(self) -> int:
         """Decoder layers of the chat model."""
-        return int(self._extract.pair.num_layers)
+        return int(self._ready.extract.pair.num_layers)
 
     def __call__(self, places: np.ndarray) -> Extracted:
         """Rows of the documents at these places of the index."""
         documents = read_token_rows(self.storage, self.tokens_folder, self._index.take(places))
         screened = extract_screened(
-            self._extract,
+            self._ready.extract,
             documents,
-            vocab_size=self._extract.pair.vocab_size,
+            vocab_size=self._ready.extract.pair.vocab_size,
             max_rejected=self.max_rejected,
         )
         extracted = screened.rows
@@ -109,7 +146,7 @@ class Extractor:
             dict(zip(("corpus", "split", "num_tokens"), about[doc_id], strict=True), doc_id=doc_id, reason=reason)
             for doc_id, reason in screened.rejected
         )
-        return Extracted(rows, rejected, extracted.real_token_frac, extracted.num_capped)
+        return Extracted(rows, rejected, extracted.real_token_frac, extracted.num_capped, extracted.num_out_of_memory)
 
 
 def write_rejected(storage: Storage, folder: str, rejected: Sequence[Mapping[str, Any]]) -> None:

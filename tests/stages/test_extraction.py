@@ -70,6 +70,15 @@ def test_poisonous_documents_are_set_aside_and_counted(ray_cluster: None, finish
     assert sorted(kept) == sorted(set(index["doc_id"]) - set(table.index))
 
 
+def test_record_says_how_far_the_rows_are_from_the_plain_forward(finished: Finished) -> None:
+    record = finished.states["activations"].record
+    assert record is not None
+    assert all(0 <= record.counts[f"plain_forward_difference_{name}"] < 1e-3 for name in ("base", "chat"))
+    assert (record.counts["commit_base"], record.counts["commit_chat"]) == (None, None)
+    assert (record.counts["num_out_of_memory"], record.counts["num_rows_above_norm_cap"]) == (0, 0)
+    assert record.counts["real_token_frac"] > 0.9
+
+
 def test_more_poison_than_allowed_ends_the_run_with_names(
     ray_cluster: None, finished: Finished, tmp_path: Path
 ) -> None:
