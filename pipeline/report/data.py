@@ -58,6 +58,10 @@ class CrosscoderReport:
     """Keys of schema.FIDELITY_KEYS."""
     latents: pd.DataFrame | None = None
     causality: pd.DataFrame | None = None
+    causality_differences: pd.DataFrame | None = None
+    causality_curve: pd.DataFrame | None = None
+    controls: pd.DataFrame | None = None
+    seeds: pd.DataFrame | None = None
     steering: pd.DataFrame | None = None
     steering_samples: pd.DataFrame | None = None
     examples: pd.DataFrame | None = None
@@ -106,6 +110,10 @@ class ReportData:
 _REQUIRED = {
     "latents": tuple(column.name for column in schema.LATENT_COLUMNS),
     "causality": tuple(column.name for column in schema.CAUSALITY_COLUMNS),
+    "causality_differences": tuple(column.name for column in schema.CAUSALITY_DIFFERENCE_COLUMNS),
+    "causality_curve": tuple(column.name for column in schema.CAUSALITY_CURVE_COLUMNS),
+    "controls": tuple(column.name for column in schema.CONTROL_COLUMNS),
+    "seeds": tuple(column.name for column in schema.SEED_COLUMNS),
     "steering": tuple(column.name for column in schema.STEERING_COLUMNS),
     "steering_samples": tuple(column.name for column in schema.STEERING_SAMPLE_COLUMNS),
     "examples": tuple(column.name for column in schema.EXAMPLE_COLUMNS),

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from pipeline.numerics.proportions import wilson_interval
-from pipeline.report import charts, effects, places, ranked
+from pipeline.report import charts, controls, effects, places, ranked
 from pipeline.report import formatting as fmt
 from pipeline.report.data import CrosscoderReport, ReportData
 from pipeline.report.palette import series_colours, with_light_colours
@@ -20,6 +20,7 @@ from pipeline.report.summary import (
     CONTROL_LATENT,
     CONTROL_NONE,
     CONTROL_RANDOM,
+    EVIDENCE_ORDER,
     PlantedScore,
     chat_only_rows,
     planted_rows,
@@ -36,7 +37,7 @@ CURVE_FIGURES = (
 
 POSITIONS = (("all", "All positions that predict assistant tokens"), ("first_9", "First nine tokens of each answer"))
 
-SHARED_INTERVENTIONS = ("none", "template")
+SHARED_INTERVENTIONS = ("none", "template", "mean_difference", "mean_difference_projection")
 """Interventions that use no crosscoder: drawn once."""
 SANITY_INTERVENTIONS = ("base", "chat")
 """Only in the table: base equals none, and chat must be exactly 0."""
@@ -44,6 +45,8 @@ SANITY_INTERVENTIONS = ("base", "chat")
 KL_LAYOUT: tuple[tuple[str, str], ...] = (
     ("none", "none"),
     ("template", "template"),
+    ("mean difference", "mean_difference"),
+    ("mean difference, projected", "mean_difference_projection"),
     ("all latents", "all"),
     ("error", "error"),
     ("half of the chat-only latents, replaced", ""),
@@ -82,6 +85,7 @@ def figure_list(data: ReportData) -> list[Figure]:
         *_training_figures(data, colours),
         *_ownership_figures(data, colours),
         *_scaling_figures(data),
+        *_control_figures(data, colours),
         *_place_figures(data, colours),
         *_causality_figures(data, colours),
         *_steering_figures(data, colours),
@@ -167,7 +171,25 @@ def _causality_figures(data: ReportData, colours: dict[str, str]) -> list[Figure
             if "" in used:
                 key.append(("no crosscoder", "var(--plain)"))
             result.append(Figure(f"kl_{positions}", "causality", title, effects.kl_bars(groups, key)))
+    curves = [(one.name, one.causality_curve) for one in data.crosscoders if one.causality_curve is not None]
+    for positions, title in POSITIONS:
+        drawn = [_latent_curve(name, colours[name], table[table["positions"] == positions]) for name, table in curves]
+        drawn = [curve for curve in drawn if len(curve.evidence) > 1]
+        if drawn:
+            name = f"KL by number of latents added. {title}"
+            result.append(Figure(f"kl_curve_{positions}", "causality", name, ranked.kl_curves(drawn)))
     return result
+
+
+def _latent_curve(name: str, colour: str, table: pd.DataFrame) -> ranked.LatentCurve:
+    orders: dict[str, list[ranked.CurvePoint]] = {}
+    for row in table.sort_values("num_latents", kind="stable").to_dict("records"):
+        point = ranked.CurvePoint(
+            int(row["num_latents"]), float(row["kl"]), float(row["kl_low"]), float(row["kl_high"])
+        )
+        orders.setdefault(str(row["order"]), []).append(point)
+    evidence = orders.pop(EVIDENCE_ORDER, [])
+    return ranked.LatentCurve(name, colour, evidence, list(orders.values()))
 
 
 def _bar_groups(
@@ -324,3 +346,10 @@ def _place_figures(data: ReportData, colours: dict[str, str]) -> list[Figure]:
         names = [(name, colours[name]) for name, _ in analysed]
         figures.append(Figure("corpora", "places", "Frequency by corpus", places.frequency_chart(groups, names)))
     return figures
+
+
+def _control_figures(data: ReportData, colours: dict[str, str]) -> list[Figure]:
+    groups = [(one.name, colours[one.name], controls.control_rows(one.controls)) for one in data.crosscoders]
+    if not any(row.value == row.value for _, _, rows in groups for row in rows):
+        return []
+    return [Figure("controls", "controls", "Controls of the verdict", controls.controls_chart(groups))]

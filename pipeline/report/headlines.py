@@ -6,15 +6,23 @@ Plain text; the page escapes and places it.
 
 from typing import NamedTuple
 
-import pandas as pd
-
 from pipeline.report import formatting as fmt
+from pipeline.report.controls import control_rows, control_sentences
 from pipeline.report.data import CrosscoderReport
-from pipeline.report.summary import VerdictCounts, causal_summary, planted_rows, steering_effects, verdict_counts
+from pipeline.report.summary import (
+    VerdictCounts,
+    causal_summary,
+    difference_of,
+    planted_rows,
+    steering_effects,
+    verdict_counts,
+)
 from pipeline.schema import Verdict
 
 GOOD_AUROC = 0.9
 """A planted behaviour counts as found from here on."""
+CHANCE = 0.5
+"""Balanced accuracy of an explanation that says nothing."""
 
 
 class Headline(NamedTuple):
@@ -32,14 +40,20 @@ class Headline(NamedTuple):
 
 def headline(crosscoder: CrosscoderReport) -> Headline:
     """The first page's text for one crosscoder."""
-    does = [*_planted_sentences(crosscoder), *_steering_sentences(crosscoder), *_causal_sentences(crosscoder.causality)]
+    does = [*does_sentences(crosscoder), *_explanation_sentences(crosscoder)]
     does = does or ["No analysis of effects was run for this crosscoder."]
     if crosscoder.latents is None:
         new = "Which model owns a latent was not analysed for this crosscoder."
         return Headline("", "No verdict", new, [], does)
     counts = verdict_counts(crosscoder.latents)
     number, label, new = _new(counts)
-    return Headline(number, label, new, _sure(counts, crosscoder), does)
+    sure = [*_sure(counts, crosscoder), *control_sentences(control_rows(crosscoder.controls))]
+    return Headline(number, label, new, sure, does)
+
+
+def does_sentences(crosscoder: CrosscoderReport) -> list[str]:
+    """What the latents find, what adding them causes, and how much of the KL they carry; only what was measured."""
+    return [*_planted_sentences(crosscoder), *_steering_sentences(crosscoder), *_causal_sentences(crosscoder)]
 
 
 def _new(counts: VerdictCounts) -> tuple[str, str, str]:
@@ -116,7 +130,8 @@ def _steering_sentences(crosscoder: CrosscoderReport) -> list[str]:
     return [f"{sentence}."]
 
 
-def _causal_sentences(causality: pd.DataFrame | None) -> list[str]:
+def _causal_sentences(crosscoder: CrosscoderReport) -> list[str]:
+    causality = crosscoder.causality
     summary = causal_summary(causality)
     if causality is None or summary is None:
         return []
@@ -134,4 +149,22 @@ def _causal_sentences(causality: pd.DataFrame | None) -> list[str]:
     if best is not None and worst is not None:
         sentence += f"; the best half of the chat-only latents leaves {fmt.decimal(best)}, the worst half "
         sentence += f"{fmt.decimal(worst)}"
+    paired = difference_of(crosscoder.causality_differences, "worst_half_replace", "best_half_replace")
+    if paired is not None:
+        found = "told apart" if paired.is_clear else "not told apart"
+        sentence += f" ({found} by the paired difference, {fmt.decimal(paired.value)} "
+        sentence += f"{fmt.interval(paired.low, paired.high)})"
     return [sentence + "."]
+
+
+def _explanation_sentences(crosscoder: CrosscoderReport) -> list[str]:
+    table = crosscoder.autointerp
+    scored = None if table is None else table[table["balanced_accuracy"].notna()]
+    if scored is None or scored.empty:
+        return []
+    above = int((scored["balanced_accuracy_low"] > CHANCE).sum())
+    return [
+        f"A language model's explanations of {fmt.plural(len(scored), 'latent')} hold on held-out contexts with a mean "
+        f"balanced accuracy of {fmt.decimal(float(scored['balanced_accuracy'].mean()), 2)}; {above} lie above chance "
+        "with their whole interval."
+    ]

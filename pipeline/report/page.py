@@ -17,20 +17,24 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.report import formatting as fmt
+from pipeline.report.controls import control_rows
 from pipeline.report.data import CrosscoderReport, ReportData
 from pipeline.report.figures import Figure, figure_list
 from pipeline.report.headlines import Headline, headline
 from pipeline.report.latent_rows import latent_table
 from pipeline.report.latents import LatentCard, anchor, latent_cards, visible
+from pipeline.report.lead import lead
 from pipeline.report.palette import VERDICT_ROLES, css_variables, series_colours
 from pipeline.report.places import num_template_latents
 from pipeline.report.samples import sample_groups
 from pipeline.report.summary import (
     CHAT_ONLY_VERDICTS,
     NO_SCORE,
+    HalfWay,
     PlantedRow,
     SteeringEffect,
     VerdictCounts,
+    half_way,
     planted_rows,
     steering_effects,
     verdict_counts,
@@ -47,6 +51,7 @@ SECTIONS = (
     ("steering", "Steering"),
     ("causality", "Causal effect"),
     ("scaling", "Latent Scaling"),
+    ("controls", "Controls"),
     ("places", "Where latents fire"),
     ("ownership", "Decoder norms"),
     ("fidelity", "Fidelity"),
@@ -89,6 +94,9 @@ class View(NamedTuple):
     cards: list[LatentCard]
     owners: dict[str, int]
     """Live latents by class of Delta_norm; empty where latents were not analysed."""
+    half_way: HalfWay | None
+    differences: list[dict[str, object]]
+    """Paired differences between halves, controls and baselines; without those from no intervention at all."""
     num_template: int
     """Chat-specific latents that fire mostly on template tokens."""
 
@@ -118,6 +126,7 @@ def render(data: ReportData) -> str:
             script=Markup(script),
             script_hash=f"sha256-{digest}",
             style=Markup(f":root{{{css_variables()}}}\n{style}"),
+            lead=lead(data),
             verdict_rows=verdict_table(data),
             outcomes=_outcomes(views),
             samples=[group for view in views for group in sample_groups(view.report)],
@@ -130,6 +139,7 @@ def render(data: ReportData) -> str:
             ownership_classes=OWNERSHIP_CLASSES,
             interpreted=[one for one in views if one.report.autointerp is not None and len(one.report.autointerp)],
             max_explanations=MAX_EXPLANATIONS,
+            controlled=[(one, control_rows(one.report.controls)) for one in views if control_rows(one.report.controls)],
         )
     )
     # Lone surrogates and NUL may come from a corpus; neither can stand in an HTML file.
@@ -182,8 +192,17 @@ def _view(crosscoder: CrosscoderReport, index: int, data: ReportData) -> View:
         segments=[] if counts is None else _segments(counts),
         cards=latent_cards(crosscoder, index),
         owners={} if crosscoder.latents is None else _owners(crosscoder.latents),
+        half_way=half_way(crosscoder.causality_curve),
+        differences=_differences(crosscoder.causality_differences),
         num_template=0 if crosscoder.latents is None else num_template_latents(crosscoder.latents),
     )
+
+
+def _differences(table: pd.DataFrame | None) -> list[dict[str, object]]:
+    if table is None:
+        return []
+    shown = table[(table["intervention"] != "none") & (table["positions"] != "rest")]
+    return [{str(key): value for key, value in row.items()} for row in shown.to_dict("records")]
 
 
 def _owners(latents: pd.DataFrame) -> dict[str, int]:

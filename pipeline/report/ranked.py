@@ -41,7 +41,7 @@ def kl_curves(curves: Sequence[LatentCurve]) -> str:
     kls = [value for line in lines for point in line for value in (point.kl, point.low, point.high)]
     low, high = padded_range([0.0, *kls], floor=0.0)
     box = Box(58, 54, 448, 254).lower(legend(canvas, [(curve.name, curve.colour) for curve in curves]))
-    ticks = [_ZERO_AT, *(2.0**power for power in range(0, math.ceil(math.log2(top)) + 1, 1 + int(math.log2(top)) // 7))]
+    ticks = [_ZERO_AT, *(2.0**power for power in range(0, int(math.log2(top)) + 1, 1 + int(math.log2(top)) // 7))]
     x_axis = Axis(
         "chat-only latents added", _ZERO_AT, max(2.0, top), True, ticks, lambda at: f"{0 if at < 1 else at:g}"
     )
@@ -94,7 +94,7 @@ def explanation_scores(groups: Sequence[tuple[str, str, Sequence[ExplainedLatent
     box = Box(52, 54, 448, 224).lower(shift)
     plot = frame(canvas, box, Axis("latents, best explained first", -0.5, number + len(groups) - 1.5, ticks=()), y_axis)
     canvas.line(box.left, plot.y(0.5), box.right, plot.y(0.5), "var(--muted)", stroke_dasharray="2 3")
-    canvas.text(box.right - 2, plot.y(0.5) - 5, "chance", text_anchor="end")
+    canvas.text(box.left + 4, plot.y(0.5) + 14, "chance")
     place = 0
     for name, colour, latents in groups:
         for one in sorted(latents, key=lambda latent: -latent.score):

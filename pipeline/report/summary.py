@@ -28,6 +28,10 @@ CONTROL_NONE = "none"
 """Values of schema.STEERING_COLUMNS' control."""
 
 
+EVIDENCE_ORDER = "evidence"
+"""Value of schema.CAUSALITY_CURVE_COLUMNS' order; all others are random orders."""
+
+
 class VerdictCounts(NamedTuple):
     """How many latents of one crosscoder got each verdict."""
 
@@ -103,6 +107,67 @@ def causal_summary(causality: pd.DataFrame | None, positions: str = "all") -> Ca
     if "none" not in kl or "all" not in kl:
         return None
     return CausalSummary(positions=positions, kl_none=kl["none"], kl_all=kl["all"])
+
+
+class Difference(NamedTuple):
+    """By how much one intervention leaves more KL than another, paired on the same tokens."""
+
+    value: float
+    """nats per token; positive where the first leaves more."""
+    low: float
+    high: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the whole interval lies above 0."""
+        return self.low > 0
+
+
+def difference_of(
+    differences: pd.DataFrame | None, intervention: str, reference: str, positions: str = "all"
+) -> Difference | None:
+    """KL(intervention) - KL(reference) at these positions, or None where it was not measured."""
+    if differences is None:
+        return None
+    rows = differences[
+        (differences["intervention"] == intervention)
+        & (differences["reference"] == reference)
+        & (differences["positions"] == positions)
+    ]
+    if rows.empty:
+        return None
+    row = rows.iloc[0]
+    return Difference(float(row["difference"]), float(row["difference_low"]), float(row["difference_high"]))
+
+
+class HalfWay(NamedTuple):
+    """How few latents do half of the work of all."""
+
+    num_evidence: int
+    """Added in order of evidence."""
+    num_random: float
+    """Added in random order, mean over the orders; NaN without one."""
+    num_latents: int
+
+
+def half_way(curve: pd.DataFrame | None, positions: str = "all") -> HalfWay | None:
+    """Latents needed for half of the KL that all of them take off; None where all of them take nothing off."""
+    if curve is None:
+        return None
+    needed: dict[str, int] = {}
+    total = 0
+    for order, rows in curve[curve["positions"] == positions].groupby("order"):
+        rows = rows.sort_values("num_latents")
+        kl = rows["kl"].to_numpy(dtype=float)
+        if len(kl) < 2 or not kl[0] > kl[-1]:
+            continue
+        is_reached = kl <= (kl[0] + kl[-1]) / 2
+        needed[str(order)] = int(rows["num_latents"].iloc[int(is_reached.argmax())])
+        total = max(total, int(rows["num_latents"].max()))
+    if EVIDENCE_ORDER not in needed:
+        return None
+    random = [number for order, number in needed.items() if order != EVIDENCE_ORDER]
+    return HalfWay(needed[EVIDENCE_ORDER], sum(random) / len(random) if random else math.nan, total)
 
 
 class SteeringEffect(NamedTuple):

@@ -18,7 +18,7 @@ from pipeline.report.page import render
 from pipeline.report.verdict import verdict_text
 from pipeline.schema import CHAT, MODEL_NAMES
 from pipeline.sections.crosscoder import AdoptedCrosscoderSection, CrosscoderSection
-from pipeline.stages import autointerp, causality, steering
+from pipeline.stages import autointerp, causality, controls, steering
 from pipeline.stages.base import Context, Step
 from pipeline.stages.crosscoder import read_curve
 from pipeline.stages.measurements import EXAMPLES_NAME, FIDELITY_NAME, LATENTS_NAME, PLANTED_NAME, TWINS_NAME
@@ -114,6 +114,10 @@ def _crosscoder(fit: Step, inputs: Sequence[Step], context: Context) -> Crosscod
         fidelity=context.storage.read_json(f"{latents.key.folder}/{FIDELITY_NAME}"),
         latents=table("latents", LATENTS_NAME),
         causality=table("causality", causality.TABLE_NAME),
+        causality_differences=table("causality", causality.DIFFERENCES_NAME),
+        causality_curve=table("causality", causality.CURVE_NAME),
+        controls=table("controls", controls.TABLE_NAME),
+        seeds=table("controls", controls.SEEDS_NAME),
         steering=_of_chat(table("steering", steering.TABLE_NAME)),
         steering_samples=_of_chat(table("steering", steering.SAMPLES_NAME)),
         examples=table("examples", EXAMPLES_NAME),

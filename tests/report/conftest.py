@@ -13,7 +13,12 @@ import pandas as pd
 import pytest
 
 from pipeline import schema
-from pipeline.report.data import CrosscoderReport, LineageRow, ModelPairInfo, ReportData
+from pipeline.report.data import (
+    CrosscoderReport,
+    LineageRow,
+    ModelPairInfo,
+    ReportData,
+)
 from pipeline.schema import InterpStatus, Verdict
 
 BEHAVIORS = ("refusal_harm", "refusal_secret", "correction", "personal")
@@ -145,6 +150,8 @@ def causality_table(separation: float) -> pd.DataFrame:
             "random_half_0_add": none * 0.63,
             "random_half_1_replace": none * 0.61,
             "random_half_1_add": none * 0.62,
+            "mean_difference": none * 0.88,
+            "mean_difference_projection": none * 0.7,
         }
         for name, kl in values.items():
             rows.append(
@@ -160,6 +167,77 @@ def causality_table(separation: float) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
+
+
+def difference_table(separation: float) -> pd.DataFrame:
+    """Paired differences: worst half above best half by `separation`, and what all latents take off."""
+    rows = []
+    for positions in ("all", "first_9", "rest"):
+        for intervention, reference, value in (
+            ("worst_half_replace", "best_half_replace", separation),
+            ("random_half_mean_replace", "best_half_replace", separation / 2),
+            ("mean_difference", "all", 0.2),
+            ("none", "all", 0.28),
+        ):
+            rows.append((intervention, reference, positions, value, value - 0.02, value + 0.02, 21_400, 300))
+    return pd.DataFrame(rows, columns=[column.name for column in schema.CAUSALITY_DIFFERENCE_COLUMNS])
+
+
+def kl_curve_table(num_latents: int, bend: float) -> pd.DataFrame:
+    """KL that falls from 0.48 to 0.3 as latents are added; the larger `bend`, the more the first ones do."""
+    rows = []
+    sizes = [0, *(2**power for power in range(12) if 2**power < num_latents), num_latents]
+    for positions in ("all", "first_9"):
+        for order, power in (("evidence", bend), ("random_0", 1.0), ("random_1", 1.1)):
+            for size in sizes:
+                kl = 0.48 - 0.18 * (size / num_latents) ** (1 / power)
+                rows.append((order, positions, size, kl, kl - 0.015, kl + 0.015, 0.01, 0.008, 0.012))
+    return pd.DataFrame(rows, columns=[column.name for column in schema.CAUSALITY_CURVE_COLUMNS])
+
+
+def control_table(name: str, num_specific: int) -> pd.DataFrame:
+    """Every control but the pairs."""
+    stated = 0.18 if name == "l1" else 0.05
+    other = f"{name}_seed1"
+    rows = [
+        (
+            "stated error",
+            "expected share of artifacts",
+            stated,
+            stated / 3,
+            stated * 1.8,
+            np.nan,
+            num_specific,
+            "by it",
+        ),
+        ("random directions", "share called with a random direction", 0.01, 0.0, 0.06, 0.0, 36, "0 of 36"),
+        (
+            f"seed {other}",
+            "Jaccard index of two seeds",
+            0.71,
+            0.52,
+            0.85,
+            np.nan,
+            num_specific,
+            f"matched with {other}",
+        ),
+    ]
+    return pd.DataFrame(rows, columns=[column.name for column in schema.CONTROL_COLUMNS])
+
+
+def seed_table(name: str, latents: list[int]) -> pd.DataFrame:
+    """Every second latent has a match."""
+    rows = [
+        (
+            f"{name}_seed1",
+            latent,
+            7 if index % 2 else -1,
+            Verdict.CHAT_SPECIFIC if index % 2 else None,
+            0.9 - index / 50,
+        )
+        for index, latent in enumerate(latents)
+    ]
+    return pd.DataFrame(rows, columns=[column.name for column in schema.SEED_COLUMNS])
 
 
 def steering_table(latents: list[int], strength: float, seed: int) -> pd.DataFrame:
@@ -317,6 +395,10 @@ def crosscoder_report(kind: str, *, num_latents: int = 2048, hostile: bool = Fal
         },
         latents=latents,
         causality=causality_table(0.01 if is_l1 else 0.13),
+        causality_differences=difference_table(0.01 if is_l1 else 0.13),
+        causality_curve=kl_curve_table(num_chat_only, 1.1 if is_l1 else 3.0),
+        controls=control_table(kind, len(order)),
+        seeds=seed_table(kind, [int(latent) for latent in order[:8]]),
         steering=steering_table(chosen, 0.55 if is_l1 else 0.95, seed),
         steering_samples=sample_table(chosen),
         examples=example_table([int(latent) for latent in order], seed, hostile),

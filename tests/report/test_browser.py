@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from pipeline.report.data import ReportData
 from pipeline.report.page import SECTIONS, render
+from pipeline.schema import Verdict
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((found for name in BROWSERS if (found := shutil.which(name))), "")
@@ -219,9 +221,83 @@ def test_keyboard_reaches_skip_link_and_table(visit: Callable[..., Visit]) -> No
 
 def test_print_opens_every_block_and_hides_controls(visit: Callable[..., Visit]) -> None:
     page = visit().page
+    before = page.locator("details[open]").count()
     page.emulate_media(media="print")
     page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
     assert page.locator("details:not([open]):not([hidden])").count() == 0
     assert not page.locator("nav").is_visible()
     page.evaluate("window.dispatchEvent(new Event('afterprint'))")
-    assert page.locator("details[open]").count() == 0
+    assert page.locator("details[open]").count() == before
+
+
+def test_a_latents_number_opens_its_card_and_closes_it_again(visit: Callable[..., Visit]) -> None:
+    page = visit().page
+    page.check("#f-cards")
+    buttons = page.locator("#latent-table button.open")
+    assert buttons.count() == page.locator("#latent-table tbody tr").count() > 30
+    for index in (0, buttons.count() - 1):  # one that also stands on the page, one that is drawn from data
+        button = buttons.nth(index)
+        latent = button.inner_text()
+        button.press("Enter")
+        card = page.locator("#latent-table tr.opened .card")
+        assert card.locator("h4").inner_text() == f"Latent {latent}"
+        assert card.locator(".context mark").count() > 0
+        assert "nu_eps" in card.locator(".facts").inner_text()
+        assert button.get_attribute("aria-expanded") == "true"
+        button.click()
+        assert card.count() == 0
+        assert button.get_attribute("aria-expanded") == "false"
+    ids = page.evaluate("[...document.querySelectorAll('[id]')].map((node) => node.id)")
+    assert len(ids) == len(set(ids))
+
+
+def test_the_search_takes_conditions_words_and_numbers_together(visit: Callable[..., Visit]) -> None:
+    opened = visit()
+    page = opened.page
+    total = page.locator("#f-count").inner_text()
+    page.fill("#f-text", "nu_r<0.2 nu_eps>=0.05")
+    ratios = list(zip(opened.column(7), opened.column(8), strict=True))
+    assert ratios
+    assert all(float(eps) >= 0.05 and float(r) <= 0.2 for eps, r in ratios)
+    page.fill("#f-text", "template>50% rivers")
+    assert opened.column(13)
+    assert all(int(share.rstrip("%")) >= 50 for share in opened.column(13))
+    assert all("rivers" in words for words in opened.column(17))
+    page.fill("#f-text", "explained>0.9")
+    assert all(float(score) > 0.9 for score in opened.column(16))
+    page.fill("#f-text", "nonsense>3")
+    assert opened.column(4) == []
+    page.fill("#f-text", "")
+    assert page.locator("#f-count").inner_text() == total
+
+
+def test_a_hostile_explanation_is_shown_as_text(visit: Callable[..., Visit]) -> None:
+    page = visit().page
+    page.fill("#f-text", "<script>alert(1)</script>")
+    assert page.locator("#latent-table tbody tr").count() == 2
+    page.locator("#latent-table button.open").first.click()
+    assert "<script>alert(1)</script>" in page.locator("tr.opened .words").inner_text()
+
+
+def test_twenty_thousand_latents_sort_and_filter_without_delay(
+    browser: Any, make_report: Callable[..., ReportData], tmp_path: Path
+) -> None:
+    data = make_report()
+    latents = data.crosscoders[0].latents
+    assert latents is not None
+    many = pd.concat([latents] * 10, ignore_index=True).assign(verdict=Verdict.OTHER)
+    many["latent"] = range(len(many))
+    file = tmp_path / "many.html"
+    one = dataclasses.replace(data.crosscoders[0], latents=many)
+    file.write_text(render(dataclasses.replace(data, crosscoders=[one])), encoding="utf-8")
+    opened = Visit(browser, file)
+    assert opened.page.locator("#f-count").inner_text() == "200 of 20,000 shown"
+    sort = "document.querySelectorAll('#latent-table th button')[6].click()"
+    search = "document.getElementById('f-text').value = 'nu_r<0.3'; "
+    search += "document.getElementById('filters').dispatchEvent(new Event('input'))"
+    measure = (
+        "() => {{ const start = performance.now(); {}; document.body.offsetHeight; return performance.now() - start; }}"
+    )
+    times = [opened.page.evaluate(measure.format(action)) for action in (sort, search)]
+    assert max(times) < 1000, times
+    opened.page.close()

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline.report import charts, effects
+from pipeline.report import charts, controls, effects, ranked
 from pipeline.report.data import ReportData
 from pipeline.report.figures import figure_list, figures
 from pipeline.report.svg import Axis, Box, Canvas, Scale, frame, legend, linear_ticks, log_ticks, padded_range
@@ -19,7 +19,7 @@ from pipeline.report.svg import Axis, Box, Canvas, Scale, frame, legend, linear_
 def test_every_figure_is_a_well_formed_file_in_fixed_colours(report: ReportData) -> None:
     files = figures(report)
     assert {"delta_norm.svg", "nu_l1.svg", "nu_batchtopk.svg", "kl_all.svg", "kl_first_9.svg"} <= set(files)
-    assert {"training_loss.svg", "planted.svg", "steering_refusal_harm.svg"} <= set(files)
+    assert {"training_loss.svg", "planted.svg", "steering_refusal_harm.svg", "kl_curve_all.svg"} <= set(files)
     for name, content in files.items():
         ElementTree.fromstring(content)
         assert b"var(--" not in content, name
@@ -124,8 +124,9 @@ def test_kl_figure_orders_groups_and_leaves_sanity_checks_to_the_table(report: R
     labels = re.findall(r">((?:best|worst) half|random halves|none|template|all latents|error|base|chat)</text>", svg)
     halves = ["best half", "random halves", "worst half"]
     assert labels == ["none", "template", "all latents", "error", *halves, *halves]
+    assert svg.index(">template</text>") < svg.index(">mean difference</text>") < svg.index(">all latents</text>")
     # Four bars per group of random halves (two seeds, two crosscoders), one where no crosscoder is used, else two.
-    assert svg.count('height="13"') == 2 + 2 * 2 + 2 * (4 * 2 + 4)
+    assert svg.count('height="13"') == 4 + 2 * 2 + 2 * (4 * 2 + 4)
 
 
 def test_a_heading_without_bars_is_left_out(report: ReportData) -> None:
@@ -166,3 +167,46 @@ def test_long_curves_are_thinned_without_changing_their_level() -> None:
     svg = charts.training_curves([charts.Curve("a", "red", steps, [2.0] * 10_000)], "loss", floor=None, ceiling=None)
     assert len(svg) < 20_000
     assert "ends at 2" in svg
+
+
+def test_kl_curves_end_where_the_numbers_do_and_keep_0_latents() -> None:
+    points = [ranked.CurvePoint(number, 1 - number / 16, math.nan, math.nan) for number in (0, 1, 4, 8)]
+    svg = ranked.kl_curves([ranked.LatentCurve("a", "var(--series-1)", points, [points])])
+    ElementTree.fromstring(svg)
+    ticks = re.findall(r'text-anchor="middle"[^>]*>([\d.]+)</text>', svg)
+    assert ticks == ["0", "1", "2", "4", "8"]
+    assert svg.count("<circle") == 4
+    assert svg.count("stroke-dasharray") == 1
+    assert "fill-opacity" not in svg, "no ribbon without an interval"
+    assert "a: 8 latents, 0.5000 nats per token" in svg
+    with_interval = [point._replace(low=point.kl - 0.1, high=point.kl + 0.1) for point in points]
+    assert "fill-opacity" in ranked.kl_curves([ranked.LatentCurve("a", "var(--series-1)", with_interval, [])])
+
+
+def test_explanations_fall_from_left_to_right_and_hostile_ones_are_text() -> None:
+    latents = [ranked.ExplainedLatent(j, "<script>", score, score - 0.1, 1.0) for j, score in ((1, 0.6), (2, 0.9))]
+    svg = ranked.explanation_scores([("a", "var(--series-1)", latents)])
+    assert "<script" not in svg
+    circles = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)
+    assert float(circles[0][0]) < float(circles[1][0])
+    assert float(circles[0][1]) < float(circles[1][1])
+    one = ranked.explanation_scores([("a", "var(--series-1)", latents[:1])])
+    ElementTree.fromstring(one)
+    assert "nan" not in one
+
+
+def test_controls_are_drawn_with_what_they_are_held_against(report: ReportData) -> None:
+    rows = controls.control_rows(report.crosscoders[0].controls)
+    svg = controls.controls_chart([("a", "var(--series-1)", rows), ("b", "var(--series-2)", [])])
+    ElementTree.fromstring(svg)
+    assert svg.count("<circle") == 3
+    assert svg.count('stroke="var(--muted)" stroke-width="2"') == 1
+    assert ">b</text>" not in svg
+
+
+def test_places_are_drawn_for_every_corpus(report: ReportData) -> None:
+    found = {figure.name: figure.svg for figure in figure_list(report) if figure.section == "places"}
+    assert set(found) == {"speakers", "corpora"}
+    for name in (">web</text>", ">chat</text>", ">shared latents</text>"):
+        assert name in found["corpora"]
+    assert found["speakers"].count("batchtopk, chat-specific: ") == 4

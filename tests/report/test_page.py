@@ -15,6 +15,7 @@ import pytest
 from pipeline.report.data import ReportData
 from pipeline.report.latent_rows import MAX_TABLE_ROWS, script_json
 from pipeline.report.latents import latent_cards, visible
+from pipeline.report.lead import lead
 from pipeline.report.page import SECTIONS, flat_settings, render
 from pipeline.report.summary import verdict_counts
 from pipeline.schema import Verdict
@@ -175,6 +176,7 @@ def test_missing_analyses_are_stated_and_leave_no_broken_section(bare_report: Re
         "no answer was generated with steering",
         "no language model was asked",
         "no KL was measured",
+        "controls were not run",
         "latents were not analysed",
         "fidelity was not measured",
         "No training curves",
@@ -184,15 +186,19 @@ def test_missing_analyses_are_stated_and_leave_no_broken_section(bare_report: Re
     assert "svg" not in Outline(page).tags
 
 
+SILENT = ("curves", "twins", "seeds", "causality_curve", "causality_differences")
+"""Tables whose lack is said elsewhere, or that belong to another table's analysis."""
+
+
 @pytest.mark.parametrize(
-    "field", ["latents", "causality", "steering", "examples", "planted", "curves", "twins", "autointerp"]
+    "field", ["latents", "causality", "steering", "examples", "planted", "autointerp", "controls", *SILENT]
 )
 def test_any_single_table_may_be_missing_or_empty(report: ReportData, field: str) -> None:
     for replacement in (None, getattr(report.crosscoders[0], field).iloc[:0]):
         changed: dict[str, Any] = {field: replacement}
         one = dataclasses.replace(report.crosscoders[0], **changed)
         text = text_of(render(dataclasses.replace(report, crosscoders=[one])))
-        if field not in {"curves", "twins"}:
+        if field not in SILENT:
             assert ("Not run for l1" if replacement is None else "Nothing to show for l1") in text
 
 
@@ -251,3 +257,52 @@ def test_page_of_a_large_crosscoder_stays_usable(report: ReportData) -> None:
 def test_settings_are_flattened_to_dotted_keys() -> None:
     settings = {"a": {"b": [1, 2]}, "c": [{"d": None}, {"d": True}], "e": {}}
     assert list(flat_settings(settings)) == [("a.b", "1, 2"), ("c[0].d", "\u2013"), ("c[1].d", "yes")]
+
+
+def test_the_page_opens_with_the_answer_of_the_most_trustworthy_crosscoder(report: ReportData, page: str) -> None:
+    found = lead(report)
+    assert found is not None
+    assert found.name == "batchtopk"
+    assert found.new.startswith("26 latents of 1,982 are new in the chat model, 19 of them for certain and 34 at most")
+    assert "10 more look new by decoder norm alone: 3 are artifacts of training, 7 undecided" in found.new
+    assert found.sure[0].startswith("About 1.3 of the 26 are expected to be artifacts all the same (5.0% [")
+    assert any("told apart by the paired difference" in sentence for sentence in found.does)
+    text = text_of(page)
+    assert text.index("In short") < text.index("How sure") < text.index(found.does[0])
+    alone = lead(dataclasses.replace(report, crosscoders=report.crosscoders[:1]))
+    assert alone is not None
+    assert (alone.name, alone.why) == ("l1", "")
+
+
+def test_without_a_verdict_nothing_is_said_in_short(bare_report: ReportData, null_report: ReportData) -> None:
+    assert lead(bare_report) is None
+    nothing = lead(null_report)
+    assert nothing is not None
+    assert nothing.new.startswith("Nothing: none of ")
+    one = dataclasses.replace(null_report.crosscoders[0], controls=None)
+    without = lead(dataclasses.replace(null_report, crosscoders=[one]))
+    assert without is not None
+    assert without.sure == ["Controls were not run: this rests on intervals over documents alone."]
+
+
+def test_every_latent_with_contexts_has_a_card_on_the_page_or_in_the_data(report: ReportData, page: str) -> None:
+    content: Any = embedded(page)
+    anchors = {row[3] for row in content["rows"] if row[3]}
+    ids = set(Outline(page).ids)
+    assert all((anchor in ids) != (anchor in content["cards"]) for anchor in anchors)
+    for place, crosscoder in enumerate(report.crosscoders):
+        assert crosscoder.examples is not None
+        assert {f"latent-{place}-{latent}" for latent in crosscoder.examples["latent"].unique()} <= anchors
+    card = next(iter(content["cards"].values()))
+    assert card["contexts"]
+    assert [name for name, _ in card["facts"]][:3] == ["Delta_norm", "nu_eps", "nu_r"]
+
+
+def test_twins_and_the_ratio_that_decides_stand_on_the_card(report: ReportData) -> None:
+    one = report.crosscoders[1]
+    assert one.latents is not None
+    latents = one.latents.assign(twin=5, twin_cosine=0.94, twin_divergence=0.31, decoder_norm_base=0.0)
+    latents = latents.assign(nu_act_centred=0.12, nu_act_centred_low=0.1, nu_act_centred_high=0.2)
+    facts = dict(latent_cards(dataclasses.replace(one, latents=latents), 1)[0].facts)
+    assert facts["twin"] == "5, cosine 0.94, divergence 0.31"
+    assert facts["nu_act, centred"] == "0.12 [0.10, 0.20]"

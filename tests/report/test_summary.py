@@ -10,10 +10,14 @@ import pytest
 from pipeline import schema
 from pipeline.errors import ArtifactError
 from pipeline.report import formatting as fmt
+from pipeline.report import places
+from pipeline.report.controls import control_rows, control_sentences
 from pipeline.report.data import CrosscoderReport, ReportData
 from pipeline.report.headlines import headline
 from pipeline.report.summary import (
     causal_summary,
+    difference_of,
+    half_way,
     planted_rows,
     steering_effects,
     verdict_counts,
@@ -168,3 +172,64 @@ def test_fidelity_without_a_key_is_refused_by_name() -> None:
 )
 def test_numbers_are_written_one_way(text: str, expected: str) -> None:
     assert text == expected
+
+
+def test_a_paired_difference_is_found_and_judged(report: ReportData) -> None:
+    table = report.crosscoders[1].causality_differences
+    found = difference_of(table, "worst_half_replace", "best_half_replace")
+    assert found is not None
+    assert found == pytest.approx((0.13, 0.11, 0.15))
+    assert found.is_clear
+    unclear = difference_of(report.crosscoders[0].causality_differences, "worst_half_replace", "best_half_replace")
+    assert unclear is not None
+    assert not unclear.is_clear
+    assert difference_of(table, "worst_half_add", "best_half_add") is None
+    assert difference_of(None, "a", "b") is None
+
+
+def curve(**orders: list[float]) -> pd.DataFrame:
+    """KL at 0, 1, 2, 4 and 8 latents for each order."""
+    rows = [
+        {"order": order, "positions": "all", "num_latents": size, "kl": kl}
+        for order, values in orders.items()
+        for size, kl in zip((0, 1, 2, 4, 8), values, strict=True)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_half_of_the_work_is_counted_in_latents() -> None:
+    orders = {"evidence": [1.0, 0.8, 0.5, 0.3, 0.2], "random_0": [1.0, 0.9, 0.8, 0.7, 0.2]}
+    table = curve(**orders, random_1=[1.0, 1.0, 1.0, 0.5, 0.2])
+    assert half_way(table) == (2, 6.0, 8)
+    only = half_way(table[table["order"] == "evidence"])
+    assert only is not None
+    assert math.isnan(only.num_random)
+    assert half_way(curve(evidence=[1.0, 1.1, 1.1, 1.1, 1.2])) is None
+    assert half_way(None) is None
+
+
+def test_controls_become_sentences_and_undefined_ones_none(report: ReportData) -> None:
+    rows = control_rows(report.crosscoders[1].controls)
+    sentences = control_sentences(rows)
+    assert sentences[0].startswith("About 1.3 of the 26 are expected to be artifacts all the same (5.0% [1.7%, 9.0%]")
+    assert sentences[2] == "Training again with another seed (batchtopk_seed1) finds the same set to 71% [52%, 85%]."
+    pair = rows[1]._replace(control="null pair", value=0.002, low=0.0, high=0.01)
+    (sentence,) = control_sentences([pair])
+    assert sentence == "This is a null pair: every chat-specific latent is false, 0.2% [0%, 1.0%] of all."
+    assert control_sentences([pair._replace(value=math.nan)]) == []
+    assert control_rows(None) == []
+
+
+def test_places_by_hand() -> None:
+    table = table_of([(Verdict.CHAT_SPECIFIC, True)] * 4 + [(Verdict.SHARED, False)] * 2)
+    table = table.assign(template_frac=[0.6, 0.5, 0.9, 0.1, 0.9, 0.9], user_frac=0.05, assistant_frac=0.05)
+    table = table.assign(frequency_web=[0.1, 0.2, 0.3, 0.4, 0.5, 0.5], frequency_chat=math.nan)
+    assert places.num_template_latents(table) == 2
+    assert places.corpora_of(table) == ["web", "chat"]
+    specific, shared = places.frequency_spreads(table, "web", "blue", "a")
+    assert (specific.number, specific.median, specific.first) == (4, pytest.approx(0.25), pytest.approx(0.175))
+    assert (shared.number, shared.colour) == (2, "var(--plain)")
+    assert places.frequency_spreads(table, "chat", "blue", "a") == []
+    rows = places.speaker_shares(table, "a")
+    assert rows[0].shares == pytest.approx((0.525, 0.05, 0.05, 0.375))
+    assert sum(rows[1].shares) == pytest.approx(1)

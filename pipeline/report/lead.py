@@ -1,0 +1,92 @@
+"""The first words of the page: three short answers from the crosscoder that deserves most trust.
+
+A hurried reader wants to know what is new in the chat model, how sure that is and what it does, once, not once per
+crosscoder. Which crosscoder answers is a rule, and the page states it. Plain text; the page escapes and places it.
+"""
+
+from typing import NamedTuple
+
+from pipeline.report import formatting as fmt
+from pipeline.report.controls import control_rows, control_sentences
+from pipeline.report.data import CrosscoderReport, ReportData
+from pipeline.report.headlines import does_sentences
+from pipeline.report.latents import explanations
+from pipeline.report.summary import VerdictCounts, verdict_counts
+
+MAX_DOES = 3
+MAX_NAMED = 3
+"""Explanations quoted."""
+TRUSTED_SCORE = 0.7
+"""Explanations from this balanced accuracy on are quoted on the first page."""
+
+
+class Lead(NamedTuple):
+    """What the page says first."""
+
+    place: int
+    """Position of the crosscoder among the report's."""
+    name: str
+    why: str
+    """Why this crosscoder answers; empty where there is no other."""
+    new: str
+    sure: list[str]
+    does: list[str]
+
+
+def lead(data: ReportData) -> Lead | None:
+    """The answer of the crosscoder with the largest share of confident chat-specific latents; None without a verdict.
+
+    The share is of its chat-only latents; of equal shares, more latents win. Crosscoders whose latents were not tested,
+    or that have no chat-only latent where another one has, do not answer.
+    """
+    found = [
+        (place, one, verdict_counts(one.latents))
+        for place, one in enumerate(data.crosscoders)
+        if one.latents is not None and len(one.latents)
+    ]
+    tested = [part for part in found if part[2].num_chat_only and part[2].has_scaling]
+    if not found or (not tested and any(counts.num_chat_only for _, _, counts in found)):
+        return None
+    place, crosscoder, counts = max(tested or found, key=lambda part: _trust(part[2]))
+    why = ""
+    if len(data.crosscoders) > 1 and tested:
+        share = fmt.percent(_trust(counts)[0], 0)
+        why = f"It answers because the largest share of its chat-only latents is confidently chat-specific ({share})."
+    sure = control_sentences(control_rows(crosscoder.controls))
+    if crosscoder.controls is None:
+        sure = ["Controls were not run: this rests on intervals over documents alone."]
+    return Lead(place, crosscoder.name, why, _new(counts), sure, _does(crosscoder))
+
+
+def _trust(counts: VerdictCounts) -> tuple[float, int]:
+    share = counts.num_confident_specific / counts.num_chat_only if counts.num_chat_only else 0.0
+    return share, counts.num_confident_specific
+
+
+def _new(counts: VerdictCounts) -> str:
+    if counts.num_chat_only == 0:
+        return f"Nothing: none of {fmt.plural(counts.num_alive, 'live latent')} belongs to the chat model alone."
+    verb = "is" if counts.num_specific == 1 else "are"
+    text = f"{fmt.plural(counts.num_specific, 'latent')} of {fmt.count(counts.num_alive)} {verb} new in the chat model"
+    low, high = counts.num_confident_specific, counts.most_specific
+    text += f", {fmt.count(low)} of them for certain and {fmt.count(high)} at most, by their 95% intervals."
+    rest = counts.num_chat_only - counts.num_specific
+    if rest:
+        looks = "looks" if rest == 1 else "look"
+        text += (
+            f" {fmt.count(rest)} more {looks} new by decoder norm alone: {fmt.count(counts.num_artifacts)} "
+            f"{'is an artifact' if counts.num_artifacts == 1 else 'are artifacts'} of training, "
+            f"{fmt.count(rest - counts.num_artifacts)} undecided."
+        )
+    return text
+
+
+def _does(crosscoder: CrosscoderReport) -> list[str]:
+    """What the latents do, then what they are said to stand for."""
+    sentences = does_sentences(crosscoder)[:MAX_DOES]
+    trusted = [one for one in explanations(crosscoder).values() if one.balanced_accuracy >= TRUSTED_SCORE]
+    trusted.sort(key=lambda one: -one.balanced_accuracy)
+    if trusted:
+        named = "; ".join(f'"{one.text}" ({one.score})' for one in trusted[:MAX_NAMED])
+        sentences.append(f"Best explained latents, with balanced accuracy on held-out contexts: {named}.")
+    return sentences or ["No analysis of effects was run."]
