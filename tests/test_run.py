@@ -133,6 +133,19 @@ def test_steering_answers_with_both_models_and_unsteered_runs_have_no_kl(finishe
     assert (table["rate"].between(0, 1)).all()
 
 
+def test_examples_hold_windows_of_every_latent_asked_for(finished: Finished) -> None:
+    table, counts = finished.table("examples l1", "examples.parquet"), finished.counts("examples l1")
+    assert counts["num_contexts"] == len(table) > 0
+    fires = finished.table("latents l1", "latents.parquet").set_index("latent")["max_activation"] > 0
+    assert set(table["latent"]) >= {latent for latent in (0, 1, 2, 3) if fires[latent]}
+    for _, own in table.groupby("latent"):
+        assert own["rank"].tolist() == list(range(len(own)))
+        assert own["doc_id"].is_unique
+    for row in table.to_dict("records"):
+        assert len(row["tokens"]) == len(row["activations"]) <= 33
+        assert max(row["activations"]) >= row["activation"] * (1 - 1e-6)
+
+
 def test_the_tracker_knows_the_run_its_steps_and_their_inputs(finished: Finished) -> None:
     runs = finished.tracker.runs
     parent = next(run for run in runs.values() if run.parent is None)

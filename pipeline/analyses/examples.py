@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pipeline.analyses.rows import RowBatch, Sums, document_starts
 from pipeline.errors import InputError
+from pipeline.numerics.codes import SparseCodes
 from pipeline.numerics.statistics import hash_documents
 from pipeline.schema import EXAMPLE_COLUMNS
 
@@ -214,13 +215,14 @@ def contexts(
     tokens: dict[int, list[str]] = {}
     activations: dict[int, list[float]] = {}
     for batch in batches:
+        position_B, token_id_B = batch.position_B.cpu().numpy(), batch.token_id_B.cpu().numpy()
         starts = document_starts(batch.doc_id_B).tolist()
         for start, stop in zip(starts, [*starts[1:], len(batch.doc_id_B)], strict=True):
             for index in wanted.pop(int(batch.doc_id_B[start]), []):
-                near = (batch.position_B[start:stop] - int(positions[index])).abs() <= window_tokens
-                rows = start + near.nonzero().squeeze(1)
-                tokens[index] = token_texts(batch.token_id_B[rows].tolist())
-                activations[index] = _values_at(batch, rows, int(latents[index])).tolist()
+                distance = np.abs(position_B[start:stop].astype(np.int64) - int(positions[index]))
+                rows = start + np.flatnonzero(distance <= window_tokens)
+                tokens[index] = token_texts(token_id_B[rows].tolist())
+                activations[index] = _values_at(batch.codes, rows, int(latents[index])).tolist()
     if wanted:
         raise InputError(
             f"expected rows of {strongest['doc_id'].nunique()} documents, {len(wanted)} did not come (the first is "
@@ -232,13 +234,12 @@ def contexts(
     return table[[column.name for column in EXAMPLE_COLUMNS]]
 
 
-def _values_at(batch: RowBatch, rows: Tensor, latent: int) -> npt.NDArray[np.float32]:
-    """f of one latent at ascending rows, 0 where it does not fire."""
+def _values_at(codes: SparseCodes, rows: npt.NDArray[np.int64], latent: int) -> npt.NDArray[np.float32]:
+    """f of one latent at consecutive rows, 0 where it does not fire."""
+    offsets = codes.row_offsets[int(rows[0]) : int(rows[-1]) + 2]
+    pairs = slice(int(offsets[0]), int(offsets[-1]))
+    hit_P = (codes.latents_P[pairs] == latent).nonzero().squeeze(1)
     values = np.zeros(len(rows), dtype=np.float32)
-    offsets, latents_P = batch.codes.row_offsets, batch.codes.latents_P
-    for place, row in enumerate(rows.tolist()):
-        pairs = slice(int(offsets[row]), int(offsets[row + 1]))
-        hit = (latents_P[pairs] == latent).nonzero()
-        if len(hit):
-            values[place] = float(batch.codes.values_P[pairs][hit[0, 0]])
+    row_P = torch.searchsorted(offsets, pairs.start + hit_P, right=True) - 1
+    values[row_P.cpu().numpy()] = codes.values_P[pairs][hit_P].float().cpu().numpy()
     return values

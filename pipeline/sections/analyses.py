@@ -29,7 +29,7 @@ class LatentScalingSection(Section):
 
 
 class ExamplesSection(Section):
-    """The strongest contexts of each chat-only latent."""
+    """The strongest contexts of latents, and some at given shares of their maximum."""
 
     num_contexts: PositiveInt = 8
     """Contexts per latent, each from another document."""
@@ -38,9 +38,9 @@ class ExamplesSection(Section):
     num_sampled: NonNegativeInt = 4
     """Further contexts per latent near 0.95, 0.75, 0.5 and 0.25 of its maximum, so that weak firing shows too."""
     max_latents: PositiveInt = 200
-    """Latents for which contexts are written, chat-specific ones first."""
-    latents: tuple[NonNegativeInt, ...] = ()
-    """Latents for which contexts are written whatever their verdict, besides those."""
+    """Chat-only latents for which contexts are written, chat-specific ones first."""
+    latents: Literal["all"] | tuple[NonNegativeInt, ...] = ()
+    """Latents for which contexts are written whatever their verdict, besides those; `all` for every latent."""
 
 
 class CausalitySection(Section):

@@ -36,7 +36,8 @@ from pipeline.sections.how import EndpointSection
 from pipeline.stages.autointerp_asking import Answers, Interview, interview_all, pending_cost
 from pipeline.stages.base import Context, Step, run_task, shown
 from pipeline.stages.crosscoder import fitted
-from pipeline.stages.measurements import EXAMPLES_NAME, LATENTS_NAME, batches, shard_rows
+from pipeline.stages.encoded_rows import batches, shard_rows
+from pipeline.stages.measurements import EXAMPLES_NAME, LATENTS_NAME
 from pipeline.stages.models import local_specs
 from pipeline.stages.tables import arrow_schema, read_table, write_frame
 from pipeline.storage import Storage

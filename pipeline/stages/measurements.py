@@ -10,13 +10,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
-import torch
 
 from pipeline import cluster
 from pipeline.analyses.controls import stated_error
-from pipeline.analyses.examples import Examples, contexts
+from pipeline.analyses.examples import Examples
 from pipeline.analyses.fidelity import Fidelity
 from pipeline.analyses.latent_scaling import LatentScaling
 from pipeline.analyses.ownership import ownership_table
@@ -25,9 +23,7 @@ from pipeline.analyses.rows import (
     RowAnalysis,
     Sums,
     analyse,
-    document_slices,
     merge_all,
-    row_batch,
     sums_from_bytes,
     sums_to_bytes,
 )
@@ -36,14 +32,10 @@ from pipeline.analyses.twins import Twins
 from pipeline.analyses.verdict import latent_table, latents_with, verdict_counts, with_twins
 from pipeline.errors import InputError
 from pipeline.numerics.recipes import reads_difference
-from pipeline.operators.loading import load_tokenizer
-from pipeline.operators.tokenise import token_texts
 from pipeline.progress import Progress
 from pipeline.schema import (
-    EXAMPLE_COLUMNS,
     LATENT_COLUMNS,
     PLANTED_COLUMNS,
-    SHARD_TENSORS,
     TWIN_COLUMNS,
     Ownership,
     Split,
@@ -54,10 +46,11 @@ from pipeline.sections.analyses import ExamplesSection, LatentScalingSection, Pl
 from pipeline.stages import controls
 from pipeline.stages.base import Context, Pool, Step, run_pool, shown
 from pipeline.stages.crosscoder import fitted
-from pipeline.stages.models import local_specs
-from pipeline.stages.tables import arrow_schema, numbers_of, read_table, write_frame
+from pipeline.stages.encoded_rows import batches, shard_rows
+from pipeline.stages.examples import EXAMPLE_SCHEMA, cut_contexts
+from pipeline.stages.tables import arrow_schema, numbers_of, read_table, write_frame, write_table
 from pipeline.storage import Storage
-from pipeline.store import ActivationStore, Shard
+from pipeline.store import ActivationStore
 
 STAGES = ("latents", "examples", "planted", "controls")
 VERSION = 3
@@ -68,10 +61,8 @@ TWINS_NAME = "twins.parquet"
 EXAMPLES_NAME = "examples.parquet"
 PLANTED_NAME = "planted.parquet"
 TWIN_SCHEMA = arrow_schema(TWIN_COLUMNS)
-EXAMPLE_SCHEMA = arrow_schema(EXAMPLE_COLUMNS)
 PLANTED_SCHEMA = arrow_schema(PLANTED_COLUMNS)
 
-_ROWS_PER_BATCH = 8192
 _CALLS_PER_WORKER = 2
 """Worker calls per worker and pass: more even out, fewer merge less."""
 
@@ -162,6 +153,7 @@ def _first_questions(folder: str, own: Mapping[str, Step], store: ActivationStor
     if "examples" in own:
         examples = own["examples"].section
         assert isinstance(examples, ExamplesSection)
+        check_example_latents(examples, num_latents)
         analyses["examples"] = Examples(
             num_latents=num_latents,
             num_contexts=examples.num_contexts,
@@ -244,17 +236,6 @@ class AnalyseShards:
         return {"num_rows": num_rows, "sums": packed}
 
 
-def shard_rows(store: ActivationStore, shard: Shard) -> dict[str, torch.Tensor]:
-    """The rows of a shard by the names of schema.SHARD_TENSORS."""
-    return dict(zip((column.name for column in SHARD_TENSORS), store.read(shard), strict=True))
-
-
-def batches(crosscoder: Any, rows: Mapping[str, torch.Tensor]) -> Any:
-    """Encoded batches of whole documents."""
-    for part in document_slices(rows["doc_id"], max_rows=_ROWS_PER_BATCH):
-        yield row_batch(crosscoder, {name: value[part] for name, value in rows.items()})
-
-
 def _publish_latents(
     step: Step, sums: Mapping[str, Sums], questions: Sequence[Question], context: Context, started: float
 ) -> None:
@@ -327,35 +308,39 @@ def _publish_planted(step: Step, question: Question, sums: Sums, context: Contex
 
 
 def _publish_examples(step: Step, analysis: Examples, sums: Sums, store: ActivationStore, context: Context) -> None:
-    """Contexts of the chat-only latents, chat-specific ones first; only the documents that are named are encoded."""
+    """Contexts of every latent, or of the chat-only ones, chat-specific first, and those named."""
     started = time.monotonic()
     section = step.section
     assert isinstance(section, ExamplesSection)
     latents = _latents(context)(step.inputs["latents"])
-    chosen = latents_with(latents, [Verdict.CHAT_SPECIFIC])
-    chosen += latents_with(latents, [*Verdict.ARTIFACTS, Verdict.UNDECIDED, Verdict.BASE_ONLY])
-    chosen = list(dict.fromkeys([*chosen[: section.max_latents], *section.latents]))
+    if section.latents == "all":
+        chosen = latents["latent"].tolist()
+    else:
+        chosen = latents_with(latents, [Verdict.CHAT_SPECIFIC])
+        chosen += latents_with(latents, [*Verdict.ARTIFACTS, Verdict.UNDECIDED, Verdict.BASE_ONLY])
+        chosen = list(dict.fromkeys([*chosen[: section.max_latents], *section.latents]))
     strongest = analysis.table_of(sums, chosen)
-    wanted = torch.from_numpy(strongest["doc_id"].unique().astype(np.int64))
-    with local_specs(context.storage, step.extra["loading"].locations[1]) as (spec,):
-        tokenizer = load_tokenizer(spec)
-    with fitted(context.storage, step.inputs["crosscoder"].key.folder) as crosscoder:
-        found = (
-            batch
-            for shard in store.manifest.of_split(Split.VALIDATION)
-            for batch in batches(crosscoder, _documents(shard_rows(store, shard), wanted))
-        )
-        table = contexts(
-            strongest,
-            found,
-            window_tokens=section.window_tokens,
-            token_texts=lambda ids: token_texts(tokenizer, ids),
-        )
-    write_frame(context.storage, f"{step.key.folder}/{EXAMPLES_NAME}", table, EXAMPLE_SCHEMA)
-    counts = {"num_contexts": len(table), "num_latents": int(table["latent"].nunique())}
+    table = cut_contexts(
+        strongest,
+        store,
+        context,
+        crosscoder=step.inputs["crosscoder"].key.folder,
+        model=step.extra["loading"].locations[1],
+        window_tokens=section.window_tokens,
+    )
+    write_table(context.storage, f"{step.key.folder}/{EXAMPLES_NAME}", table, EXAMPLE_SCHEMA)
+    num_latents = int(strongest["latent"].nunique())
+    # A latent that never fires has no context; how many were asked for in vain must not go unsaid.
+    counts = {"num_contexts": len(table), "num_latents": num_latents, "num_silent_latents": len(chosen) - num_latents}
     context.finish(step, counts, time.monotonic() - started)
 
 
-def _documents(rows: Mapping[str, torch.Tensor], wanted: torch.Tensor) -> dict[str, torch.Tensor]:
-    keep = torch.isin(rows["doc_id"], wanted)
-    return {name: value[keep] for name, value in rows.items()}
+def check_example_latents(section: ExamplesSection, num_latents: int) -> None:
+    """InputError before any row is read."""
+    named = section.latents if isinstance(section.latents, tuple) else ()
+    wrong = [latent for latent in named if latent >= num_latents]
+    if wrong:
+        raise InputError(
+            f"analyses.examples.latents: expected latents between 0 and {num_latents - 1}, got {wrong[0]}; name such "
+            "as every crosscoder of the run has"
+        )

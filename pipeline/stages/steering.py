@@ -114,7 +114,7 @@ def _chosen(
     """Latents to steer with, by behaviour."""
     if section.latents or section.num_latents:
         latents = read_table(context.storage, f"{step.inputs['latents'].key.folder}/{LATENTS_NAME}").to_pandas()
-        _check_latents(section.latents, latents)
+        check_latents(section.latents, latents)
         same = section.latents or most_specific_latents(latents, section.num_latents)
         return {prompts.behavior: same for prompts in behaviors}
     planted = read_table(context.storage, f"{step.inputs['planted'].key.folder}/{PLANTED_NAME}").to_pandas()
@@ -131,7 +131,7 @@ def _chosen(
     }
 
 
-def _check_latents(chosen: Sequence[int], latents: pd.DataFrame) -> None:
+def check_latents(chosen: Sequence[int], latents: pd.DataFrame) -> None:
     """InputError before any model is loaded."""
     wrong = [latent for latent in chosen if latent >= len(latents)]
     if wrong:

@@ -1,3 +1,4 @@
+import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
@@ -5,8 +6,9 @@ import pytest
 import torch
 
 from pipeline.analyses.examples import STRONGEST_COLUMNS, Examples, contexts
-from pipeline.analyses.rows import analyse
+from pipeline.analyses.rows import RowBatch, analyse
 from pipeline.errors import InputError
+from pipeline.numerics.codes import SparseCodes
 from pipeline.schema import EXAMPLE_COLUMNS
 
 CORPORA = ("web", "chat")
@@ -60,6 +62,61 @@ def test_memory_does_not_grow_with_rows(make_world: Callable) -> None:
     analysis = Examples(num_latents=12, num_contexts=4, corpora=CORPORA)
     sums = analyse({"e": analysis}, world.batches(50))["e"]
     assert {tuple(value.shape) for value in sums.values()} == {(12, 4)}
+
+
+NUM_MANY, NUM_PAIRS = 65_536, 4
+
+
+def _sparse_batches(num_rows: int, rows_per_document: int = 5) -> list[RowBatch]:
+    """Rows of a dictionary of 65,536 latents of which only some fire, a few per row, without a dense code anywhere."""
+    generator = np.random.default_rng(0)
+    batches = []
+    for start in range(0, num_rows, 500):
+        drawn = [np.sort(generator.choice(NUM_MANY // 8, NUM_PAIRS, replace=False)) * 8 + 3 for _ in range(500)]
+        values_P = torch.from_numpy(generator.integers(1, 40, 500 * NUM_PAIRS).astype(np.float32))
+        codes = SparseCodes(
+            values_P, torch.from_numpy(np.concatenate(drawn)), torch.arange(501) * NUM_PAIRS, num_latents=NUM_MANY
+        )
+        row_B = torch.arange(start, start + 500)
+        x_BMD, zero_B = torch.zeros(500, 2, 1), torch.zeros(500, dtype=torch.int32)
+        doc_id_B, position_B = row_B // rows_per_document, (row_B % rows_per_document).int()
+        batches.append(RowBatch(x_BMD, codes, x_BMD, zero_B, doc_id_B, position_B, zero_B, zero_B))
+    return batches
+
+
+def test_65536_latents_equal_brute_force_in_memory_that_rows_do_not_change() -> None:
+    analysis = Examples(num_latents=NUM_MANY, num_contexts=2, num_sampled=1, corpora=("web",))
+    peaks, sizes = [], []
+    for num_rows in (2_000, 10_000):
+        batches = _sparse_batches(num_rows)
+        tracemalloc.start()
+        sums = analyse({"e": analysis}, batches)["e"]
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        sizes.append(sum(value.nbytes for value in sums.values()))
+    bytes_per_context = 4 + 3 * 8
+    assert sizes == [NUM_MANY * (2 + 1) * bytes_per_context] * 2
+    assert peaks[1] < 1.5 * peaks[0] + (1 << 20)
+    best: dict[int, dict[int, tuple[float, int]]] = {}
+    for batch in batches:
+        rows_P = batch.codes.rows_P().tolist()
+        pairs = zip(rows_P, batch.codes.latents_P.tolist(), batch.codes.values_P.tolist(), strict=True)
+        for row, latent, value in pairs:
+            document, position = int(batch.doc_id_B[row]), int(batch.position_B[row])
+            own = best.setdefault(latent, {})
+            if value > own.get(document, (0.0, -1))[0]:
+                own[document] = (value, position)
+    expected = [
+        (latent, document, position, value)
+        for latent in sorted(best)
+        for document, (value, position) in sorted(best[latent].items(), key=lambda item: (-item[1][0], item[0]))[:2]
+    ]
+    table = Examples(num_latents=NUM_MANY, num_contexts=2, corpora=("web",)).table(
+        {name: value for name, value in sums.items() if name.startswith("strongest")}
+    )
+    names = ["latent", "doc_id", "position", "activation"]
+    assert list(table[names].itertuples(index=False, name=None)) == expected
+    assert len(analysis.table_of(sums, [0, 1, 2])) == 0  # these never fire
 
 
 def test_sampled_contexts_lie_at_falling_shares_of_the_maximum(batch_of: Callable) -> None:

@@ -21,7 +21,8 @@ from pipeline.numerics.statistics import auroc_by_latent
 from pipeline.schema import PLANTED_SHIFT, Ownership, Split, Verdict
 from pipeline.stages.base import Step
 from pipeline.stages.crosscoder import fitted
-from pipeline.stages.measurements import LATENTS_NAME, batches, shard_rows
+from pipeline.stages.encoded_rows import batches, shard_rows
+from pipeline.stages.measurements import LATENTS_NAME
 from pipeline.stages.tables import arrow_schema, read_table, write_frame
 from pipeline.storage import Storage
 from pipeline.store import ActivationStore

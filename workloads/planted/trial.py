@@ -35,7 +35,7 @@ from pipeline.sections.crosscoder import CrosscoderSection, TrainingSection
 from pipeline.sections.how import TrainingResources
 from pipeline.shards import Rows, publish_shard, summarise
 from pipeline.stages.crosscoder import spec_of
-from pipeline.stages.measurements import batches, shard_rows
+from pipeline.stages.encoded_rows import batches, shard_rows
 from pipeline.stages.tables import arrow_schema, write_frame
 from pipeline.storage import Storage
 from pipeline.store import MANIFEST_NAME, ActivationStore, Manifest, Shard, StoredMoments
