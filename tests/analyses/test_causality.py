@@ -231,6 +231,27 @@ def test_bfloat16_pair_gives_exactly_zero_for_the_unedited_chat_model(
     assert (table[table["intervention"] == "none"]["kl"] > 0).all()
 
 
+def test_a_difference_sae_enters_as_an_ordinary_crosscoder(pair: ModelPair) -> None:
+    """Latents +e_i and -e_i of x^chat - x^base, base decoder 0: `all` restores the chat stream, `error` the base's."""
+    sae = Crosscoder(2 * WIDTH, 2, WIDTH).double()
+    unit_FD = torch.cat([torch.eye(WIDTH), -torch.eye(WIDTH)]).double()
+    with torch.no_grad():
+        sae.W_enc_FMD.copy_(torch.stack([-unit_FD, unit_FD], dim=1))
+        sae.W_dec_FMD.copy_(torch.stack([torch.zeros_like(unit_FD), unit_FD], dim=1))
+        sae.b_enc_F.zero_()
+    half = tuple(range(0, 2 * WIDTH, 2))
+    sets = (Intervention("half_replace", "replace", half), Intervention("half_add", "add", half))
+    analysis = Causality(
+        sae, (*shared_interventions(), Intervention("all", "all"), Intervention("error", "error"), *sets)
+    )
+    table = analysis.tables(_sums(pair, analysis, _documents(), RowOptions(40))).kl
+    kl = table[table["positions"] == "all"].set_index("intervention")["kl"]
+    assert kl["all"] == pytest.approx(0, abs=1e-6)
+    assert kl["error"] == pytest.approx(kl["none"], rel=1e-4)
+    assert kl["half_replace"] == kl["half_add"]  # a base decoder of 0: the two edits are one
+    assert 0 < kl["half_replace"] != kl["none"]
+
+
 def test_predicting_positions_of_two_turns() -> None:
     position, in_set = predicting_positions(_flags("Btuta" + "a" * 11 + "tuataa"))
     assert position.tolist() == [*range(3, 15), 17, 19, 20]

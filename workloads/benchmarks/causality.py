@@ -190,7 +190,7 @@ class _timed:  # noqa: N801 (used as a function)
     def __init__(self, parts: dict[str, float], pair: ModelPair, analysis: Causality) -> None:
         editor = analysis._editor
         self.parts = parts
-        self.places = [(pair, "lower", "lower"), (pair, "upper", "upper"), (pair, "head", "head")]
+        self.places = [(pair, "activations", "lower"), (pair, "upper", "upper"), (pair, "head", "head")]
         self.places += [(editor, "edited_stream", "edit"), (editor.crosscoder, "encode", "encode")]
 
     def __enter__(self) -> None:
