@@ -53,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
         if name == "benchmark":
             text = "judge a crosscoder from elsewhere too: folder, file or hub id; fitted on that seed's activations"
             _add_pairs(command, "--checkpoint", text, "NAME[@SEED]=SOURCE")
+        if name == "plan":
+            command.add_argument("--gpu", default="A100", help="GPU to assume for stages that ask for one (A100)")
         if name == "submit":
             command.add_argument("--name", help="name of the job; the run's name and the time by default")
             _add_pairs(command, "--env", "environment variable of the job; no secrets, they are readable there")
@@ -114,7 +116,7 @@ def _plan(parsed: argparse.Namespace) -> int:
         print(f"  {state.state:<8}{state.step.name:<{width}}  {state.step.key.folder}")
         for line in state.drift:
             print(f"  {'':<8}{'':<{width}}    {line}")
-    print(estimate_text(config, states, storage))
+    print(estimate_text(config, states, storage, gpu=parsed.gpu))
     return 0
 
 

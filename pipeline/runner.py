@@ -19,7 +19,8 @@ from pipeline.operators.loading import check_pair
 from pipeline.progress import Reporter, format_seconds
 from pipeline.runlog import RunLog
 from pipeline.sections.crosscoder import AdoptedCrosscoderSection
-from pipeline.stages import adopt, autointerp
+from pipeline.sizes import check_space
+from pipeline.stages import activations, adopt, autointerp
 from pipeline.stages.base import Context, Step
 from pipeline.stages.models import ModelLocation
 from pipeline.storage import Storage
@@ -81,13 +82,14 @@ def run(config: RunConfig, reporter: Reporter, tracker: Tracker | None = None) -
     check_inputs(config, flow)
     if any(step.key.stage == autointerp.NAME for step in missing):
         autointerp.check(config.resources.autointerp)
+    _check_space(config, flow, storage)
     storage.check_writable()
     tracker = tracker or make_tracker(config.tracking, storage, reporter.message)
     log = RunLog(tracker, config, storage, flow)
     reporter.message(f"tracking: {log.link}")
     context = Context(storage, config.resources, reporter, log, config.name, config.tracking.log_every_steps)
     try:
-        _execute(flow, context, log)
+        _execute(config, flow, context, log)
     except BaseException:
         log.close(succeeded=False)
         raise
@@ -110,7 +112,14 @@ class _NoLive:
         """Nobody watches."""
 
 
-def _execute(flow: Sequence[Group], context: Context, log: RunLog) -> None:
+def _check_space(config: RunConfig, flow: Sequence[Group], storage: Storage) -> None:
+    """Raise an InputError where the store cannot fit the free space, before anything is computed for it."""
+    steps = [step for group in flow for step in group.steps]
+    found = {step.key.stage: read_record(storage, step.key) for step in steps}
+    check_space(config, steps, {stage: record for stage, record in found.items() if record is not None}, storage)
+
+
+def _execute(config: RunConfig, flow: Sequence[Group], context: Context, log: RunLog) -> None:
     """Run the groups in order; the cluster is started when the first missing step needs it."""
     with ExitStack() as stack:
         is_connected = False
@@ -121,6 +130,8 @@ def _execute(flow: Sequence[Group], context: Context, log: RunLog) -> None:
                 if group.needs_cluster and not is_connected:
                     stack.enter_context(cluster.connected(context.resources.cluster, _log_path(context.storage)))
                     is_connected = True
+                if missing[0].key.stage == activations.NAME:
+                    _check_space(config, flow, context.storage)  # exact now that the tokens are there
                 started = time.monotonic()
                 _make(group, missing, context)
                 names = ", ".join(step.name for step in missing)

@@ -52,7 +52,7 @@ def run(steps: Sequence[Step], context: Context) -> None:
     plan = plan_shards(index, section.rows_per_shard)
     if section.mode == "stream":
         plan = [item for item in plan if item["split"] == Split.VALIDATION]
-    done = _finished_shards(context.storage, step.key.folder)
+    done = finished_shards(context.storage, step.key.folder)
     progress = Progress(NAME, sum(item["num_tokens"] for item in plan), "tokens")
     num_done = sum(item["num_tokens"] for item in plan if item["name"] in done)
     shown(context, progress, num_done, f"{len(done)} of {len(plan)} shards were there" if done else "")
@@ -170,7 +170,7 @@ class ExtractShard:
         return description
 
 
-def _finished_shards(storage: Storage, folder: str) -> dict[str, dict[str, Any]]:
+def finished_shards(storage: Storage, folder: str) -> dict[str, dict[str, Any]]:
     """Descriptions of the shards that a former run has published."""
     names = set(storage.files(folder))
     described = [name for name in names if name.endswith(f".safetensors{_DESCRIPTION_SUFFIX}")]

@@ -55,7 +55,17 @@ def run(steps: Sequence[Step], context: Context) -> None:
     cluster.check_fits("training", cpus, resources.gpus, resources.data * resources.latent)
     store = ActivationStore(context.storage, activations.key.folder)
     num_steps = training.num_rows // training.batch_rows
-    specs = [spec_of(_section(step), training, resources, store) for step in steps]
+    manifest = store.manifest
+    specs = [
+        spec_of(
+            _section(step),
+            training,
+            resources,
+            num_models=manifest.num_models,
+            activation_dim=manifest.activation_dim,
+        )
+        for step in steps
+    ]
     group = f"{CHECKPOINTS}/{fingerprint_of(sorted(step.key.fingerprint for step in steps))}"
     job: dict[str, Any] = {
         "storage": context.storage,
@@ -98,16 +108,20 @@ def _section(step: Step) -> CrosscoderSection:
 
 
 def spec_of(
-    section: CrosscoderSection, training: TrainingSection, resources: TrainingResources, store: ActivationStore
+    section: CrosscoderSection,
+    training: TrainingSection,
+    resources: TrainingResources,
+    *,
+    num_models: int,
+    activation_dim: int,
 ) -> CrosscoderSpec:
-    """The plain numbers of a crosscoder for these activations; an InputError where they do not fit."""
-    width = store.manifest.activation_dim
+    """The plain numbers of a crosscoder for activations of this shape; an InputError where they do not fit."""
     settings = section.model_dump(exclude={"kind", "name", "expansion", "num_latents", "sparsity"})
     try:
         return CrosscoderSpec(
-            num_models=store.manifest.num_models,
-            activation_dim=width,
-            num_latents=section.num_latents or (section.expansion or 0) * width,
+            num_models=num_models,
+            activation_dim=activation_dim,
+            num_latents=section.num_latents or (section.expansion or 0) * activation_dim,
             num_steps=training.num_rows // training.batch_rows,
             precision=training.precision,
             kernels=resources.kernels,

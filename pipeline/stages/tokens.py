@@ -17,7 +17,7 @@ from pipeline.errors import InputError
 from pipeline.operators.loading import load_tokenizer
 from pipeline.operators.tokenise import Tokenise, check_vocabularies, split_dropped, tokenizer_hash
 from pipeline.progress import Progress
-from pipeline.schema import INDEX_COLUMNS
+from pipeline.schema import INDEX_COLUMNS, Flag
 from pipeline.sections.data import TokensSection
 from pipeline.stages.base import Context, Pool, Step, run_pool, shown
 from pipeline.stages.models import ModelLocation, local_specs
@@ -68,6 +68,7 @@ def run(steps: Sequence[Step], context: Context) -> None:
         "dropped": dropped_of(results, step.extra["weights"]),
         "truncated": truncated_of(results, step.extra["weights"]),
         "tokenizer": hashed,
+        "has_bos": sum(result["num_bos"] for result in results) == everything.num_rows,
         **mix,
         **count_tokens(index),
     }
@@ -106,6 +107,7 @@ class TokenisePart:
             "split": list(rows["split"]),
             "num_tokens": np.asarray([len(row) for row in ids], dtype=np.int32),
             "num_cut": np.asarray(rows["num_cut"], dtype=np.int64),
+            "num_bos": sum(int(len(flags) and flags[0] & Flag.BOS != 0) for flags in rows["flags"]),
             "used_ids": np.unique(np.concatenate(ids)) if ids else np.zeros(0, np.int32),
         }
 

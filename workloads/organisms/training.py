@@ -117,10 +117,13 @@ class ModelSize(NamedTuple):
     mlp_width: int
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, size: ModelSize, generator: torch.Generator) -> Gemma2ForCausalLM:
-    """A Gemma-2 model with random weights that depend on `generator` alone (float32, on the CPU)."""
-    config = Gemma2Config(
-        vocab_size=len(tokenizer),
+_CONTROL = {"pad": PAD, "bos": BOS, "eos": EOS}
+
+
+def model_config(size: ModelSize, *, vocab_size: int, **token_ids: int) -> Gemma2Config:
+    """The architecture of both models; `token_ids` are pad_token_id and its like."""
+    return Gemma2Config(
+        vocab_size=vocab_size,
         hidden_size=size.width,
         intermediate_size=size.mlp_width,
         num_hidden_layers=size.num_layers,
@@ -130,10 +133,14 @@ def make_model(tokenizer: PreTrainedTokenizerFast, size: ModelSize, generator: t
         query_pre_attn_scalar=size.width // size.num_heads,
         max_position_embeddings=512,
         sliding_window=512,
-        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
-        bos_token_id=tokenizer.convert_tokens_to_ids(BOS),
-        eos_token_id=tokenizer.convert_tokens_to_ids(EOS),
+        **token_ids,
     )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, size: ModelSize, generator: torch.Generator) -> Gemma2ForCausalLM:
+    """A Gemma-2 model with random weights that depend on `generator` alone (float32, on the CPU)."""
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in _CONTROL.items()}
+    config = model_config(size, vocab_size=len(tokenizer), **ids)
     with torch.random.fork_rng(devices=[]):  # the constructor draws from the global generator; what it drew is replaced
         model = Gemma2ForCausalLM(config)
     with torch.no_grad():

@@ -1,0 +1,169 @@
+"""How fast this machine is at this moment, measured in a few seconds with the code that a run uses.
+
+Nothing is read from the run's models or data: layers have the real shapes and random weights, training steps the real
+sizes and random rows. What is too large for a sample runs on fewer rows and latents and is scaled by arithmetic. A few
+megabytes are written into a file that never has a name. GPUs are taken from a table of data sheets (`GPUS`).
+
+Shapes: B rows, M models, D width, F latents.
+"""
+
+import copy
+import dataclasses
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from pipeline.numerics.spec import CrosscoderSpec
+from pipeline.numerics.trainer import CrosscoderTrainer
+
+REFERENCE_FLOPS = 90e9
+"""float32 matrix product of the machine on which fixed costs were read: two cores of a Zen 4 server, otherwise idle."""
+
+_SAMPLE_SECONDS = 0.25
+"""What one measurement may take, roughly; there are a handful."""
+_SAMPLE_BYTES = 16 << 20
+_DENSE_SHARE = 0.1
+"""Share of an L1 or JumpReLU training in which codes are still dense, and a step takes the dense path."""
+
+
+class Gpu(NamedTuple):
+    """A GPU's dense matrix speed by data sheet, FLOP/s."""
+
+    bfloat16: float
+    tf32: float
+    float32: float
+
+
+GPUS = {
+    "T4": Gpu(65e12, 8.1e12, 8.1e12),
+    "V100": Gpu(125e12, 15.7e12, 15.7e12),
+    "RTX4090": Gpu(165e12, 82e12, 82e12),
+    "A100": Gpu(312e12, 156e12, 19.5e12),
+    "L40S": Gpu(362e12, 183e12, 91e12),
+    "H100": Gpu(989e12, 494e12, 67e12),
+    "H200": Gpu(989e12, 494e12, 67e12),
+}
+"""float16 on T4 and V100, which have no bfloat16 units."""
+GPU_SHARE = 0.4
+"""Share of the data sheet's speed that a forward pass or a training step is assumed to reach; an assumption, not a
+measurement: no GPU was at hand when this was written."""
+
+
+def matmul_flops(num_threads: int, *, side: int = 1024) -> float:
+    """Floating-point operations per second of a float32 matrix product on this machine's CPUs, median of a few."""
+    a, b = torch.randn(side, side), torch.randn(side, side)
+    with _threads(num_threads):
+        return 2 * side**3 / _median_seconds(lambda: a @ b)
+
+
+def step_seconds(spec: CrosscoderSpec, batch_rows: int, *, num_threads: int, flops: float) -> float:
+    """Seconds of one training step of a crosscoder on this machine's CPUs.
+
+    Sparse steps are timed with BatchTopK, whatever the kind (other kinds cost the same once their codes are sparse);
+    L1 and JumpReLU add their dense beginning.
+    """
+    sparse = dataclasses.replace(
+        spec, kind="batch_topk", k=min(spec.k or 32, spec.num_latents), k_start=None, code_weight="crosscoder", mu=0.0
+    )
+    seconds = _step_seconds(sparse, batch_rows, num_threads, flops)
+    if spec.kind in ("l1", "jumprelu"):
+        seconds += _DENSE_SHARE * (_step_seconds(spec, batch_rows, num_threads, flops) - seconds)
+    return seconds
+
+
+def _step_seconds(spec: CrosscoderSpec, batch_rows: int, num_threads: int, flops: float) -> float:
+    """One step, on fewer latents and rows where the encoder product alone would take too long."""
+    width = spec.num_models * spec.activation_dim
+    excess = 2 * batch_rows * spec.num_latents * width / (flops * _SAMPLE_SECONDS / 2)
+    num_latents, num_rows = spec.num_latents, batch_rows
+    if excess > 1:
+        num_latents = max(min(num_latents, 1024), int(num_latents / excess))
+        excess /= spec.num_latents / num_latents
+    if excess > 1:
+        num_rows = max(min(num_rows, 128), int(num_rows / excess))
+    sample = dataclasses.replace(
+        spec,
+        num_latents=num_latents,
+        k=None if spec.k is None else min(spec.k, num_latents),
+        precision="float32",
+        kernels="auto",
+    )
+    with _threads(num_threads):
+        trainer = CrosscoderTrainer(sample)
+        x_BMD = torch.randn(num_rows, spec.num_models, spec.activation_dim)
+        seconds = _median_seconds(lambda: trainer.step(x_BMD))
+    return seconds * (spec.num_latents / num_latents) * (batch_rows / num_rows)
+
+
+def layer_seconds(config: Any, shape: tuple[int, int], *, dtype: str, num_threads: int, flops: float) -> float:
+    """Seconds per token of one decoder layer on this machine's CPUs, for (documents, tokens each) in one batch.
+
+    `config` is a transformers configuration; its layers get random weights, its vocabulary is made small.
+    """
+    from transformers import AutoModel
+
+    config = copy.deepcopy(config)
+    width = int(config.hidden_size)
+    num_layers = min(4 if width <= 1024 else 1, int(config.num_hidden_layers))
+    if getattr(config, "layer_types", None):
+        config.layer_types = list(config.layer_types)[:num_layers]
+    config.num_hidden_layers, config.vocab_size, config.use_cache = num_layers, 256, False
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+    num_documents, length = shape
+    affordable = max(1, int(flops * _SAMPLE_SECONDS / (24 * width**2 * num_layers * length)))
+    ids_BT = torch.randint(0, 256, (min(num_documents, affordable), length))
+    with _threads(num_threads), torch.no_grad():
+        model = AutoModel.from_config(config).to(getattr(torch, dtype)).eval()
+        seconds = _median_seconds(lambda: model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT)))
+    return seconds / (ids_BT.numel() * num_layers)
+
+
+def tokens_per_second(tokenise: Callable[[str], Sequence[int]], texts: Sequence[str]) -> float:
+    """Tokens per second of one process over these texts."""
+    started = time.perf_counter()
+    num_tokens = sum(len(tokenise(text)) for text in texts)
+    return num_tokens / max(time.perf_counter() - started, 1e-6)
+
+
+def write_bytes_per_second(folder: Path) -> float | None:
+    """Speed of writing and syncing a file below `folder`; None where nothing can be written there."""
+    while not folder.exists():
+        folder = folder.parent
+    data = bytes(_SAMPLE_BYTES)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            started = time.perf_counter()
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            return _SAMPLE_BYTES / (time.perf_counter() - started)
+    except OSError:
+        return None
+
+
+def _median_seconds(call: Callable[[], object]) -> float:
+    """Median time of a call over as many as fit the sample time, at least three, after one that is not counted."""
+    call()
+    seconds: list[float] = []
+    while len(seconds) < 3 or (sum(seconds) < _SAMPLE_SECONDS and len(seconds) < 50):
+        started = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
