@@ -257,7 +257,9 @@ def _model_seconds(asked: Asked, read: Reading, shape: ModelShape, speeds: Speed
 
 
 def _workers(section: WorkersSection, speeds: Speeds, num_tasks: int) -> int:
-    return max(1, min(section.workers or max(1, int(speeds.num_cpus / section.cpus)), num_tasks))
+    """As cluster.pool_size; one where each needs GPUs, of which nobody here knows the number."""
+    fitting = 1 if section.gpus > 0 else max(1, int(speeds.num_cpus / section.cpus))
+    return max(1, min(section.workers or fitting, num_tasks))
 
 
 def _spread(work: float, workers: int, num_tasks: int) -> float:

@@ -135,7 +135,13 @@ class Trial:
         return {"folder": item["folder"], "fidelity": fidelity, "seconds": time.monotonic() - started}
 
     def _fit(self, recipe: CrosscoderSection, seed: int, store: ActivationStore) -> Crosscoder:
-        spec = spec_of(recipe, self.training, TrainingResources(), store)
+        spec = spec_of(
+            recipe,
+            self.training,
+            TrainingResources(),
+            num_models=store.manifest.num_models,
+            activation_dim=store.manifest.activation_dim,
+        )
         trainer = CrosscoderTrainer(dataclasses.replace(spec, seed=recipe.seed + seed))
         rows = TrainingRows(store, seed=self.training.shuffle_seed + seed, batch_rows=self.training.batch_rows)
         trainer.initialise(next(rows.batches(0, 1)).float())
