@@ -1,7 +1,7 @@
-"""Charts about effects: KL per intervention, steering rate by scale, and the planted score.
+"""Charts about effects: KL per intervention, and the planted score.
 
 Like charts.py, each function takes plain numbers with names and colours and returns one SVG; intervals are always
-drawn, and a control (random latents, the unsteered model) is drawn in grey beside what it controls.
+drawn. Steering has a file of its own.
 """
 
 import math
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pipeline.report import formatting as fmt
-from pipeline.report.svg import LEGEND_LEFT, Axis, Box, Canvas, Plot, frame, legend, padded_range, text_width
+from pipeline.report.svg import LEGEND_LEFT, Axis, Box, Canvas, Plot, frame, legend, text_width
 
 BAR_HEIGHT = 13
 GROUP_GAP = 9
@@ -76,95 +76,6 @@ def _draw_bar(plot: Plot, bar: Bar, top: float, group: str) -> None:
             canvas.line(at, middle - 3, at, middle + 3, "var(--text)", stroke_width=1.2)
         label_at = max(label_at, high)
     canvas.text(label_at + 6, middle + 4, fmt.decimal(bar.value), "var(--text)")
-
-
-class RatePoint(NamedTuple):
-    """One scale of one steered latent."""
-
-    scale: float
-    rate: float
-    low: float
-    high: float
-    nll: float
-
-
-class RandomPoint(NamedTuple):
-    """The random latents at one scale."""
-
-    scale: float
-    mean: float
-    low: float
-    """Smallest rate of a random latent."""
-    high: float
-    """Largest rate of a random latent."""
-    nll: float
-
-
-class SteeringSeries(NamedTuple):
-    """What steering by one crosscoder's latent did to one behaviour."""
-
-    name: str
-    colour: str
-    points: Sequence[RatePoint]
-    random: Sequence[RandomPoint]
-
-
-def steering_rates(series: Sequence[SteeringSeries], unsteered_rate: float, unsteered_nll: float) -> str:
-    """Rate of a behaviour by steering scale above, nats per generated token below, random latents in grey."""
-    canvas = Canvas(460, 372)
-    grey = [("random latents", "var(--plain)")] if any(one.random for one in series) else []
-    shift = legend(canvas, [(one.name, one.colour) for one in series] + grey)
-    scales = [point.scale for one in series for point in one.points]
-    scales += [point.scale for one in series for point in one.random]
-    low, high = padded_range([0.0, *scales])
-    top_axis = Axis("", low, high)
-    percent_axis = Axis(
-        "answers that show the behaviour, % of prompts",
-        0.0,
-        1.0,
-        ticks=(0, 0.25, 0.5, 0.75, 1),
-        tick_text=lambda value: f"{100 * value:g}",
-    )
-    upper = frame(canvas, Box(52, 54, 448, 204).lower(shift), top_axis, percent_axis)
-    nll = [point.nll for one in series for point in one.points]
-    nll += [point.nll for one in series for point in one.random]
-    nll_low, nll_high = padded_range([*nll, unsteered_nll], floor=0.0)
-    lower_axis = Axis("fluency: nats per generated token (lower is better)", nll_low, nll_high)
-    bottom_axis = Axis("scale, x largest activation", low, high)
-    lower = frame(canvas, Box(52, 254, 448, 326).lower(shift), bottom_axis, lower_axis)
-    for plot, value in ((upper, unsteered_rate), (lower, unsteered_nll)):
-        if math.isfinite(value):
-            canvas.line(
-                plot.box.left, plot.y(value), plot.box.right, plot.y(value), "var(--muted)", stroke_dasharray="2 3"
-            )
-    for one in series:
-        _draw_random(upper, lower, one.random)
-    for one in series:
-        _draw_latent(upper, lower, one)
-    return canvas.render("Rate of the behaviour by steering scale", "dotted line: unsteered model")
-
-
-def _draw_random(upper: Plot, lower: Plot, random: Sequence[RandomPoint]) -> None:
-    for point in random:
-        x = upper.x(point.scale)
-        upper.canvas.line(
-            x, upper.y(point.low), x, upper.y(point.high), "var(--plain)", stroke_width=6, stroke_opacity=0.35
-        )
-    upper.canvas.polyline([(upper.x(p.scale), upper.y(p.mean)) for p in random], "var(--plain)", stroke_width=1.6)
-    fluent = [(lower.x(p.scale), lower.y(p.nll)) for p in random if math.isfinite(p.nll)]
-    lower.canvas.polyline(fluent, "var(--plain)", stroke_width=1.6)
-
-
-def _draw_latent(upper: Plot, lower: Plot, one: SteeringSeries) -> None:
-    for point in one.points:
-        x = upper.x(point.scale)
-        if math.isfinite(point.low) and math.isfinite(point.high):
-            upper.canvas.line(x, upper.y(point.low), x, upper.y(point.high), one.colour, stroke_width=1.2)
-        title = f"{one.name}: scale {point.scale:g}, {fmt.percent(point.rate)} of prompts"
-        upper.canvas.add("circle", title, cx=x, cy=upper.y(point.rate), r=3.5, fill=one.colour)
-    upper.canvas.polyline([(upper.x(p.scale), upper.y(p.rate)) for p in one.points], one.colour, stroke_width=1.8)
-    fluent = [(lower.x(p.scale), lower.y(p.nll)) for p in one.points if math.isfinite(p.nll)]
-    lower.canvas.polyline(fluent, one.colour, stroke_width=1.8)
 
 
 class ScoreMark(NamedTuple):

@@ -11,15 +11,11 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from pipeline.numerics.proportions import wilson_interval
-from pipeline.report import charts, controls, effects, places, ranked
+from pipeline.report import charts, controls, effects, places, ranked, steering
 from pipeline.report import formatting as fmt
 from pipeline.report.data import CrosscoderReport, ReportData
 from pipeline.report.palette import series_colours, with_light_colours
 from pipeline.report.summary import (
-    CONTROL_LATENT,
-    CONTROL_NONE,
-    CONTROL_RANDOM,
     EVIDENCE_ORDER,
     PlantedScore,
     chat_only_rows,
@@ -243,32 +239,15 @@ def _steering_figures(data: ReportData, colours: dict[str, str]) -> list[Figure]
     behaviors = list(dict.fromkeys(str(name) for table in tables.values() for name in table["behavior"]))
     result = []
     for behavior in behaviors:
-        rows = {name: table[table["behavior"] == behavior] for name, table in tables.items()}
-        series = [_steering_series(name, colours[name], one) for name, one in rows.items()]
-        series = [one for one in series if one.points or one.random]
-        if not series:
-            continue
-        plain = pd.concat([one[one["control"] == CONTROL_NONE] for one in rows.values()])
-        svg = effects.steering_rates(
-            series,
-            float(plain["rate"].mean()),
-            float(plain["nll"].mean()),
-        )
-        result.append(Figure(f"steering_{slug(behavior)}", "steering", fmt.words(behavior), svg))
+        series = [
+            steering.steering_series(name, colours[name], table[table["behavior"] == behavior])
+            for name, table in tables.items()
+        ]
+        series = [one for one in series if one.lines or one.random]
+        if series:
+            svg = steering.steering_chart(series)
+            result.append(Figure(f"steering_{slug(behavior)}", "steering", fmt.words(behavior), svg))
     return result
-
-
-def _steering_series(name: str, colour: str, rows: pd.DataFrame) -> effects.SteeringSeries:
-    random = []
-    for scale, at_scale in rows[rows["control"] == CONTROL_RANDOM].groupby("scale"):
-        rate, nll = at_scale["rate"], float(at_scale["nll"].mean())
-        random.append(effects.RandomPoint(float(str(scale)), rate.mean(), rate.min(), rate.max(), nll))
-    points = []
-    for scale, at_scale in rows[rows["control"] == CONTROL_LATENT].groupby("scale"):
-        best = at_scale.sort_values("rate", ascending=False, kind="stable").iloc[0]
-        low, high = wilson_interval(float(best["rate"]), int(best["num_prompts"]))
-        points.append(effects.RatePoint(float(str(scale)), float(best["rate"]), low, high, float(best["nll"])))
-    return effects.SteeringSeries(name, colour, points, random)
 
 
 def _planted_figures(data: ReportData, colours: dict[str, str]) -> list[Figure]:

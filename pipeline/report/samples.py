@@ -14,21 +14,26 @@ from pipeline.report.summary import (
     CONTROL_NONE,
     CONTROL_RANDOM,
     SteeringEffect,
+    chat_runs,
+    main_positions,
     steering_effects,
 )
+from pipeline.schema import BASE, MODEL_NAMES
 
 MAX_SAMPLES = 3
 """Prompts shown per behaviour."""
 
 
 class Sample(NamedTuple):
-    """One prompt answered three ways."""
+    """One prompt answered up to four ways."""
 
     prompt: str
     plain: str
     steered: str
     random: str
     """Empty where there is none."""
+    base: str
+    """The base model with the same latent; empty where it was not asked."""
     steered_shows: bool
 
 
@@ -48,8 +53,9 @@ def sample_groups(crosscoder: CrosscoderReport) -> list[SampleGroup]:
     if table is None or table.empty:
         return []
     best = {effect.behavior: effect for effect in steering_effects(crosscoder.steering)}
+    of_base = table[(table["model"] == MODEL_NAMES[BASE]) & table["positions"].isin(main_positions(table)[:1])]
     groups = []
-    for behavior, rows in table.groupby("behavior", sort=False):
+    for behavior, rows in chat_runs(table).groupby("behavior", sort=False):
         steered = rows[rows["control"] == CONTROL_LATENT]
         if steered.empty:
             continue
@@ -58,13 +64,16 @@ def sample_groups(crosscoder: CrosscoderReport) -> list[SampleGroup]:
         steered = steered.sort_values("shows_behavior", ascending=False, kind="stable")
         plain = _answers(rows[rows["control"] == CONTROL_NONE])
         random = _answers(rows[(rows["control"] == CONTROL_RANDOM) & (rows["scale"] == scale)])
+        is_same = (of_base["behavior"] == behavior) & (of_base["latent"] == latent) & (of_base["scale"] == scale)
+        base = _answers(of_base[is_same & (of_base["control"] == CONTROL_LATENT)])
         samples = [
             Sample(
                 prompt=str(row["prompt"]),
                 plain=plain.get(str(row["prompt"]), ""),
                 steered=str(row["answer"]),
                 random=random.get(str(row["prompt"]), ""),
-                steered_shows=bool(row["shows_behavior"]),
+                base=base.get(str(row["prompt"]), ""),
+                steered_shows=row["shows_behavior"] is True or row["shows_behavior"] == 1,
             )
             for row in steered.drop_duplicates("prompt").head(MAX_SAMPLES).to_dict("records")
         ]

@@ -12,7 +12,7 @@ import pandas as pd
 
 from pipeline.numerics.proportions import Interval, wilson_interval
 from pipeline.report.data import CrosscoderReport
-from pipeline.schema import Verdict
+from pipeline.schema import CHAT, MODEL_NAMES, Verdict
 
 CHAT_ONLY_VERDICTS = (Verdict.CHAT_SPECIFIC, Verdict.SHRINKAGE, Verdict.DECOUPLING, Verdict.BOTH, Verdict.UNDECIDED)
 """Verdicts of a latent that Delta_norm alone calls chat-only, in the order of bars and tables."""
@@ -191,12 +191,23 @@ class SteeringEffect(NamedTuple):
     num_prompts: int
 
 
+def main_positions(steering: pd.DataFrame) -> list[str]:
+    """Where directions were added, in the table's order; the first is what pages and sentences compare."""
+    return [str(name) for name in steering["positions"].unique() if name != "none"]
+
+
+def chat_runs(steering: pd.DataFrame) -> pd.DataFrame:
+    """The chat model's runs, unsteered or steered at the first choice of positions."""
+    is_main = steering["positions"].isin(["none", *main_positions(steering)[:1]])
+    return steering[(steering["model"] == MODEL_NAMES[CHAT]) & is_main]
+
+
 def steering_effects(steering: pd.DataFrame | None) -> list[SteeringEffect]:
-    """One effect per behaviour that has a steered latent, in the table's order."""
+    """One effect per behaviour that has a steered latent and a rate, in the table's order; see chat_runs."""
     if steering is None or steering.empty:
         return []
     effects = []
-    for behavior, rows in steering.groupby("behavior", sort=False):
+    for behavior, rows in chat_runs(steering).groupby("behavior", sort=False):
         steered = rows[(rows["control"] == CONTROL_LATENT) & (rows["scale"] > 0) & rows["rate"].notna()]
         if not steered.empty:
             effects.append(_strongest(str(behavior), rows, steered))

@@ -71,7 +71,7 @@ def run(steps: Sequence[Step], context: Context) -> None:
     options = _options(context.resources.autointerp)
     prepared = [_prepare(step, context) for step in steps]
     _say_cost(prepared, context)
-    progress = Progress(NAME, sum(len(one.cases) for one in prepared), "latents")
+    progress = Progress(NAME, sum(case is not None for one in prepared for case in one.cases.values()), "latents")
     shown(context, progress, 0)
     for one in prepared:
         started = time.monotonic()

@@ -16,7 +16,6 @@ from pipeline.report.data import CrosscoderReport, LineageRow, ModelPairInfo, Re
 from pipeline.report.figures import figures
 from pipeline.report.page import render
 from pipeline.report.verdict import verdict_text
-from pipeline.schema import CHAT, MODEL_NAMES
 from pipeline.sections.crosscoder import AdoptedCrosscoderSection, CrosscoderSection
 from pipeline.stages import autointerp, causality, controls, steering
 from pipeline.stages.base import Context, Step
@@ -118,8 +117,8 @@ def _crosscoder(fit: Step, inputs: Sequence[Step], context: Context) -> Crosscod
         causality_curve=table("causality", causality.CURVE_NAME),
         controls=table("controls", controls.TABLE_NAME),
         seeds=table("controls", controls.SEEDS_NAME),
-        steering=_of_chat(table("steering", steering.TABLE_NAME)),
-        steering_samples=_of_chat(table("steering", steering.SAMPLES_NAME)),
+        steering=table("steering", steering.TABLE_NAME),
+        steering_samples=table("steering", steering.SAMPLES_NAME),
         examples=table("examples", EXAMPLES_NAME),
         planted=table("planted", PLANTED_NAME),
         twins=table("latents", TWINS_NAME),
@@ -131,12 +130,3 @@ def _crosscoder(fit: Step, inputs: Sequence[Step], context: Context) -> Crosscod
         nu_eps_threshold=scaling["nu_eps_threshold"],
         nu_r_threshold=scaling["nu_r_threshold"],
     )
-
-
-def _of_chat(table: pd.DataFrame | None) -> pd.DataFrame | None:
-    """The chat model's runs, steered at the first choice of positions: what the page compares."""
-    if table is None:
-        return None
-    places = [name for name in table["positions"].unique() if name != "none"][:1]
-    shown: pd.DataFrame = table[(table["model"] == MODEL_NAMES[CHAT]) & table["positions"].isin(["none", *places])]
-    return shown

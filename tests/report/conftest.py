@@ -255,7 +255,11 @@ def steering_table(latents: list[int], strength: float, seed: int) -> pd.DataFra
                 rows.append((behavior, index, "random", scale, round(wobble * 40) / 40, 1.2 + 0.12 * scale**1.3))
     table = pd.DataFrame(rows, columns=["behavior", "latent", "control", "scale", "rate", "nll"])
     positions = table["control"].map({"none": "none"}).fillna("all")
-    return table.assign(num_prompts=40, model="chat", positions=positions, kl=table["scale"], num_tokens=960)
+    table = table.assign(
+        num_prompts=40, model="chat", positions=positions, kl=table["scale"] ** 1.5 / 3, num_tokens=960
+    )
+    base = table[table["control"] != "random"].assign(model="base", rate=table["rate"] / 3, nll=table["nll"] + 0.4)
+    return pd.concat([table, base], ignore_index=True)
 
 
 ANSWERS = {
@@ -277,7 +281,10 @@ def sample_table(latents: list[int]) -> pd.DataFrame:
             rows.append((behavior, 0, "random", 2.0, prompt, plain[:33] + "and the baker of Orlin.", False))
     names = ["behavior", "latent", "control", "scale", "prompt", "answer", "shows_behavior"]
     table = pd.DataFrame(rows, columns=names)
-    return table.assign(model="chat", positions=table["control"].map({"none": "none"}).fillna("all"))
+    table = table.assign(model="chat", positions=table["control"].map({"none": "none"}).fillna("all"))
+    steered = table["control"] == "latent"
+    base = table[steered].assign(model="base", answer="I cannot the mill. The mill.", shows_behavior=False)
+    return pd.concat([table, base], ignore_index=True)
 
 
 def example_table(latents: list[int], seed: int, hostile: bool) -> pd.DataFrame:

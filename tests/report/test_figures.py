@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline.report import charts, controls, effects, ranked
+from pipeline.report import charts, controls, effects, ranked, steering
 from pipeline.report.data import ReportData
 from pipeline.report.figures import figure_list, figures
 from pipeline.report.svg import Axis, Box, Canvas, Scale, frame, legend, linear_ticks, log_ticks, padded_range
@@ -148,8 +148,16 @@ def test_undefined_numbers_leave_no_nan_in_a_drawing() -> None:
     nan = math.nan
     drawings = [
         effects.kl_bars([effects.BarGroup("none", [effects.Bar("a", "red", nan, nan, nan)])], []),
-        effects.steering_rates(
-            [effects.SteeringSeries("a", "red", [effects.RatePoint(1.0, 0.5, nan, nan, nan)], [])], nan, nan
+        steering.steering_chart(
+            [
+                steering.SteeringSeries(
+                    "a",
+                    "red",
+                    [steering.SteerLine("chat model", "", [steering.SteerPoint(1.0, 0.5, nan, nan, nan, nan)])],
+                    [steering.RandomPoint(1.0, nan, nan, nan, nan, nan)],
+                    None,
+                )
+            ]
         ),
         effects.planted_scores(
             [("b", [effects.ScoreRow("a", "red", effects.ScoreMark("x", nan, nan, nan), [])])], [("a", "red")]
@@ -210,3 +218,47 @@ def test_places_are_drawn_for_every_corpus(report: ReportData) -> None:
     for name in (">web</text>", ">chat</text>", ">shared latents</text>"):
         assert name in found["corpora"]
     assert found["speakers"].count("batchtopk, chat-specific: ") == 4
+
+
+def sweep(**more: object) -> pd.DataFrame:
+    """Steering rows of one behaviour: unsteered, one latent at two scales in three places, both models, two random."""
+    rows: list[dict[str, object]] = [
+        {"model": model, "latent": -1, "control": "none", "positions": "none", "scale": 0.0, "rate": 0.1, "kl": 0.0}
+        for model in ("chat", "base")
+    ]
+    for model, places in (("chat", ("all", "prompt")), ("base", ("all",))):
+        for place in places:
+            for scale, rate in ((1.0, 0.4), (2.0, 0.8)):
+                own = rate if (model, place) == ("chat", "all") else rate / 2
+                row = {"model": model, "latent": 7, "control": "latent", "positions": place, "scale": scale}
+                rows.append(row | {"rate": own, "kl": scale})
+    for latent in (1, 2):
+        row = {"model": "chat", "latent": latent, "control": "random", "positions": "all", "scale": 2.0}
+        rows.append(row | {"rate": latent / 10, "kl": 0.5})
+    return pd.DataFrame(rows).assign(behavior="b", nll=1.0, num_prompts=20).assign(**more)
+
+
+def test_a_sweep_becomes_a_line_per_model_and_place() -> None:
+    series = steering.steering_series("a", "var(--series-1)", sweep())
+    assert [(line.label, line.dash) for line in series.lines] == [
+        ("chat model", steering.SOLID),
+        ("base model", steering.DASHED),
+        ("chat model, prompt only", steering.DOTTED),
+    ]
+    assert [point.rate for point in series.lines[0].points] == [0.4, 0.8]
+    assert [point.rate for point in series.lines[1].points] == [0.2, 0.4]
+    assert (series.random[0].rate, series.random[0].low, series.random[0].high) == (pytest.approx(0.15), 0.1, 0.2)
+    assert series.unsteered is not None
+    assert series.unsteered.rate == 0.1
+    svg = steering.steering_chart([series])
+    ElementTree.fromstring(svg)
+    assert svg.count("<circle") == 6
+    assert "answers that show the behaviour" in svg
+
+
+def test_prompts_without_markers_have_no_rate_panel() -> None:
+    svg = steering.steering_chart([steering.steering_series("a", "var(--series-1)", sweep(rate=math.nan))])
+    assert "answers that show the behaviour" not in svg
+    assert "KL of the next token" in svg
+    assert "nan" not in svg
+    assert "<circle" not in svg

@@ -90,7 +90,12 @@ def test_steering_effect_is_the_best_positive_scale_with_its_controls() -> None:
         ("refusal", 0, "random", 4.0, 0.8, 1.4),
     ]
     table = pd.DataFrame(rows, columns=["behavior", "latent", "control", "scale", "rate", "nll"]).assign(num_prompts=20)
-    (effect,) = steering_effects(table)
+    table = table.assign(model="chat", positions=table["control"].map({"none": "none"}).fillna("all"))
+    others = [
+        table.assign(model="base", rate=1.0),
+        table[table["control"] == "latent"].assign(positions="prompt", rate=1.0),
+    ]
+    (effect,) = steering_effects(pd.concat([table, *others]))
     assert (effect.latent, effect.scale, effect.rate, effect.num_scales) == (7, 2.0, 0.9, 3)
     assert effect.random_mean == pytest.approx(0.2)
     assert (effect.random_max, effect.num_random) == (0.3, 2)
