@@ -116,6 +116,17 @@ class SplitDecoder:
         assert 1 <= num_layers < self.layer, f"a prefix of {num_layers} layers below layer {self.layer}"
         return self._run_lower(ids_BT, mask_BT, self._starting_from(prefix_BTD, num_layers))
 
+    @torch.no_grad()
+    def run_before_layers(self) -> None:
+        """What runs before the first layer, on one token: wherever the model lies, and with any attention code."""
+        entry = _Entry(self.layers[0])
+        try:
+            with _replaced(self.layers, {0: entry}):
+                self.body(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device), use_cache=False)
+        except _LayerReachedError:
+            return
+        raise AssertionError(f"the forward of {type(self.base).__name__} never reached its first layer")
+
     def _run_lower(self, ids_BT: Tensor, mask_BT: Tensor, stand_ins: Mapping[int, nn.Module]) -> Tensor:
         attention = attention_inputs(mask_BT)
         stop = _Stop(self.layers[self.layer - 1])
@@ -279,6 +290,11 @@ class _LayerReachedError(Exception):
         super().__init__("layer reached")
         self.hidden = hidden
         self.returns_tuple = returns_tuple
+
+
+class _Entry(LayerStandIn):
+    def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> NoReturn:
+        raise _LayerReachedError(hidden_states, returns_tuple=False)
 
 
 class _Record(LayerStandIn):

@@ -69,13 +69,13 @@ def share_equal_prefix(base: SplitDecoder, chat: SplitDecoder) -> int:
 
 
 def modules_before_layers(decoder: SplitDecoder) -> list[nn.Module]:
-    """The body's modules outside its layers that a forward up to layer L runs, the body itself first."""
+    """The body's modules outside its layers that run before the first of them, the body itself first."""
     inside = set(decoder.layers.modules())
     candidates = [module for module in decoder.base.modules() if module not in inside and module is not decoder.base]
     ran: set[nn.Module] = set()
     handles = [module.register_forward_hook(lambda ran_one, *_: ran.add(ran_one)) for module in candidates]
     try:
-        decoder.lower(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.int64))
+        decoder.run_before_layers()
     finally:
         for handle in handles:
             handle.remove()

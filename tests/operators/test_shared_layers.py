@@ -10,10 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import InputError
+from pipeline.operators.decoder import SplitDecoder
 from pipeline.operators.generation import Steering
 from pipeline.operators.loading import LoadOptions, ModelSpec
 from pipeline.operators.pair import ModelPair
 from pipeline.operators.placement import spread_map
+from pipeline.operators.prefix import modules_before_layers
 from pipeline.schema import BASE, CHAT
 
 peft = pytest.importorskip("peft")
@@ -199,6 +201,23 @@ def test_equal_leading_layers_run_once_and_lie_in_memory_once(
     )
     assert shorter.num_shared_layers == 2
     assert _layers_run(shorter) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "names"),
+    [("gemma2", {"", "embed_tokens", "rotary_emb"}), ("gpt2", {"", "wte", "wpe", "drop"}), ("llama", None)],
+)
+def test_what_runs_before_the_layers_is_found_without_running_a_layer(
+    random_model: Callable[..., Any], architecture: str, names: set[str] | None
+) -> None:
+    decoder = SplitDecoder(random_model(architecture, seed=0), 2)
+    ran: list[int] = []
+    for layer in decoder.layers:
+        layer.register_forward_hook(lambda *_: ran.append(1))
+    name_of = {module: name for name, module in decoder.base.named_modules()}
+    found = {name_of[module] for module in modules_before_layers(decoder)}
+    assert found == (names or {"", "embed_tokens", "rotary_emb"})
+    assert not ran
 
 
 def test_another_config_or_embedding_shares_nothing(

@@ -1,6 +1,10 @@
 """Where models come from, and what of it bears identity."""
 
+import pytest
+from pydantic import ValidationError
+
 from pipeline.sections.data import HubModel, OrganismModel
+from pipeline.sections.how import ModelWorkersSection
 from pipeline.stages.models import locate, model_identity
 
 
@@ -12,6 +16,12 @@ def test_token_replacements_reach_the_model_and_its_identity() -> None:
     assert model_identity(plain, "models.base") == {"source": "name/base", "source_revision": "abc"}
     expected = [(128006, 1432), (128009, 827)]
     assert model_identity(replaced, "models.base")["token_replacements"] == expected
+
+
+def test_two_devices_need_two_gpus() -> None:
+    with pytest.raises(ValidationError, match=r"placement two_devices: expected gpus of at least 2 .* got 1"):
+        ModelWorkersSection(placement="two_devices", gpus=1)
+    assert ModelWorkersSection(placement="spread", gpus=4).placement == "spread"
 
 
 def test_remote_code_stays_off_unless_asked_for() -> None:

@@ -188,13 +188,24 @@ def _stopping(decoder: SplitDecoder) -> Iterator[None]:
         handle.remove()
 
 
-def timed(run: Callable[[], Any], device: str) -> float:
-    """Seconds of one call."""
-    started = time.perf_counter()
+class Reading(NamedTuple):
+    """One call."""
+
+    seconds: float
+    cpu_seconds: float
+    """Of all threads; with one thread, on a busy machine, the fairer number."""
+
+
+Readings = Mapping[str, Sequence[Reading]]
+
+
+def timed(run: Callable[[], Any], device: str) -> Reading:
+    """What one call took."""
+    started, cpu_started = time.perf_counter(), time.process_time()
     run()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return Reading(time.perf_counter() - started, time.process_time() - cpu_started)
 
 
 def compare_loops(case: Case) -> None:
@@ -211,12 +222,12 @@ def compare_loops(case: Case) -> None:
     real_token_frac = run_ours(pair, case, documents).real_token_frac
     contenders["perfect"]()
     repeats = {"ours": case.repeats, "perfect": case.repeats, "padded": case.padded_repeats}
-    seconds = measure(contenders, repeats, case.device)
+    readings = measure(contenders, repeats, case.device)
     tokens = sum(lengths)
     print(f"{case.documents} documents, {tokens:,} tokens, {100 * real_token_frac:.2f}% of computed tokens are real")
-    show(seconds, tokens)
+    show(readings, tokens)
     for name in ("perfect", "padded"):
-        show_ratio(seconds, "ours", name)
+        show_ratio(readings, "ours", name)
 
 
 def compare_lora(case: Case) -> None:
@@ -225,39 +236,45 @@ def compare_lora(case: Case) -> None:
     tokens = sum(len(row) for row in documents["input_ids"])
     contenders = {name: partial(run_ours, own, case, documents) for name, own in pairs.items()}
     contenders["prefix"]()
-    seconds = measure(contenders, dict.fromkeys(contenders, case.repeats), case.device)
+    readings = measure(contenders, dict.fromkeys(contenders, case.repeats), case.device)
     num_shared = pairs["prefix"].num_shared_layers
     print(f"a model and its adapter, {num_shared} of {case.layer} layers in common")
-    show(seconds, tokens)
+    show(readings, tokens)
     for name in ("one copy", "two copies"):
-        show_ratio(seconds, "prefix", name)
+        show_ratio(readings, "prefix", name)
     for name in ("one copy", "two copies"):
         print(f"  {name} of the weights: {weight_bytes(pairs[name]) / MIB:.1f} MiB")
 
 
-def measure(
-    contenders: Mapping[str, Callable[[], Any]], repeats: Mapping[str, int], device: str
-) -> dict[str, list[float]]:
-    """Seconds of every call; in each round the contenders that have repeats left take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+def measure(contenders: Mapping[str, Callable[[], Any]], repeats: Mapping[str, int], device: str) -> Readings:
+    """Every call; in each round the contenders that have repeats left take turns."""
+    readings: dict[str, list[Reading]] = {name: [] for name in contenders}
     for number in range(max(repeats.values())):
         for name, contender in contenders.items():
             if number < repeats[name]:
-                seconds[name].append(timed(contender, device))
-    return seconds
+                readings[name].append(timed(contender, device))
+    return readings
 
 
-def show(seconds: Mapping[str, Sequence[float]], tokens: int) -> None:
+def show(readings: Readings, tokens: int) -> None:
     """One line per contender."""
-    for name, own in seconds.items():
-        median = statistics.median(own)
-        print(f"  {name:10s} {median:7.3f} s (best {min(own):.3f})  {tokens / median:10,.0f} rows/s")
+    for name, own in readings.items():
+        seconds = [reading.seconds for reading in own]
+        cpu_seconds = statistics.median(reading.cpu_seconds for reading in own)
+        median = statistics.median(seconds)
+        print(
+            f"  {name:10s} {median:7.3f} s (best {min(seconds):.3f})  cpu {cpu_seconds:7.3f} s"
+            f"  {tokens / median:10,.0f} rows/s"
+        )
 
 
-def show_ratio(seconds: Mapping[str, Sequence[float]], name: str, other: str) -> None:
+def show_ratio(readings: Readings, name: str, other: str) -> None:
     """The median over rounds in which both took part."""
-    ratios = [a / b for a, b in zip(seconds[name], seconds[other], strict=False)]
-    print(f"  {name} / {other:10s} {statistics.median(ratios):.3f}  ({min(ratios):.3f} to {max(ratios):.3f})")
+    pairs = list(zip(readings[name], readings[other], strict=False))
+    ratios = [own.seconds / its.seconds for own, its in pairs]
+    by_cpu = statistics.median(own.cpu_seconds / its.cpu_seconds for own, its in pairs)
+    span = f"{min(ratios):.3f} to {max(ratios):.3f}"
+    print(f"  {name} / {other:10s} {statistics.median(ratios):.3f} ({span}); by processor time {by_cpu:.3f}")
 
 
 PARTS: dict[str, Callable[[Case], None]] = {"loops": compare_loops, "lora": compare_lora}
