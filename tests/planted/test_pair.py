@@ -1,0 +1,52 @@
+"""The table for a finished run with planted labels: read from its artifacts, against scores taken by hand."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from pipeline.config import load
+from pipeline.errors import InputError
+from pipeline.numerics.crosscoder import Crosscoder
+from pipeline.schema import PLANTED_SHIFT, Ownership
+from pipeline.store import ActivationStore
+from tests.runs import Finished, copied, run_file
+from workloads.planted import pair
+from workloads.planted.score import SCORE_COLUMNS
+
+
+@pytest.mark.ray
+def test_a_finished_run_is_scored_by_its_token_labels(finished: Finished, tmp_path: Path) -> None:
+    root = copied(finished, tmp_path, "organism", "activations", "crosscoder", "latents")
+    text = pair.run(load(run_file(tmp_path, str(root))))
+    table = pd.read_parquet(root / "planted_results" / "tiny" / "scores.parquet")
+    assert list(table.columns) == [column.name for column in SCORE_COLUMNS]
+    assert table["recipe"].tolist() == ["l1", "l1", "batch_topk", "batch_topk"] and "batch_topk" in text
+    latents = finished.table("latents l1", "latents.parquet")
+    is_called = (latents["ownership"] == Ownership.CHAT_ONLY) & (latents["frequency"] > 0)
+    assert table["num_called"][0] == is_called.sum()
+    assert table["recall"].between(0, 1).all() and (table["num_trials"] == 1).all()
+
+
+@pytest.mark.ray
+def test_the_auroc_of_a_label_counts_ordered_pairs(finished: Finished) -> None:
+    step = finished.states["latents l1"].step
+    store = ActivationStore(finished.storage, step.inputs["activations"].key.folder)
+    crosscoder = Crosscoder.from_pretrained(finished.root / step.inputs["crosscoder"].key.folder)
+    auroc_FL = pair.label_auroc(crosscoder, store)
+    rows = [store.read(shard) for shard in store.manifest.of_split("validation")]
+    is_chat = torch.cat([r.corpus_B for r in rows]) == store.manifest.dialogue_corpora[0]
+    x_BMD, flags_B = (torch.cat([getattr(r, name) for r in rows])[is_chat] for name in ("x_BMD", "flags_B"))
+    code_BF = crosscoder.encode(x_BMD.float()).to_dense()
+    latent = int((code_BF > 0).sum(0).argmax())
+    for label in range(len(store.manifest.labels)):
+        positive_B = (flags_B >> (PLANTED_SHIFT + label)) & 1 == 1
+        ours, theirs = code_BF[positive_B, latent][:, None], code_BF[~positive_B, latent][None]
+        wins = (ours > theirs).double() + 0.5 * (ours == theirs).double()
+        torch.testing.assert_close(auroc_FL[latent, label], wins.mean(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_run_that_is_not_finished_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected the finished latents l1 of tiny, got none; run it first"):
+        pair.run(load(run_file(tmp_path, str(tmp_path / "runs"))))
