@@ -238,3 +238,11 @@ def test_places_by_hand() -> None:
     rows = places.speaker_shares(table, "a")
     assert rows[0].shares == pytest.approx((0.525, 0.05, 0.05, 0.375))
     assert sum(rows[1].shares) == pytest.approx(1)
+
+
+def test_a_difference_shows_its_own_variance_explained(report: ReportData) -> None:
+    first, *others = report.crosscoders
+    assert first.fidelity is not None
+    fidelity = {**first.fidelity, "fve_base": math.nan, "fve_chat": math.nan, "fve": 0.617}
+    changed = dataclasses.replace(report, crosscoders=(dataclasses.replace(first, fidelity=fidelity), *others))
+    assert "0.617 (difference)" in verdict_text(changed)
