@@ -16,7 +16,7 @@ from pipeline.schema import Flag
 from pipeline.storage import Storage
 from pipeline.store import ActivationStore
 
-pytestmark = [pytest.mark.ray, pytest.mark.rare]
+pytestmark = [pytest.mark.ray, pytest.mark.rare, pytest.mark.timeout(1200)]
 
 NUM_KILLS = 20
 NUM_DRIVER_KILLS = 3

@@ -190,6 +190,7 @@ class StreamRows:
         x_BMD = torch.from_numpy(x).view(torch.bfloat16)
         rows = torch.tensor(self._left[slot]) if slot in self._left else torch.arange(len(x_BMD))
         self._taken[slot] = 1
+        self.stream.cursor.take([slot])
         self._buffer.add(x_BMD[rows], torch.stack([torch.full_like(rows, slot), rows], dim=1))
 
     def _shared(self, x_BMD: Tensor | None) -> Tensor:

@@ -1,12 +1,14 @@
 """Training rows without a store: extraction workers feed the trainer's ranks (stages.rows) through Ray Data.
 
-The stream is an endless plan of blocks of documents: epoch after epoch, each in its own order. A worker turns one block
-into rows; Ray Data hands the blocks to the data ranks in the order of the plan and holds extraction back while nobody
-reads. A cursor beside the stream knows which blocks a run that goes on from a checkpoint need not make again.
+The stream is a plan of blocks of documents: epoch after epoch, each in its own order. A worker turns one block into
+rows; Ray Data deals the blocks to the data ranks in the order of the plan. Workers stay at most a few blocks ahead of
+the slowest rank, so that neither memory nor forward passes are spent on what nobody has asked for yet. A cursor beside
+the stream knows which blocks a run that goes on from a checkpoint need not make again.
 
 Trade-off against the store: every epoch costs a forward pass of both models, and nothing is left to look at.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +33,9 @@ _BLOCK_BYTES = 128 << 20
 """Largest block: Ray Data's own target, so that its bounds on memory hold."""
 _MARGIN = 2.0
 """Blocks planned over blocks needed: they cost nothing until they are asked for."""
+_BLOCKS_AHEAD = 2
+"""Blocks that may be made before they are needed, per extraction worker and per data rank."""
+_POLL_SECONDS = 0.05
 _BUSY_FRAC = 0.95
 """Share of the cluster's logical CPUs that trainers and extraction take together."""
 
@@ -46,10 +51,15 @@ class StreamOrder(NamedTuple):
     seed: int
 
     def blocks(self, epoch: int) -> list[np.ndarray]:
-        """Places of the documents of each block: all documents once, in the epoch's own order."""
+        """Places of the documents of each block: all documents once, in the epoch's own order.
+
+        Blocks are as equal as documents allow, so that ranks which are dealt every other block need equally many.
+        """
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.places))
         starts = np.cumsum(self.lengths[order]) - self.lengths[order]
-        cuts = np.flatnonzero(np.diff(starts // self.block_tokens)) + 1
+        num_tokens = int(self.lengths.sum())
+        num_blocks = -(-num_tokens // self.block_tokens)
+        cuts = np.flatnonzero(np.diff(starts * num_blocks // num_tokens)) + 1
         return list(np.split(self.places[order], cuts))
 
     def slots(self, num_tokens: int) -> list[dict[str, int]]:
@@ -76,20 +86,38 @@ class Stream(NamedTuple):
 
 
 class Cursor:
-    """Where the present attempt began, and which documents were set aside. One per stream."""
+    """Where the present attempt began and how far the ranks are; which documents were set aside. One per stream.
 
-    def __init__(self) -> None:
+    Args of the constructor: `blocks_ahead`, how many blocks may be made before they are needed.
+    """
+
+    def __init__(self, blocks_ahead: int) -> None:
+        self._blocks_ahead = blocks_ahead
         self._done: set[int] = set()
+        self._taken: set[int] = set()
+        self._first_wanted = 0
         self._rejected: dict[int, dict[str, Any]] = {}
 
     def start(self, done: set[int], rejected: Sequence[dict[str, Any]]) -> None:
         """Begin an attempt: these slots are not made again."""
-        self._done = done
+        self._done, self._taken, self._first_wanted = done, set(done), 0
+        self.take([])
         self.reject(rejected)
 
     def done(self) -> set[int]:
         """Slots that are not made again."""
         return self._done
+
+    def take(self, slots: Sequence[int]) -> None:
+        """A rank has put these blocks into its buffer."""
+        self._taken.update(slots)
+        while self._first_wanted in self._taken:
+            self._taken.remove(self._first_wanted)
+            self._first_wanted += 1
+
+    def may_make(self, slot: int) -> bool:
+        """Whether a block is near enough to what the slowest rank wants next."""
+        return slot < self._first_wanted + self._blocks_ahead
 
     def reject(self, documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Note documents as set aside; all of them so far, each once however often it came by."""
@@ -100,10 +128,10 @@ class Cursor:
 class RemoteCursor:
     """A Cursor that lives in an actor."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks_ahead: int) -> None:
         import ray
 
-        self._actor = ray.remote(Cursor).options(num_cpus=0).remote()
+        self._actor = ray.remote(Cursor).options(num_cpus=0).remote(blocks_ahead)
 
     def start(self, done: set[int], rejected: Sequence[dict[str, Any]]) -> None:
         """As Cursor.start; returns when it has happened."""
@@ -117,6 +145,16 @@ class RemoteCursor:
 
         found: set[int] = ray.get(self._actor.done.remote())
         return found
+
+    def take(self, slots: Sequence[int]) -> None:
+        """As Cursor.take; returns at once."""
+        self._actor.take.remote(slots)
+
+    def may_make(self, slot: int) -> bool:
+        """As Cursor.may_make."""
+        import ray
+
+        return bool(ray.get(self._actor.may_make.remote(slot)))
 
     def reject(self, documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """As Cursor.reject."""
@@ -138,6 +176,8 @@ class ExtractBlock:
         """{slot, x}: bfloat16 rows as int16 [B, M, D], or None."""
         if item["slot"] in self._done:
             return {"slot": item["slot"], "x": None}
+        while not self.cursor.may_make(item["slot"]):
+            time.sleep(_POLL_SECONDS)
         if self._epoch[0] != item["epoch"]:
             self._epoch = (item["epoch"], self.order.blocks(item["epoch"]))
         extracted = self.extractor(self._epoch[1][item["block"]])
@@ -183,7 +223,7 @@ def open_stream(
     num_ranks = context.resources.training.data
     num_tokens = int(training.num_rows / kept_frac * _MARGIN) + 8 * num_ranks * order.block_tokens
     slots = order.slots(num_tokens)
-    cursor = RemoteCursor()
+    cursor = RemoteCursor(_BLOCKS_AHEAD * (placement.num_extractors + num_ranks))
     extractor = Extractor(
         context.storage,
         tokens_folder,

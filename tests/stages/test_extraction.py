@@ -79,6 +79,18 @@ def test_record_says_how_far_the_rows_are_from_the_plain_forward(finished: Finis
     assert record.counts["real_token_frac"] > 0.9
 
 
+@pytest.mark.rare
+def test_a_stream_sets_poisonous_documents_aside_too(ray_cluster: None, finished: Finished, tmp_path: Path) -> None:
+    config, with_nan, unreadable = poisoned(finished, tmp_path, max_rejected_frac=0.5, mode="stream")
+    records = make(config, "activations", "crosscoder")
+    assert records["activations"].counts["num_rejected_documents"] == 0  # all of them are training documents
+    assert records["crosscoder"].counts["num_rejected_documents"] == len(with_nan) + 1
+    tables = [pd.read_parquet(path) for path in tmp_path.glob("runs/crosscoder/*/rejected.parquet")]
+    assert len(tables) == 2
+    assert all(set(table["doc_id"]) == with_nan | {unreadable} for table in tables)
+
+
+@pytest.mark.rare
 def test_more_poison_than_allowed_ends_the_run_with_names(
     ray_cluster: None, finished: Finished, tmp_path: Path
 ) -> None:
@@ -89,6 +101,7 @@ def test_more_poison_than_allowed_ends_the_run_with_names(
     assert not list(tmp_path.glob("runs/activations/*/record.json"))
 
 
+@pytest.mark.rare
 def test_a_disk_that_fills_up_in_mid_extraction_keeps_what_was_finished(
     ray_cluster: None, finished: Finished, tmp_path: Path
 ) -> None:

@@ -1,20 +1,25 @@
 """The stream's plan and a rank's reading of it: every document once an epoch, every row once, also after a resume."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from runs import Finished, copied, kill_worker, make, run_file, start, wait_for
-from safetensors.torch import load_file
 
 from pipeline.config import load
+from pipeline.numerics.crosscoder import Crosscoder
+from pipeline.numerics.moments import explained_fractions, moments_of
 from pipeline.numerics.parallel import Mesh
+from pipeline.schema import Split
 from pipeline.stages.rows import StreamRows
 from pipeline.stages.stream import Cursor, Stream, StreamOrder
+from pipeline.store import ActivationStore
 
 ORDER = StreamOrder(
     places=np.arange(0, 400, 2), lengths=np.random.default_rng(0).integers(5, 80, 200), block_tokens=500, seed=1
@@ -43,6 +48,22 @@ def test_slots_run_on_over_epochs_and_hold_enough() -> None:
     assert sum(len(ORDER.blocks(e)) for e in range(3)) == len(slots)
 
 
+def test_the_blocks_of_an_epoch_are_of_one_size() -> None:
+    length_of = dict(zip(ORDER.places, ORDER.lengths, strict=True))
+    sizes = np.array([sum(length_of[place] for place in block) for block in ORDER.blocks(0)])
+    assert sizes.max() - sizes.min() < 2 * 80
+
+
+def test_workers_stay_a_few_blocks_ahead_of_the_slowest_rank() -> None:
+    cursor = Cursor(blocks_ahead=3)
+    cursor.start(done={0, 1, 4}, rejected=[])
+    assert [slot for slot in range(10) if cursor.may_make(slot)] == [0, 1, 2, 3, 4]
+    cursor.take([3])
+    assert not cursor.may_make(5)
+    cursor.take([2])
+    assert [slot for slot in range(10) if cursor.may_make(slot)][-1] == 7
+
+
 class Blocks:
     """Extraction without models: a block's rows are its slot and the row's number."""
 
@@ -62,7 +83,7 @@ class Blocks:
 
 
 def opened(buffer_rows: int = 60, num_slots: int = 100) -> tuple[StreamRows, Blocks]:
-    cursor = Cursor()
+    cursor = Cursor(blocks_ahead=4)
     blocks = Blocks(cursor, num_slots)
     stream = Stream(cursor, num_slots=num_slots, buffer_rows=buffer_rows, seed=0, row_shape=(2, 2))
     return StreamRows(stream, blocks, batch_rows=8, mesh=Mesh(), device="cpu"), blocks
@@ -127,10 +148,21 @@ def test_a_resumed_stream_makes_only_what_is_left() -> None:
 STREAMED = {"activations": {"layer": 2, "rows_per_shard": 2000, "mode": "stream"}, "tracking": {"kind": "none"}}
 
 
-def curves(root: Path) -> dict[str, Any]:
-    import pandas as pd
-
+def curves(root: Path) -> dict[str, pd.DataFrame]:
     return {path.parent.name: pd.read_parquet(path) for path in root.glob("crosscoder/*/curves.parquet")}
+
+
+def on_validation_rows(root: Path, x_BMD: torch.Tensor) -> dict[str, dict[str, float]]:
+    """FVE and mean error of every crosscoder of a root, by its kind of sparsity, in inference mode."""
+    found: dict[str, dict[str, float]] = {}
+    for path in root.glob("crosscoder/*/model.safetensors"):
+        crosscoder = Crosscoder.from_pretrained(path.parent)
+        with torch.no_grad():
+            error_BMD = x_BMD - crosscoder.decode(crosscoder.encode(x_BMD))
+        fractions = explained_fractions(moments_of(x_BMD), moments_of(error_BMD))
+        kind = json.loads((path.parent / "record.json").read_text())["identity"]["section"]["sparsity"]["kind"]
+        found[kind] = {"fve": fractions["fve"], "error": float(error_BMD.flatten(1).norm(dim=1).mean())}
+    return found
 
 
 @pytest.mark.rare
@@ -139,41 +171,42 @@ def curves(root: Path) -> dict[str, Any]:
 def test_a_streamed_run_ends_where_a_stored_run_ends(
     ray_cluster: None, finished: Finished, tmp_path: Path, mesh: dict[str, int]
 ) -> None:
-    """The same rows in another order: loss and FVE of the last quarter agree within 5% (noise between two seeds of
-    the order in store mode is about half of that); on two CPUs, where Ray's own placement would wait for ever."""
+    """The same rows in another order, judged on the validation rows; on two CPUs, where Ray's own placement of readers
+    and trainers would wait for ever. Tolerance: FVE 0.01, mean error 1% (seen: 0.003 and 0.4%)."""
     root = copied(finished, tmp_path, "organism", "corpus", "tokens")
     config = load(run_file(tmp_path, str(root), resources={"training": mesh, "cluster": {"num_cpus": 2}}, **STREAMED))
     records = make(config, "activations", "crosscoder")
     assert records["activations"].counts["num_rows_train"] == 0
     assert not list(root.glob("activations/*/train-*"))
     assert records["crosscoder"].counts["num_rejected_documents"] == 0
-    stored = sorted(curves(finished.root).values(), key=lambda frame: float(frame["l0"].iloc[-1]))
-    streamed = sorted(curves(root).values(), key=lambda frame: float(frame["l0"].iloc[-1]))
-    for ours, theirs in zip(streamed, stored, strict=True):
-        for column in ("loss", "fve"):
-            one, other = (float(frame[column].tail(len(frame) // 4).mean()) for frame in (ours, theirs))
-            assert one == pytest.approx(other, rel=0.05), column
+    store = ActivationStore(finished.storage, finished.states["activations"].step.key.folder)
+    x_BMD = torch.cat([store.read(shard).x_BMD for shard in store.manifest.of_split(Split.VALIDATION)]).float()
+    streamed, stored = (on_validation_rows(place, x_BMD) for place in (root, finished.root))
+    assert streamed.keys() == stored.keys() == {"l1", "batch_topk"}
+    for kind, ours in streamed.items():
+        assert ours["fve"] == pytest.approx(stored[kind]["fve"], abs=0.01), kind
+        assert ours["error"] == pytest.approx(stored[kind]["error"], rel=0.01), kind
 
 
 @pytest.mark.rare
 @pytest.mark.ray
 @pytest.mark.parametrize("victim", ["driver", "RayTrainWorker", "MapWorker"])
 def test_a_killed_streamed_run_goes_on(finished: Finished, tmp_path: Path, victim: str) -> None:
+    """Long enough that a checkpoint is behind it when it is killed and most steps are before it."""
     root = copied(finished, tmp_path, "organism", "corpus", "tokens")
-    path = run_file(tmp_path, str(root), **STREAMED)
+    path = run_file(tmp_path, str(root), training={"batch_rows": 256, "num_rows": 153_600}, **STREAMED)
     process = start(path)
-    wait_for(lambda: any(root.glob("training/*/step-000000040/state.pt")), process)
-    checkpoint = torch.load(next(root.glob("training/*/step-000000040/state.pt")), weights_only=True)
-    assert int(checkpoint["rows"]["taken"].sum()) > 1
+    wait_for(lambda: any(root.glob("training/*/step-*/state.pt")), process)
     if victim == "driver":
         process.kill()
         process.wait()
+        assert not list(root.glob("crosscoder/*/record.json"))
         process = start(path)
     else:
         kill_worker(process, victim)
-    wait_for(lambda: len(list(root.glob("crosscoder/*/record.json"))) == 2, process)
+    wait_for(lambda: len(list(root.glob("crosscoder/*/record.json"))) == 2, process, seconds=300)
     process.kill()
     process.wait()
-    assert all(len(frame) == 10 for frame in curves(root).values())
-    for model in root.glob("crosscoder/*/model.safetensors"):
-        assert all(tensor.isfinite().all() for tensor in load_file(model).values() if tensor.is_floating_point())
+    for frame in curves(root).values():
+        assert frame["step"].tolist() == list(range(10, 601, 10))
+        assert frame["loss"].tail(10).mean() < frame["loss"].head(10).mean()
