@@ -4,8 +4,9 @@
     python -m workloads.benchmarks.scaling --rows 16384,131072   # peak memory at 1x and 8x the rows
 
 Each number of rows is measured in a process of its own, by turns of encoding, decoding and adding one batch, so that a
-busy machine slows all of them alike. Latent Scaling is everything from the sums of a batch to the table with the
-intervals of all ratios. Readings with machine and date are kept in scaling_notes.md.
+busy machine slows all of them alike; with --threads 1 processor time is the fairest number. Latent Scaling is all that
+lies between the codes of a batch and the table with the intervals of all ratios. Readings with machine and date are
+kept in scaling_notes.md.
 """
 
 import argparse
@@ -14,13 +15,15 @@ import platform
 import resource
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipeline.analyses.latent_scaling import LatentScaling
-from pipeline.analyses.rows import RowBatch
+from pipeline.analyses.rows import RowBatch, Sums
 from pipeline.numerics.crosscoder import Crosscoder
 
 MIB = 1 << 20
@@ -45,6 +48,8 @@ class Reading(NamedTuple):
 
     seconds: dict[str, float]
     """Total of each part."""
+    cpu_seconds: dict[str, float]
+    """The same in processor time, all threads."""
     peak_bytes: int
     """Above what the process held before the first batch."""
     active: float
@@ -76,35 +81,52 @@ def make_rows(case: Case, crosscoder: Crosscoder, num_rows: int, seed: int) -> T
     return (x_BN + 0.1 * torch.randn(x_BN.shape, generator=generator)).view(num_rows, 2, case.dim)
 
 
+class Clock:
+    """Wall-clock and processor time, added up by part."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.cpu_seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Times a block under a name."""
+        start, cpu_start = time.perf_counter(), time.process_time()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+        self.cpu_seconds[name] += time.process_time() - cpu_start
+
+
 def measure(case: Case) -> Reading:
     """Time of each part over all rows, batch by batch; batches are made and thrown away between the clocks."""
     torch.set_num_threads(case.threads)
     crosscoder = make_crosscoder(case)
     analysis = LatentScaling(crosscoder, num_groups=case.groups, num_resamples=case.resamples)
-    sums = analysis.start()
-    seconds: dict[str, float] = defaultdict(float)
-    num_pairs = 0
-    for index in range(-1, case.rows // BATCH_ROWS):  # the first is a warm-up
-        x_BMD = make_rows(case, crosscoder, BATCH_ROWS, seed=index + 1)
-        doc_id_B = (torch.arange(BATCH_ROWS) + (index + 1) * BATCH_ROWS) // ROWS_PER_DOCUMENT
-        start = time.perf_counter()
+    add_batch(case, crosscoder, analysis, analysis.start(), Clock(), index=-1)  # a warm-up
+    before = peak_bytes()
+    sums, clock = analysis.start(), Clock()
+    num_batches = case.rows // BATCH_ROWS
+    num_pairs = sum(add_batch(case, crosscoder, analysis, sums, clock, index=index) for index in range(num_batches))
+    with clock.part("intervals"):
+        analysis.table(sums)
+    return Reading(dict(clock.seconds), dict(clock.cpu_seconds), peak_bytes() - before, num_pairs / case.rows)
+
+
+def add_batch(
+    case: Case, crosscoder: Crosscoder, analysis: LatentScaling, sums: Sums, clock: Clock, *, index: int
+) -> int:
+    """Encodes, decodes and adds one batch of rows; the number of active pairs."""
+    x_BMD = make_rows(case, crosscoder, BATCH_ROWS, seed=index + 1)
+    doc_id_B = (torch.arange(BATCH_ROWS) + (index + 1) * BATCH_ROWS) // ROWS_PER_DOCUMENT
+    zeros_B = torch.zeros(BATCH_ROWS, dtype=torch.int32)
+    with clock.part("encode"):
         codes = crosscoder.encode(x_BMD)
-        encoded = time.perf_counter()
+    with clock.part("decode"):
         reconstruction_BMD = crosscoder.decode(codes)
-        decoded = time.perf_counter()
-        zeros_B = torch.zeros(BATCH_ROWS, dtype=torch.int32)
-        analysis.update(sums, RowBatch(x_BMD, codes, reconstruction_BMD, zeros_B, doc_id_B, zeros_B, zeros_B, zeros_B))
-        added = time.perf_counter()
-        if index < 0:
-            sums, before = analysis.start(), peak_bytes()
-            continue
-        num_pairs += codes.num_pairs
-        for name, value in (("encode", encoded - start), ("decode", decoded - encoded), ("sums", added - decoded)):
-            seconds[name] += value
-    start = time.perf_counter()
-    analysis.table(sums)
-    seconds["intervals"] = time.perf_counter() - start
-    return Reading(dict(seconds), peak_bytes() - before, num_pairs / case.rows)
+    batch = RowBatch(x_BMD, codes, reconstruction_BMD, zeros_B, doc_id_B, zeros_B, zeros_B, zeros_B)
+    with clock.part("sums"):
+        analysis.update(sums, batch)
+    return codes.num_pairs
 
 
 def peak_bytes() -> int:
@@ -125,9 +147,10 @@ def print_reading(case: Case, reading: Reading) -> None:
     size = f"D={case.dim} F={case.latents} rows={case.rows} active={reading.active:.1f}"
     print(f"\n{size} groups={case.groups} resamples={case.resamples} threads={case.threads}")
     for name, value in reading.seconds.items():
-        print(f"  {name:10s} {value:8.3f} s  {case.rows / value:12.0f} rows/s")
-    scaling = reading.seconds["sums"] + reading.seconds["intervals"]
-    print(f"  Latent Scaling / encoding {scaling / reading.seconds['encode']:.2f} (all ratios with intervals included)")
+        print(f"  {name:10s} {value:8.3f} s  {case.rows / value:12.0f} rows/s  cpu {reading.cpu_seconds[name]:8.3f} s")
+    for unit, value in (("wall clock", reading.seconds), ("processor time", reading.cpu_seconds)):
+        ratio = (value["sums"] + value["intervals"]) / value["encode"]
+        print(f"  Latent Scaling / encoding {ratio:.2f} by {unit}, all ratios with intervals included")
     print(f"  peak memory above the start {reading.peak_bytes / MIB:.0f} MiB")
 
 
