@@ -34,14 +34,13 @@ from pipeline.storage import Storage
 
 START = {
     "start": 6.0,
-    "organism": 0.0,
-    "corpus": 3.5,
-    "tokens": 2.5,
+    "corpus": 5.0,
+    "tokens": 3.0,
     "activations": 9.0,
-    "crosscoder": 11.0,
+    "crosscoder": 12.0,
     "measurements": 9.0,
-    "causality": 6.0,
-    "steering": 5.0,
+    "causality": 8.0,
+    "steering": 9.0,
     "report": 1.0,
 }
 """Seconds before a stage works: processes, imports, loading; of `measurements` per crosscoder, bootstrap included."""
@@ -61,6 +60,10 @@ _SHARED_EDITS, _EDITS, _CURVE_POINTS = 5, 10, 8
 """Interventions that all crosscoders share, those of each, and points of one curve (analyses/interventions.py)."""
 _BEHAVIOURS = 4
 """Of an organism; prompts of one's own may have more."""
+_TRAINING_OVERHEAD = 1.1
+"""Reading rows, checkpoints and dead latents, as a multiple of the steps alone."""
+_DECODE_OVERHEAD = 1.8
+"""Prompts, cache, hooks and the answers' likelihood, as a multiple of the layers' decode steps alone."""
 _UPPER_OVERHEAD = 1.3
 """Edits, codes and KL sums, as a multiple of the upper layers alone."""
 _GPU_MEMORY_BYTES_PER_SECOND = 2e12
@@ -133,7 +136,8 @@ def _speeds(asked: Asked, shape: ModelShape, *, gpu: str) -> Speeds:
         if asked.missing & {"crosscoder", "latents", "examples", "planted"}:
             step = _training_speed(config, shape.width, flops, GPUS[gpu])
     speed = write_bytes_per_second(Path(storage.root)) if storage.is_local else None
-    return Speeds(REFERENCE_FLOPS / flops, num_cpus, flops, layer, decode, head, step, speed)
+    slowness = REFERENCE_FLOPS / matmul_flops(1)
+    return Speeds(slowness, num_cpus, flops, layer, decode, head, step, speed)
 
 
 def _model_speeds(
@@ -210,7 +214,8 @@ def _dictionary_seconds(asked: Asked, read: Reading, shape: ModelShape, speeds: 
     if "crosscoder" in asked.missing:
         num_steps = training.num_rows // training.batch_rows if num_latents else 0
         logged = num_steps / config.tracking.log_every_steps * num_fits * _LOG_SECONDS * speeds.slowness
-        seconds["crosscoder"] = START["crosscoder"] * speeds.slowness + num_steps * speeds.step_seconds + logged
+        seconds["crosscoder"] = START["crosscoder"] * speeds.slowness + logged
+        seconds["crosscoder"] += num_steps * speeds.step_seconds * _TRAINING_OVERHEAD
         if config.activations.mode == "stream":
             num_read = 1 if _is_one_model(config) else NUM_MODELS
             tokens = training.num_rows * read.num_tokens / max(1, read.num_rows)
@@ -249,7 +254,7 @@ def _model_seconds(asked: Asked, read: Reading, shape: ModelShape, speeds: Speed
         behaviours = _BEHAVIOURS * num_fits
         variants = 1 + (1 + steering.num_random) * len(steering.scales)
         answered = behaviours * variants * steering.num_prompts * steering.max_new_tokens
-        per_token = shape.num_layers * speeds.decode_token_seconds + speeds.head_token_seconds
+        per_token = shape.num_layers * speeds.decode_token_seconds * _DECODE_OVERHEAD + speeds.head_token_seconds
         workers = _workers(config.resources.analyses, speeds, behaviours)
         work = _spread(answered * per_token, workers, behaviours)
         seconds["steering"] = START["steering"] * speeds.slowness + work
