@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-rare check install browser clean
+.PHONY: demo test test-rare check install browser services clean
 
 install: $(STAMP)
 
@@ -27,10 +27,18 @@ browser:
 	    apt-get update -qq && apt-get install -qq -y chromium >/dev/null; } || \
 	  echo "no chromium here: browser tests will be skipped"
 
+# Ceph's object gateway and PostgreSQL: real services for the rarest tests, which otherwise take smaller ones.
+services:
+	@command -v radosgw >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
+	      ceph-mon ceph-osd ceph-common radosgw postgresql >/dev/null; } || \
+	  echo "no Ceph here: the object store of the tests will be moto's"
+
 test: install browser
 	@$(BIN)/python -m pytest
 
-test-rare: install browser
+test-rare: install browser services
 	@$(BIN)/python -m pytest -m rare
 
 check: install

@@ -1,11 +1,13 @@
 """Fixtures for the whole suite: one Ray cluster per session, an S3-compatible server, an MLflow server."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +80,32 @@ def s3_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             patch.setenv(name, value)
         boto3.client("s3").create_bucket(Bucket="crossray")
         yield "s3://crossray"
+
+
+@pytest.fixture(scope="session")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The settings of a real object store (Ceph's gateway where installed) and MLflow server (PostgreSQL likewise).
+
+    Which ones they are is in CROSSRAY_STORE and CROSSRAY_DATABASE; a smaller substitute is said on the terminal.
+    """
+    folder = tmp_path_factory.mktemp("services")
+    path = folder / "settings.json"
+    program = Path(__file__).parent.parent / "infra" / "services" / "local.py"
+    command = [sys.executable, str(program), "--folder", str(folder), "--settings", str(path)]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        while not path.exists():
+            if process.poll() is not None:
+                pytest.fail(f"services did not start: {(folder / 'log').read_text()[-2000:]}")
+            time.sleep(0.2)
+        settings = json.loads(path.read_text())
+        if settings["CROSSRAY_STORE"] != "ceph":
+            warnings.warn("no Ceph here: the object store is moto's", RuntimeWarning, stacklevel=1)
+        yield settings
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
 
 
 @pytest.fixture(scope="session")

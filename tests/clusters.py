@@ -1,0 +1,83 @@
+"""A Ray cluster of several nodes on this machine, started as an operator would, whose nodes can be lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import free_port
+from runs import descendants
+
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+class Nodes:
+    """A head and any number of worker nodes, each with a raylet of its own; `close` ends all of them."""
+
+    def __init__(self, folder: Path, *, head_cpus: int) -> None:
+        self.folder = folder
+        self.gcs, dashboard = free_port(), free_port()
+        self.address = f"http://127.0.0.1:{dashboard}"
+        self.environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "disabled",
+        }
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._start(
+            "--head",
+            f"--port={self.gcs}",
+            f"--ray-client-server-port={free_port()}",
+            f"--dashboard-port={dashboard}",
+            f"--temp-dir=/tmp/crossray-{os.getpid()}",  # sockets have short names or none
+            num_cpus=head_cpus,
+        )
+        self._wait_for(f"{self.address}/api/version")
+
+    def add_node(self, *, num_cpus: int) -> int:
+        """A further node; its number for `kill_node`."""
+        self._start(f"--address=127.0.0.1:{self.gcs}", num_cpus=num_cpus)
+        return len(self._processes) - 1
+
+    def kill_node(self, number: int) -> None:
+        """SIGKILL everything of a node at once, as when its machine is gone."""
+        process = self._processes[number]
+        for pid in [*descendants(process.pid), process.pid]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue  # it went with its parent
+        process.wait()
+
+    def close(self) -> None:
+        """End every node."""
+        for number in reversed(range(len(self._processes))):
+            if self._processes[number].poll() is None:
+                self.kill_node(number)
+
+    def _start(self, *options: str, num_cpus: int) -> None:
+        first = 20_000 + os.getpid() % 200 * 200 + 50 * len(self._processes)
+        command = [
+            *(RAY, "start", "--block", "--disable-usage-stats", *options, f"--num-cpus={num_cpus}"),
+            *(f"--min-worker-port={first}", f"--max-worker-port={first + 49}", "--object-store-memory=200000000"),
+        ]
+        with (self.folder / f"node-{len(self._processes)}.log").open("wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self.environment)
+        self._processes.append(process)
+
+    def _wait_for(self, url: str) -> None:
+        deadline = time.monotonic() + 180
+        while True:
+            try:
+                urllib.request.urlopen(url, timeout=5).close()
+                return
+            except OSError:
+                if time.monotonic() > deadline:
+                    log = (self.folder / "node-0.log").read_text()
+                    self.close()
+                    pytest.fail(f"the cluster did not start: {log[-2000:]}")
+            time.sleep(0.2)
