@@ -25,6 +25,8 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 _OBJECT_STORE_LIMIT = 2_000_000_000
 _POLL_SECONDS = 0.5
+_autoscales = False
+"""Of the cluster that this process has joined: what it lacks now may come."""
 
 
 @contextmanager
@@ -34,6 +36,8 @@ def connected(section: ClusterSection, log_path: Path) -> Iterator[None]:
     Ray's loggers, its C++ core and its helper processes all write to this process's standard error, so that is what
     goes to `log_path` meanwhile; the command line keeps a copy of the terminal for itself.
     """
+    global _autoscales
+    _autoscales = section.autoscales
     with _stderr_to(log_path):
         import ray
 
@@ -110,6 +114,17 @@ def total_cpus() -> int:
     return int(ray.cluster_resources().get("CPU", 1))
 
 
+def node_cpus() -> float:
+    """Logical CPUs of the cluster's largest node: no single worker can have more."""
+    return _largest_node("CPU")
+
+
+def _largest_node(kind: str) -> float:
+    import ray
+
+    return max((node["Resources"].get(kind, 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+
+
 def pool_size(section: WorkersSection, num_tasks: int) -> int:
     """How many workers a stage starts: what was asked for, else what fits the cluster; never more than tasks."""
     fitting = section.workers or max(1, int(total_cpus() / section.cpus))
@@ -117,15 +132,25 @@ def pool_size(section: WorkersSection, num_tasks: int) -> int:
 
 
 def check_fits(name: str, section_cpus: float, section_gpus: float, workers: int) -> None:
-    """Raise an InputError if the cluster can never hold what a stage asks for: Ray itself would wait for ever."""
+    """Raise an InputError if the cluster can never hold what a stage asks for: Ray itself would wait for ever.
+
+    A cluster that starts nodes on demand (resources.cluster.autoscales) is waited for instead.
+    """
     import ray
 
+    if _autoscales:
+        return
     have = ray.cluster_resources()
-    for kind, asked in (("CPU", section_cpus * workers), ("GPU", section_gpus * workers)):
-        if asked > have.get(kind, 0) + 1e-9:
+    for kind, each in (("CPU", section_cpus), ("GPU", section_gpus)):
+        if each * workers > have.get(kind, 0) + 1e-9:
             raise InputError(
-                f"resources.{name}: expected at most the cluster's {have.get(kind, 0):g} {kind}s, got {asked:g} "
-                f"({workers} workers); ask for less or start more nodes"
+                f"resources.{name}: expected at most the cluster's {have.get(kind, 0):g} {kind}s, got "
+                f"{each * workers:g} ({workers} workers); ask for less or start more nodes"
+            )
+        if each > _largest_node(kind) + 1e-9:
+            raise InputError(
+                f"resources.{name}: expected at most the {_largest_node(kind):g} {kind}s of the cluster's largest node "
+                f"for each worker, got {each:g}; ask for less or start larger nodes"
             )
 
 

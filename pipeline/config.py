@@ -87,18 +87,31 @@ class RunConfig(Section):
             raise ValueError(
                 "organism: expected a section, since models or corpora have kind 'organism'; add `organism: {}`"
             )
-        ranks = self.resources.training.data
-        if self.training.batch_rows % ranks:
-            raise ValueError(
-                f"training.batch_rows: expected a multiple of resources.training.data = {ranks} workers, "
-                f"got {self.training.batch_rows}"
-            )
+        self._check_ranks()
         if self.training.num_rows < self.training.batch_rows:
             raise ValueError(
                 f"training.num_rows: expected at least one batch of training.batch_rows = {self.training.batch_rows}, "
                 f"got {self.training.num_rows}"
             )
         return self
+
+    def _check_ranks(self) -> None:
+        """Global batches are cut into equal slices, whatever the number of ranks that are there."""
+        training, most = self.resources.training, self.resources.training.data
+        least = training.min_data or most
+        if least > most:
+            raise ValueError(f"resources.training.min_data: expected at most data = {most}, got {least}")
+        if training.min_data is not None and (training.latent > 1 or self.activations.mode == "stream"):
+            raise ValueError(
+                "resources.training.min_data: expected latent = 1 and activations.mode = store (other ranks cannot go "
+                f"on alone), got latent = {training.latent} and mode = {self.activations.mode}"
+            )
+        for ranks in range(least, most + 1):
+            if self.training.batch_rows % ranks:
+                raise ValueError(
+                    f"training.batch_rows: expected a multiple of {ranks}, since resources.training asks for "
+                    f"{ranks} data workers{'' if least == most else ' at times'}, got {self.training.batch_rows}"
+                )
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -1,5 +1,6 @@
 """A Ray cluster of several nodes on this machine, started as an operator would, whose nodes can be lost."""
 
+import json
 import os
 import signal
 import subprocess
@@ -42,6 +43,23 @@ class Nodes:
         """A further node; its number for `kill_node`."""
         self._start(f"--address=127.0.0.1:{self.gcs}", num_cpus=num_cpus)
         return len(self._processes) - 1
+
+    def pids(self) -> dict[int, int]:
+        """Process ids of the nodes that run, by number; 0 is the head."""
+        return {number: own.pid for number, own in enumerate(self._processes) if own.poll() is None}
+
+    def wait_for_nodes(self, num_nodes: int) -> None:
+        """Until so many nodes have joined, as the dashboard counts them."""
+        deadline = time.monotonic() + 180
+        while self._num_alive() < num_nodes:
+            if time.monotonic() > deadline:
+                pytest.fail(f"expected {num_nodes} nodes, got {self._num_alive()} after 180 s")
+            time.sleep(0.5)
+
+    def _num_alive(self) -> int:
+        with urllib.request.urlopen(f"{self.address}/nodes?view=summary", timeout=10) as answer:
+            summary = json.load(answer)["data"]["summary"]
+        return sum(node["raylet"]["state"] == "ALIVE" for node in summary)
 
     def kill_node(self, number: int) -> None:
         """SIGKILL everything of a node at once, as when its machine is gone."""

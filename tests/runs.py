@@ -156,14 +156,15 @@ def mounted(folder: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def start(path: Path) -> subprocess.Popen[str]:
+def start(path: Path, **variables: str) -> subprocess.Popen[str]:
+    """The driver of a run, with further environment variables."""
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline", "run", str(path)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         cwd=path.parent,
-        env=environment(),
+        env=environment() | variables,
         start_new_session=True,
     )
 

@@ -91,6 +91,21 @@ def test_every_field_of_every_section_is_documented() -> None:
         ("crosscoders.0.sparsity.mu", -1, "crosscoders.0.sparsity.mu: input should be greater than or equal to 0"),
         ("organism", None, "organism: expected a section"),
         ("resources", {"training": {"data": 3}}, "training.batch_rows: expected a multiple of"),
+        (
+            "resources",
+            {"training": {"data": 4, "min_data": 2}},
+            "expected a multiple of 3, since resources.training asks",
+        ),
+        (
+            "resources",
+            {"training": {"data": 1, "min_data": 2}},
+            "resources.training.min_data: expected at most data = 1",
+        ),
+        (
+            "resources",
+            {"training": {"data": 2, "min_data": 1, "latent": 2}},
+            "resources.training.min_data: expected latent = 1",
+        ),
         ("training.num_rows", 10, "training.num_rows: expected at least one batch"),
         ("corpus.sources", [], "corpus.sources"),
         ("name", "a/b", "name: string should match"),

@@ -1,9 +1,8 @@
 """An S3-compatible store and an MLflow server on this machine, without docker: `python infra/services/local.py`.
 
-For development and tests. Takes what is installed: Ceph's object gateway, else the smaller moto server; PostgreSQL, else
-SQLite. Says which, prints the settings that point crossray at them, and runs until it is told to stop; everything listens
-on loopback. What is stored in Ceph lives in memory and is gone afterwards; databases and moto's lack of persistence make
-this no place for results that matter.
+For development and tests. Takes what is installed: Ceph's object gateway, else the smaller moto server; PostgreSQL,
+else SQLite. Says which, prints the settings that point crossray at them, and runs until it is told to stop; everything
+listens on loopback. Objects live in memory and are gone afterwards: no place for results that matter.
 
 Debian: `apt-get install --no-install-recommends ceph-mon ceph-osd ceph-common radosgw postgresql`.
 """

@@ -22,6 +22,8 @@ class ClusterSection(Section):
 
     address: str = "local"
     """local starts one on this machine; auto or host:port joins a running one."""
+    autoscales: bool = False
+    """The cluster starts nodes on demand: what it lacks at the moment is waited for instead of refused."""
     num_cpus: PositiveInt | None = None
     """Logical CPUs of a local cluster; None takes the machine's cores."""
     object_store_bytes: PositiveInt | None = None
@@ -80,6 +82,9 @@ class TrainingResources(Section):
 
     data: PositiveInt = 1
     """Ranks that share the rows of each global batch."""
+    min_data: PositiveInt | None = None
+    """Go on with as few as this many data ranks while nodes are missing, and take the others back as they return (Ray
+    Train's elastic mode); None waits for all. The result differs from an undisturbed run by rounding alone."""
     latent: PositiveInt = 1
     """Ranks that share the latents: each holds F / latent of them."""
     cpus: PositiveFloat | None = None

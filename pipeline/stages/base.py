@@ -145,7 +145,7 @@ def pool_dataset(pool: Pool, items: Sequence[Mapping[str, Any]]) -> "ray.data.Da
     # come back as lists.
     packed = [{"item": pickle.dumps(dict(item))} for item in items]
     dataset = ray.data.from_items(packed, override_num_blocks=len(items))
-    common = {"batch_size": 1, "batch_format": "numpy", "num_cpus": min(logical_cpus, cluster.total_cpus())}
+    common = {"batch_size": 1, "batch_format": "numpy", "num_cpus": min(logical_cpus, cluster.node_cpus())}
     if pool.uses_actors or pool.section.gpus > 0:
         return dataset.map_batches(
             _OneByOne,

@@ -39,6 +39,8 @@ VERSION = 1
 
 CURVES_NAME = "curves.parquet"
 _STATE_NAME = "state.pt"
+_CPU_FRAC = 0.75
+"""Of the cluster's CPUs for the ranks where nothing else is asked; the rest is for Ray's own processes."""
 CHECKPOINTS = "training"
 """Folder of the storage root for checkpoints; removed when their crosscoders are published."""
 
@@ -49,10 +51,11 @@ def run(steps: Sequence[Step], context: Context) -> None:
     activations = steps[0].inputs["activations"]
     training: TrainingSection = steps[0].extra["training"]
     resources = context.resources.training
-    cpus = resources.cpus or max(0.5, cluster.total_cpus() / (resources.data * resources.latent) * 0.75)
+    per_rank = max(0.5, cluster.total_cpus() / (resources.data * resources.latent) * _CPU_FRAC)
+    cpus = resources.cpus or min(per_rank, max(0.5, cluster.node_cpus() * _CPU_FRAC))
     placement = place(context, cpus) if is_streamed(activations) else None
     cpus = placement.per_trainer if placement else cpus
-    cluster.check_fits("training", cpus, resources.gpus, resources.data * resources.latent)
+    cluster.check_fits("training", cpus, resources.gpus, (resources.min_data or resources.data) * resources.latent)
     store = ActivationStore(context.storage, activations.key.folder)
     num_steps = training.num_rows // training.batch_rows
     manifest = store.manifest
@@ -143,7 +146,7 @@ def _fit(job: Mapping[str, Any], group: str, storage: Storage, dataset: Any | No
         _train_loop,
         train_loop_config=dict(job),
         scaling_config=ScalingConfig(
-            num_workers=resources.data * resources.latent,
+            num_workers=_num_workers(resources),
             use_gpu=resources.gpus > 0,
             resources_per_worker={"CPU": job["cpus"], **({"GPU": resources.gpus} if resources.gpus else {})},
         ),
@@ -169,6 +172,12 @@ def _fit(job: Mapping[str, Any], group: str, storage: Storage, dataset: Any | No
     return values
 
 
+def _num_workers(resources: TrainingResources) -> int | tuple[int, int]:
+    """How many ranks Ray Train starts; a range lets it go on while nodes are missing."""
+    most = resources.data * resources.latent
+    return most if resources.min_data is None else (resources.min_data, most)
+
+
 def _train_loop(job: dict[str, Any]) -> list[dict[str, Any]] | CrossrayError:
     """One rank. What the user must mend is returned where nobody waits for this rank: Ray would only retry it."""
     try:
@@ -185,7 +194,8 @@ def _train(job: dict[str, Any]) -> list[dict[str, Any]]:
 
     torch.set_num_threads(job["num_threads"])
     resources: TrainingResources = job["resources"]
-    mesh = make_mesh(data=resources.data, latent=resources.latent)
+    num_ranks = ray.train.get_context().get_world_size()  # fewer than asked for while nodes are missing
+    mesh = make_mesh(data=num_ranks // resources.latent, latent=resources.latent)
     device = str(ray.train.torch.get_device())
     rows = open_rows(job, mesh, device)
     with _explained(job, first_step=None):

@@ -1,0 +1,90 @@
+"""Several nodes, and the loss of one: the same rows, the same weights, whatever goes away while it is needed."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from clusters import Nodes
+from runs import Finished, command_line, descendants, run_file, start, wait_for
+from safetensors.torch import load_file
+
+TWO_RANKS = {"data": 2, "min_data": 1, "cpus": 0.5, "checkpoint_every_steps": 20}
+pytestmark = [pytest.mark.ray, pytest.mark.rare]
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Nodes]:
+    """A head without CPUs, for the driver, and two nodes with one CPU each."""
+    cluster = Nodes(tmp_path, head_cpus=0)
+    cluster.add_node(num_cpus=1)
+    cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes(3)
+    yield cluster
+    cluster.close()
+
+
+def begun(nodes: Nodes, folder: Path, **changes: Any) -> tuple[Path, subprocess.Popen[str]]:
+    """The storage root and the driver of the tiny run on the cluster."""
+    root = folder / "runs"
+    resources = {"cluster": {"address": f"127.0.0.1:{nodes.gcs}"}, **changes.pop("resources", {})}
+    path = run_file(folder, str(root), resources=resources, tracking={"kind": "none"}, **changes)
+    return root, start(path, RAY_AUTH_MODE="disabled")
+
+
+def checksums(root: Path, stage: str) -> dict[str, Any]:
+    return {
+        path.parent.name: json.loads(path.read_text())["checksums"]
+        for path in sorted(root.glob(f"{stage}/*/record.json"))
+    }
+
+
+def node_with(nodes: Nodes, title: str) -> int:
+    """The worker node on which a process of this title runs."""
+    found = [
+        number
+        for number, pid in nodes.pids().items()
+        if number and any(title in command_line(own) for own in descendants(pid))
+    ]
+    assert found, f"no node runs {title}"
+    return found[0]
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    _, errors = process.communicate(timeout=500)
+    assert process.returncode == 0, errors[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "title"),
+    [("activations/*/*.safetensors.json", "MapWorker"), ("training/*/step-000000020/state.pt", "RayTrainWorker")],
+    ids=["extraction", "training"],
+)
+def test_a_node_lost_at_work_changes_nothing(
+    nodes: Nodes, finished: Finished, tmp_path: Path, pattern: str, title: str
+) -> None:
+    root, process = begun(nodes, tmp_path)
+    wait_for(lambda: any(root.glob(pattern)), process, seconds=400)
+    nodes.kill_node(node_with(nodes, title))
+    finish(process)
+    assert checksums(root, "activations") == checksums(finished.root, "activations")
+    weights = {name: sums["model.safetensors"] for name, sums in checksums(root, "crosscoder").items()}
+    expected = {name: sums["model.safetensors"] for name, sums in checksums(finished.root, "crosscoder").items()}
+    assert weights == expected
+    tables = {name: sums["latents.parquet"] for name, sums in checksums(root, "latents").items()}
+    assert tables == {name: sums["latents.parquet"] for name, sums in checksums(finished.root, "latents").items()}
+
+
+def test_training_goes_on_with_the_ranks_that_are_left(nodes: Nodes, finished: Finished, tmp_path: Path) -> None:
+    """Two data ranks, one of which is lost with its node: one rank ends where one rank always ends, up to rounding."""
+    root, process = begun(nodes, tmp_path, resources={"training": TWO_RANKS})
+    wait_for(lambda: any(root.glob("training/*/step-000000020/state.pt")), process, seconds=400)
+    nodes.kill_node(2)
+    finish(process)
+    for path in root.glob("crosscoder/*/model.safetensors"):
+        own, one = load_file(path), load_file(finished.root / "crosscoder" / path.parent.name / path.name)
+        for name, tensor in own.items():
+            torch.testing.assert_close(tensor, one[name], rtol=1e-4, atol=1e-5, equal_nan=True)
