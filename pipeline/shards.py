@@ -247,10 +247,14 @@ def _joined(tensors: dict[str, Tensor]) -> Tensor:
     codec = pa.Codec("zstd")
     byte = row = 0
     for end_byte, end_row in tensors["x_frames"].tolist():
-        size = (end_row - row) * rest_BN.shape[1]
+        bits_bN, size = bits_BN[row:end_row], (end_row - row) * rest_BN.shape[1]
         exponent = np.frombuffer(codec.decompress(exponents[byte:end_byte], decompressed_size=size), dtype=np.uint8)
-        turned = (exponent.reshape(-1, rest_BN.shape[1]).astype(np.uint16) << 8) | rest_BN[row:end_row]
-        np.bitwise_or(turned >> 1, turned << 15, out=bits_BN[row:end_row])
+        bits_bN[...] = exponent.reshape(bits_bN.shape)
+        np.left_shift(bits_bN, 7, out=bits_bN)
+        turned_bN = rest_BN[row:end_row].astype(np.uint16)
+        np.bitwise_or(bits_bN, turned_bN >> 1, out=bits_bN)  # mantissa
+        np.left_shift(turned_bN, 15, out=turned_bN)  # sign
+        np.bitwise_or(bits_bN, turned_bN, out=bits_bN)
         byte, row = end_byte, end_row
     return torch.from_numpy(bits_BN.view(np.int16)).view(torch.bfloat16).reshape(shape)
 

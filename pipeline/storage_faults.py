@@ -110,6 +110,9 @@ def _explain_service(error: Exception, tried: str) -> str | None:
     from botocore.exceptions import BotoCoreError, NoCredentialsError, PartialCredentialsError
 
     came = _brief(error)
+    codes = {_answer(cause)[1] for cause in _causes(error)}
+    if "InvalidObjectState" in codes:
+        return f"{tried}: the object is in an archive and cannot be read ({came}); restore it, then run again"
     if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
         return f"{tried}: no credentials ({came}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     if isinstance(error, PermissionError):
@@ -117,7 +120,6 @@ def _explain_service(error: Exception, tried: str) -> str | None:
             f"{tried}: the object store refused the credentials ({came}); check AWS_ACCESS_KEY_ID, "
             "AWS_SECRET_ACCESS_KEY and what they may do with this bucket"
         )
-    codes = {_answer(cause)[1] for cause in _causes(error)}
     if "NoSuchBucket" in codes:
         return f"{tried}: no such bucket; make it or correct storage.root"
     if isinstance(error, FileNotFoundError):

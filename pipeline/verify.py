@@ -26,7 +26,7 @@ from pipeline.storage import Storage
 from pipeline.store import ActivationStore, Shard
 
 _ACTIVATIONS, _TOKENS = "activations", "tokens"
-_MIB = 1 << 20
+_KIB = 1 << 10
 
 
 class Fault(NamedTuple):
@@ -79,7 +79,7 @@ def verify(storage: Storage, folders: Sequence[str], reporter: Reporter) -> Veri
     finished = [folder for folder in folders if storage.exists(f"{folder}/{RECORD_NAME}")]
     files = {folder: storage.files(folder) for folder in finished}
     sizes = {folder: sum(storage.size(f"{folder}/{name}") for name in files[folder]) for folder in finished}
-    progress = Progress("verify", sum(sizes.values()) // _MIB, "MiB")
+    progress = Progress("verify", max(1, sum(sizes.values()) // _KIB), "KiB")
     faults: list[Fault] = []
     done = 0
     reporter.progress(progress.update(0))
@@ -88,7 +88,7 @@ def verify(storage: Storage, folders: Sequence[str], reporter: Reporter) -> Veri
             for fault in found:
                 faults.append(fault)
                 reporter.message(f"fault    {fault.where}: {fault.what}")
-            reporter.progress(progress.update(min(done + read, done + sizes[folder]) // _MIB, folder))
+            reporter.progress(progress.update(min((done + read) // _KIB, progress.total - 1), folder))
         done += sizes[folder]
     reporter.progress(progress.update(progress.total))
     return Verified(len(finished), len(folders) - len(finished), done, tuple(faults))

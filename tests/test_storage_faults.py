@@ -71,11 +71,12 @@ def exercise(storage: Storage) -> None:
     assert not storage.exists("a")
 
 
+@pytest.mark.rare
 @pytest.mark.parametrize(
     "faults",
     [
-        pytest.param(Faults(busy_every=3), marks=pytest.mark.rare),
-        pytest.param(Faults(slow_every=4, slow_seconds=0.3), marks=pytest.mark.rare),
+        Faults(busy_every=3),
+        Faults(slow_every=4, slow_seconds=0.3),
         Faults(cut_uploads=3, cut_downloads=3),
     ],
     ids=["503", "slow", "cut"],
