@@ -199,22 +199,31 @@ def _answer(
         drawn = [np.random.default_rng((options.seed, place)).random(options.max_new_tokens) for place in places]
         sampling = Sampling(options.temperature, torch.from_numpy(np.stack(drawn)))
     generated = pair.generate(prompts, options.max_new_tokens, steering, model=model, sampling=sampling)
-    likelihood = pair.answer_likelihood(prompts, generated)
-    kl_B = steering_kl(pair, model, prompts, generated, steering)
+    effect = steering_effect(pair, model, prompts, generated, steering)
+    nll_B = effect.nll_B if model == CHAT else pair.answer_likelihood(prompts, generated).nll_B
     texts = [str(pair.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in generated]
-    numbers = zip(likelihood.nll_B.tolist(), likelihood.num_tokens_B.tolist(), kl_B.tolist(), strict=True)
+    numbers = zip(nll_B.tolist(), map(len, generated), effect.kl_B.tolist(), strict=True)
     return [_Answer(text, *own) for text, own in zip(texts, numbers, strict=True)]
 
 
+class TextEffect(NamedTuple):
+    """What steering changes in one model's reading of given answers; float64, one entry per prompt."""
+
+    kl_B: Tensor
+    """Summed nats over len(answer) + 1 positions."""
+    nll_B: Tensor
+    """Summed nats of the answer under this model unsteered; 0 for an empty answer."""
+
+
 @torch.no_grad()
-def steering_kl(
+def steering_effect(
     pair: ModelPair,
     model: int,
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]],
     steering: Steering,
-) -> Tensor:
-    """KL(p || p_steered) of the next token, summed over the answer, nats, float64 [B].
+) -> TextEffect:
+    """KL(p || p_steered) of the next token over the answer, and the answer's nats under p.
 
     p is one model unsteered, p_steered the same model steered, both reading prompt and answer; the positions are those
     that predict an answer's tokens and the one after it, len(answer) + 1 in all. steering.vector is [B, D].
@@ -233,12 +242,17 @@ def steering_kl(
     rows_P = torch.repeat_interleave(torch.arange(len(answers)), torch.tensor([len(a) + 1 for a in answers]))
     positions_P = torch.cat([torch.arange(len(p) - 1, len(p) + len(a)) for p, a in zip(prompts, answers, strict=True)])
     hidden = [pair.upper(model, edited, mask_BT)[rows_P, positions_P] for edited in (h_BTD, h_BTD + added_BTD)]
-    kl_B = torch.zeros(len(documents), dtype=torch.float64)
+    # What each position predicts: the answer's next token, or nothing behind its end.
+    target_P = torch.tensor([token for answer in answers for token in (*answer, -1)])
+    sums_B2 = torch.zeros(len(documents), 2, dtype=torch.float64)
     for here in pair.decoders[model].head_chunks(len(rows_P)):
         plain_PV, steered_PV = (pair.head(model, hidden_PD[here]).float().log_softmax(-1) for hidden_PD in hidden)
-        kl_P = (plain_PV.exp() * (plain_PV - steered_PV)).sum(-1)
-        kl_B.index_add_(0, rows_P[here], kl_P.double().cpu())
-    return kl_B
+        kl_P = (plain_PV.exp() * (plain_PV - steered_PV)).sum(-1).double().cpu()
+        wanted_P1 = target_P[here, None]
+        nll_P = -plain_PV.gather(1, wanted_P1.clamp_min(0).to(plain_PV.device))[:, 0].double().cpu()
+        nll_P = torch.where(wanted_P1[:, 0] >= 0, nll_P, 0.0)
+        sums_B2.index_add_(0, rows_P[here], torch.stack([kl_P, nll_P], dim=1))
+    return TextEffect(*sums_B2.unbind(1))
 
 
 def _row(run: _Run, answers: Sequence[_Answer]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from pipeline.analyses.steering import SteeringOptions, SteeringRequest, shows_behavior, steer, steering_kl
+from pipeline.analyses.steering import SteeringOptions, SteeringRequest, shows_behavior, steer, steering_effect
 from pipeline.analyses.steering_inputs import (
     UNNAMED,
     BehaviorPrompts,
@@ -202,12 +202,14 @@ def test_prompts_without_markers_have_kl_and_fluency_but_no_rate(pair: ModelPair
 
 @pytest.mark.parametrize("positions", ["all", "prompt", "generated"])
 @pytest.mark.parametrize("model", [BASE, CHAT])
-def test_kl_equals_full_forwards_token_by_token(pair: ModelPair, model: int, positions: Positions) -> None:
+def test_kl_and_nll_equal_full_forwards_token_by_token(pair: ModelPair, model: int, positions: Positions) -> None:
     prompts, answers = [[1, 9, 12], [1, 7], [1, 4, 5, 6, 7]], [[8, 9, 10, 11], [], [20]]
     vector_BD = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(1)) * 3
-    found_B = steering_kl(pair, model, prompts, answers, Steering(vector_BD, positions))
-    for prompt, answer, vector_D, found in zip(prompts, answers, vector_BD, found_B, strict=True):
-        expected = 0.0
+    effect = steering_effect(pair, model, prompts, answers, Steering(vector_BD, positions))
+    if model == CHAT:
+        torch.testing.assert_close(effect.nll_B, pair.answer_likelihood(prompts, answers).nll_B, rtol=1e-5, atol=1e-5)
+    for prompt, answer, vector_D, found, nll in zip(prompts, answers, vector_BD, *effect, strict=True):
+        expected, expected_nll = 0.0, 0.0
         for length in range(len(prompt), len(prompt) + len(answer) + 1):
             ids = torch.tensor([[*prompt, *answer][:length]])
             is_answer = torch.arange(length) >= len(prompt)
@@ -218,7 +220,10 @@ def test_kl_equals_full_forwards_token_by_token(pair: ModelPair, model: int, pos
                 for h in (h_BTD, h_BTD + where[None, :, None] * vector_D)
             ]
             expected += float((logs[0].exp() * (logs[0] - logs[1])).sum())
+            if length < len(prompt) + len(answer):
+                expected_nll -= float(logs[0][answer[length - len(prompt)]])
         assert float(found) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        assert float(nll) == pytest.approx(expected_nll, rel=1e-4, abs=1e-6)
 
 
 def test_both_models_and_every_position_are_swept_and_equal_their_own_sweep(pair: ModelPair) -> None:
