@@ -24,6 +24,15 @@ def test_what_is_written_is_read(storage: Storage) -> None:
     assert not storage.exists("a/e.json")
 
 
+def test_pieces_of_any_size_follow_each_other(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.storage._FLUSH_BYTES", 7)
+    parts = [b"", b"abc", memoryview(bytes(range(100))), b"z" * 7]
+    storage.write_parts("a", parts)
+    assert storage.read_bytes("a") == b"".join(parts)
+    storage.write_bytes("empty", b"")
+    assert storage.size("empty") == 0
+
+
 def test_a_second_write_replaces_the_first(storage: Storage) -> None:
     storage.write_bytes("a", b"one")
     storage.write_bytes("a", b"two")
