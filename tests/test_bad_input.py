@@ -200,13 +200,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
-def test_a_disk_that_fills_up_is_named_and_what_was_finished_stays(
+def test_a_disk_that_is_too_small_is_found_before_extraction_and_what_was_finished_stays(
     refused: Refused, pair: dict[str, Path], tmp_path: Path, small_disk: Path
 ) -> None:
     path = run_file(tmp_path, str(small_disk / "runs"), **pretrained(pair))
-    assert "no space left" in refused("run", str(path))
+    line = refused("run", str(path))  # how much there is to store is known once there are tokens
+    assert "of free space for the activations" in line
+    assert "activations.mode: stream" in line
     assert len(list(small_disk.glob("runs/tokens/*/record.json"))) == 1
-    assert not list(small_disk.glob("runs/activations/*/record.json"))
+    assert not list(small_disk.glob("runs/activations/*/*"))
     assert not [path for path in small_disk.rglob("*") if ".tmp-" in path.name]
 
 
