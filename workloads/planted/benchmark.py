@@ -6,7 +6,7 @@ here or on a cluster.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,17 +123,10 @@ def _plant(config: BenchmarkConfig, storage: Storage, jobs: Sequence[Job], repor
     by_folder = {job.key.folder: job for job in jobs}
     progress = Progress("worlds", len(jobs), "worlds")
     reporter.progress(progress.update(0))
-    pool = Pool("workers", config.workers, _PlantAndTell, (storage, config.world, config.rows))
+    pool = Pool("workers", config.workers, Plant, (storage, config.world, config.rows))
     for done, result in enumerate(run_pool(pool, [job.item for job in jobs]), 1):
-        record_job(config, storage, by_folder[result.pop("folder")], result)
+        record_job(config, storage, by_folder[result["folder"]], result)
         reporter.progress(progress.update(done))
-
-
-class _PlantAndTell(Plant):
-    """Plant whose result names its folder, since results come in any order."""
-
-    def __call__(self, item: Any) -> dict[str, Any]:
-        return super().__call__(item) | {"folder": item["folder"]}
 
 
 def _try(config: BenchmarkConfig, storage: Storage, jobs: Sequence[Job], reporter: Reporter) -> None:
@@ -151,22 +144,16 @@ def _try(config: BenchmarkConfig, storage: Storage, jobs: Sequence[Job], reporte
 
     reporter.progress(progress.update(0, f"{len(jobs)} trials"))
     with cluster.listening(on_event) as board:
-        pool = Pool("workers", config.workers, _BoardTrial, (storage, config.training, config.judge, board))
+        pool = Pool("workers", config.workers, Trial, (storage, config.training, config.judge, board))
         for result in run_pool(pool, [job.item for job in jobs]):
-            job = by_folder[result.pop("folder")]
+            job = by_folder[result["folder"]]
             record_job(config, storage, job, result)
             reporter.message(f"{job.name} on {job.item['activations']}: {result['seconds']:.0f} s")
 
 
-class _BoardTrial(Trial):
-    """Trial with the board as a positional argument, as a pool hands it over."""
-
-    def __init__(self, storage: Storage, training: Any, judge: Any, board: Any) -> None:
-        super().__init__(storage, training, judge, board=board)
-
-
-def record_job(config: BenchmarkConfig, storage: Storage, job: Job, counts: dict[str, Any]) -> None:
-    """Publish the record of a world or a trial: from here on it is complete."""
+def record_job(config: BenchmarkConfig, storage: Storage, job: Job, result: Mapping[str, Any]) -> None:
+    """Publish the record of a world or a trial, from what its worker returned: from here on it is complete."""
+    counts = {name: value for name, value in result.items() if name != "folder"}
     write_record(
         storage, job.key, name=job.name, counts=counts, seconds=counts.get("seconds", 0.0), run_name=config.name
     )

@@ -68,7 +68,7 @@ class Plant:
         self.storage, self.world, self.rows = storage, world, rows
 
     def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
-        """item: `seed`, `folder`. The manifest is written last; returns counts."""
+        """item: `seed`, `folder`. The manifest is written last; returns the folder and counts."""
         folder, world = item["folder"], World(self.world.spec(), item["seed"])
         shards: list[Shard] = []
         moments: dict[str, Moments] = {}
@@ -87,7 +87,8 @@ class Plant:
                 own = summarise(rows.x_BMD).moments
                 moments[split] = moments[split].merge(own) if split in moments else own
         self._publish(folder, world, shards, moments)
-        return {"num_rows": sum(shard.num_rows for shard in shards), "num_concepts": len(world.concepts.truth)}
+        num_rows = sum(shard.num_rows for shard in shards)
+        return {"folder": folder, "num_rows": num_rows, "num_concepts": len(world.concepts.truth)}
 
     def _publish(self, folder: str, world: World, shards: list[Shard], moments: Mapping[str, Moments]) -> None:
         concepts = world.concepts
@@ -103,12 +104,13 @@ class Trial:
     """Worker: fits one recipe on one world, or reads a foreign crosscoder, and judges it."""
 
     def __init__(
-        self, storage: Storage, training: TrainingSection, judge: LatentScalingSection, *, board: Any = None
+        self, storage: Storage, training: TrainingSection, judge: LatentScalingSection, board: Any = None
     ) -> None:
+        """board: a handle of cluster.listening that is told of the steps done, or None."""
         self.storage, self.training, self.judge, self.board = storage, training, judge, board
 
     def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
-        """item: `folder`, `activations`, and `recipe` with `seed`, or `source`; returns fidelity and seconds.
+        """item: `folder`, `activations`, and `recipe` with `seed`, or `source`; returns folder, fidelity, seconds.
 
         Publishes the crosscoder, its latent table and the concept that every latent is most like.
         """
