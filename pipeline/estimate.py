@@ -44,7 +44,8 @@ def estimate(config: RunConfig, states: Sequence[StepState], storage: Storage, *
     missing = frozenset(state.step.key.stage for state in states if state.state != DONE)
     read: Reading | None = sizes.reading(config, steps, records, storage)
     model_config = sizes.model_config(config, steps, records, storage)
-    seconds = durations(Asked(config, missing, records, read, model_config, storage), gpu=gpu)
+    tokenizer = sizes.local_tokenizer(steps, records, storage)
+    seconds = durations(Asked(config, missing, records, read, model_config, tokenizer, storage), gpu=gpu)
     if read is None:
         return Estimate(None, None, None, None, None, seconds)
     shape = sizes.shape_of(model_config)

@@ -102,7 +102,7 @@ def _texts(
 ) -> tuple[dict[str, tuple[int, float]] | None, str]:
     """Documents and tokens per corpus before any mixing, and where they come from."""
     if "corpus" in records and "num_characters" in records["corpus"].counts:
-        sampled = _sample(config, steps, records["corpus"], storage)
+        sampled = _sample(config, steps, records, storage)
         if sampled is not None:
             return sampled, SAMPLED
     size = config.organism.size if config.organism is not None else None
@@ -113,18 +113,17 @@ def _texts(
 
 
 def _sample(
-    config: RunConfig, steps: Mapping[str, Step], corpus: Record, storage: Storage
+    config: RunConfig, steps: Mapping[str, Step], records: Mapping[str, Record], storage: Storage
 ) -> dict[str, tuple[int, float]] | None:
     """Tokens per corpus, from some documents of each; None where the tokenizer is not at hand."""
-    from pipeline.operators.loading import load_tokenizer
     from pipeline.operators.tokenise import Tokenise
 
     found: dict[str, tuple[int, float]] = {}
-    try:
-        with local_specs(storage, steps["tokens"].extra["locations"][1]) as (spec,):
-            tokenise = Tokenise(load_tokenizer(spec), max_tokens=config.tokens.max_tokens_per_document)
-    except InputError:
+    tokenizer = local_tokenizer(steps, records, storage)
+    if tokenizer is None:
         return None
+    tokenise = Tokenise(tokenizer, max_tokens=config.tokens.max_tokens_per_document)
+    corpus = records["corpus"]
     lengths: dict[str, list[int]] = {}
     for part in corpus.counts["parts"]:
         if all(len(lengths.get(name, ())) >= _SAMPLED_DOCUMENTS for name in corpus.counts["num_documents"]):
@@ -138,6 +137,20 @@ def _sample(
         used = round(num_documents * len(kept) / len(lengths[name]))
         found[name] = (used, used * float(np.mean(kept)) if kept else 0.0)
     return found
+
+
+def local_tokenizer(steps: Mapping[str, Step], records: Mapping[str, Record], storage: Storage) -> Any:
+    """The chat model's tokenizer where it can be had without a download to wait for, else None."""
+    from pipeline.operators.loading import load_tokenizer
+
+    location = steps["tokens"].extra["locations"][1]
+    if location.folder and "organism" not in records:
+        return None
+    try:
+        with local_specs(storage, location) as (spec,):
+            return load_tokenizer(spec)
+    except InputError:  # a prediction goes on without it; the run itself will name what is wrong
+        return None
 
 
 def store_bytes(num_rows: int, width: int, compression: str) -> int:
