@@ -109,6 +109,7 @@ def _asking_text(config: RunConfig, states: Sequence[StepState]) -> str:
             num_latents,
             section.num_explaining,
             section.num_active + section.num_quiet,
+            num_tests=2 if section.with_control else 1,
             contexts_per_request=section.contexts_per_request,
             context_tokens=2 * step.extra["window_tokens"] + 1,
         )

@@ -340,6 +340,7 @@ AUTOINTERP_COLUMNS = (
     Column("balanced_accuracy_high", "float64", "upper end of its 95% interval, from both Wilson intervals"),
     Column("true_positive_frac", "float64", "share of held-out active contexts that the explanation is said to fit"),
     Column("true_negative_frac", "float64", "share of quiet contexts that the explanation is said not to fit"),
+    Column("control_accuracy", "float64", "balanced accuracy of another latent's explanation here; NaN if not asked"),
     Column("num_active", "int32", "held-out active contexts judged"),
     Column("num_quiet", "int32", "quiet contexts of other documents judged"),
     Column("num_malformed", "int32", "answers about this latent that could not be used"),
@@ -350,7 +351,7 @@ AUTOINTERP_COLUMNS = (
 
 ANSWER_COLUMNS = (
     Column("latent", "int32", "index of the latent"),
-    Column("request", "string", "explain, or detect and the number of the request"),
+    Column("request", "string", "explain, detect or control, the latter two with the number of the request"),
     Column("messages", "string", "JSON list of the messages sent first"),
     Column("answer", "string", "the last answer as it came"),
     Column("is_usable", "bool", "whether it could be read"),

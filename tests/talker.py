@@ -75,10 +75,9 @@ class Talker:
             with self._lock:
                 self._at_once -= 1
 
-    def fail_first(self, number: int, reply: Reply) -> None:
-        """Give this reply to the first requests, and honest ones from then on."""
-        before = len(self.requests)
-        self.reply = lambda request: reply if len(self.requests) - before <= number else honest(request)
+    def place(self, request: Request) -> int:
+        """How many requests came before this one."""
+        return next(place for place, one in enumerate(self.requests) if one is request)
 
 
 @contextmanager

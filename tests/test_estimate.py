@@ -250,6 +250,6 @@ def test_questions_to_a_language_model_are_counted_and_priced(config: RunConfig,
     (line,) = (
         one for one in estimate_text(asking, inspect(asking, storage), storage).splitlines() if "requests" in one
     )
-    # Two crosscoders, three latents each, one explanation and three detections of 12 contexts in fives.
-    assert line.strip().startswith("autointerp   at most 24 requests, about ")
+    # Two crosscoders, three latents each, one explanation, 12 contexts judged twice (with control) in fives.
+    assert line.strip().startswith("autointerp   at most 42 requests, about ")
     assert line.endswith("at the configured prices, to http://host/v1")

@@ -9,6 +9,7 @@ here talks to anybody.
 Shapes: B rows of a batch of whole documents.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -77,6 +78,8 @@ class Interpretation(NamedTuple):
     """The truth about the contexts that were judged."""
     said: tuple[bool, ...] = ()
     """The model's answers, one for each of `fires`."""
+    control: float = math.nan
+    """Balanced accuracy of another latent's explanation on the same contexts; NaN where it was not asked for."""
     num_malformed: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
@@ -225,6 +228,7 @@ def interpretation_table(found: Sequence[Interpretation]) -> pd.DataFrame:
                 "balanced_accuracy_high": score.interval.high,
                 "true_positive_frac": score.true_positive_frac,
                 "true_negative_frac": score.true_negative_frac,
+                "control_accuracy": one.control,
                 "num_active": score.num_active,
                 "num_quiet": score.num_quiet,
             }
@@ -242,5 +246,6 @@ def interpretation_numbers(table: pd.DataFrame) -> dict[str, float]:
         "num_scored": len(scored),
         "num_above_chance": int((scored["balanced_accuracy_low"] > 0.5).sum()),
         "mean_balanced_accuracy": float(scored["balanced_accuracy"].mean()),
+        "mean_control_accuracy": float(scored["control_accuracy"].mean()),
         **{name: int(table[name].sum()) for name in ("num_malformed", "tokens_in", "tokens_out")},
     }

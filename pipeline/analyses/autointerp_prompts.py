@@ -184,13 +184,22 @@ def detection_cost(case: Case, contexts_per_request: int) -> Cost:
 
 
 def planned_cost(
-    num_latents: int, num_explaining: int, num_judged: int, *, contexts_per_request: int, context_tokens: int
+    num_latents: int,
+    num_explaining: int,
+    num_judged: int,
+    *,
+    num_tests: int,
+    contexts_per_request: int,
+    context_tokens: int,
 ) -> Cost:
-    """The expected cost before any context is known: full windows, every latent with all of its contexts."""
-    num_detections = -(-num_judged // contexts_per_request)
+    """The expected cost before any context is known: full windows, every latent with all of its contexts.
+
+    num_tests is how often the contexts are judged: 2 with control, else 1.
+    """
+    num_detections = num_tests * -(-num_judged // contexts_per_request)
     explain = len(_EXPLAIN) / _LETTERS_PER_TOKEN + num_explaining * context_tokens * _MARKED_FACTOR
     detect = len(_DETECT) / _LETTERS_PER_TOKEN + _EXPLANATION_TOKENS
-    tokens_in = explain + num_detections * detect + num_judged * context_tokens * _PLAIN_FACTOR
+    tokens_in = explain + num_detections * detect + num_tests * num_judged * context_tokens * _PLAIN_FACTOR
     tokens_out = _EXPLANATION_TOKENS + num_detections * _DETECTION_TOKENS
     return Cost(num_latents * (1 + num_detections), round(num_latents * tokens_in), num_latents * tokens_out)
 

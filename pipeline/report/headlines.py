@@ -163,8 +163,11 @@ def _explanation_sentences(crosscoder: CrosscoderReport) -> list[str]:
     if scored is None or scored.empty:
         return []
     above = int((scored["balanced_accuracy_low"] > CHANCE).sum())
-    return [
+    sentence = (
         f"A language model's explanations of {fmt.plural(len(scored), 'latent')} hold on held-out contexts with a mean "
-        f"balanced accuracy of {fmt.decimal(float(scored['balanced_accuracy'].mean()), 2)}; {above} lie above chance "
-        "with their whole interval."
-    ]
+        f"balanced accuracy of {fmt.decimal(float(scored['balanced_accuracy'].mean()), 2)}"
+    )
+    if scored["control_accuracy"].notna().any():
+        control = float(scored["control_accuracy"].mean())
+        sentence += f" (explanations of other latents on the same contexts: {fmt.decimal(control, 2)})"
+    return [f"{sentence}; {above} lie above chance with their whole interval."]

@@ -124,6 +124,9 @@ class AutointerpSection(Section):
     """Contexts of other documents on which it does not fire, from the same corpora."""
     contexts_per_request: PositiveInt = 12
     """Contexts judged in one request; fewer cost more requests, more of them small models confuse."""
+    with_control: bool = True
+    """Also test another latent's explanation on each latent's contexts: what a sentence about something else scores.
+    Costs as many requests again as the test itself."""
     temperature: NonNegativeFloat | None = 0.0
     """null leaves it out, as some models demand."""
     max_answer_tokens: PositiveInt | None = 400

@@ -33,7 +33,7 @@ from pipeline.progress import Progress
 from pipeline.schema import ANSWER_COLUMNS, AUTOINTERP_COLUMNS, InterpStatus, Split, Verdict
 from pipeline.sections.analyses import AutointerpSection
 from pipeline.sections.how import EndpointSection
-from pipeline.stages.autointerp_asking import Answers, Interview, interview_all, pending_cost
+from pipeline.stages.autointerp_asking import Answers, Interview, control_all, interview_all, pending_cost
 from pipeline.stages.base import Context, Step, run_task, shown
 from pipeline.stages.crosscoder import fitted
 from pipeline.stages.encoded_rows import batches, shard_rows
@@ -71,27 +71,38 @@ def run(steps: Sequence[Step], context: Context) -> None:
     options = _options(context.resources.autointerp)
     prepared = [_prepare(step, context) for step in steps]
     _say_cost(prepared, context)
-    progress = Progress(NAME, sum(case is not None for one in prepared for case in one.cases.values()), "latents")
-    shown(context, progress, 0)
     for one in prepared:
         started = time.monotonic()
-        section, folder = _section(one.step), one.step.key.folder
-        found = {latent: Interpretation(latent, InterpStatus.TOO_FEW) for latent, case in one.cases.items() if not case}
-        cases = [case for case in one.cases.values() if case]
-        endpoint = Endpoint(options, _fields(section))
-        try:
-            interview = Interview(endpoint, one.answers, section.contexts_per_request, section.num_repeats)
-            for result in interview_all(interview, cases, concurrency=context.resources.autointerp.concurrency):
-                found[result.latent] = result
-                shown(context, progress, progress.done + 1)
-        finally:
-            endpoint.close()
-        table = interpretation_table([found[latent] for latent in one.cases])
+        found = _ask(one, options, context)
+        folder, table = one.step.key.folder, interpretation_table([found[latent] for latent in one.cases])
         write_frame(context.storage, f"{folder}/{TABLE_NAME}", table, AUTOINTERP_SCHEMA)
         write_frame(context.storage, f"{folder}/{ANSWERS_NAME}", one.answers.table(list(one.cases)), ANSWER_SCHEMA)
         files = [TABLE_NAME, ANSWERS_NAME]
         context.finish(one.step, interpretation_numbers(table), time.monotonic() - started, files)
         context.storage.delete(f"{folder}/{ANSWERS_FOLDER}")
+
+
+def _ask(one: _Prepared, options: EndpointOptions, context: Context) -> dict[int, Interpretation]:
+    """What is found about each latent of a step."""
+    section, concurrency = _section(one.step), context.resources.autointerp.concurrency
+    found = {latent: Interpretation(latent, InterpStatus.TOO_FEW) for latent, case in one.cases.items() if not case}
+    cases = [case for case in one.cases.values() if case]
+    endpoint = Endpoint(options, _fields(section))
+    interview = Interview(endpoint, one.answers, section.contexts_per_request, section.num_repeats)
+    try:
+        progress = Progress(NAME, len(cases), "latents")
+        shown(context, progress, 0)
+        for result in interview_all(interview, cases, concurrency=concurrency):
+            found[result.latent] = result
+            shown(context, progress, progress.done + 1)
+        if section.with_control:
+            progress = Progress(f"{NAME} control", len(cases), "latents")
+            for result in control_all(interview, cases, dict(found), concurrency=concurrency):
+                found[result.latent] = result
+                shown(context, progress, progress.done + 1)
+    finally:
+        endpoint.close()
+    return found
 
 
 def check(section: EndpointSection) -> None:
@@ -169,7 +180,7 @@ def _say_cost(prepared: Sequence[_Prepared], context: Context) -> None:
         for case in one.cases.values():
             if case is not None:
                 num_latents += 1
-                cost = cost.plus(pending_cost(one.answers, case, _section(one.step).contexts_per_request))
+                cost = cost.plus(_pending(one, case))
     endpoint = context.resources.autointerp
     parts = [f"{NAME}: {num_latents:,} latents, {cost_text(cost, endpoint.price_in, endpoint.price_out)}"]
     left_out = sum(len(one.cases) for one in prepared) - num_latents
@@ -179,6 +190,11 @@ def _say_cost(prepared: Sequence[_Prepared], context: Context) -> None:
     if kept:
         parts.append(f"{kept:,} answers are there from before")
     context.reporter.message("; ".join(parts))
+
+
+def _pending(one: _Prepared, case: Case) -> Cost:
+    section = _section(one.step)
+    return pending_cost(one.answers, case, section.contexts_per_request, with_control=section.with_control)
 
 
 def planned_latents(section: AutointerpSection, latent_counts: Mapping[str, Any] | None) -> int:

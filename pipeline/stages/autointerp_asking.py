@@ -1,19 +1,21 @@
 """Asking about latents side by side, with every answer kept the moment it comes.
 
-The unit of work is one latent: an explanation, then the detection requests that test it. Answers lie one by one in a
-folder of the storage and are found there by the next run; a request whose words have changed is made again. No Ray and
-no model here, only an endpoint and a storage, so that a run may be killed and continued in a test within a second.
+The unit of work is one latent: an explanation, then the requests that test it; when all are explained, each latent's
+contexts are judged once more by its neighbour's explanation, as control. Answers lie one by one in a folder of the
+storage and are found there by the next run; a request whose words have changed is made again. No Ray and no model here,
+only an endpoint and a storage, so that a run may be killed and continued in a test within a second.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from typing import Any, NamedTuple, TypeVar
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import pandas as pd
 
-from pipeline.analyses.autointerp import Case, Context, Interpretation
+from pipeline.analyses.autointerp import Case, Context, Interpretation, detection
 from pipeline.analyses.autointerp_prompts import (
     Cost,
     Message,
@@ -37,7 +39,7 @@ class Kept(NamedTuple):
 
     latent: int
     request: str
-    """explain, or detect and a number."""
+    """explain, or detect or control and a number."""
     messages: str
     """JSON of the messages sent first."""
     answer: str
@@ -73,6 +75,10 @@ class Answers:
         """What is kept of this request in these words."""
         return self._kept.get(_file_name(latent, request, json.dumps(messages)))
 
+    def has(self, latent: int, kind: str) -> bool:
+        """Whether any answer to a request of this kind is kept about a latent."""
+        return any(one.latent == latent and one.request.startswith(kind) for one in self._kept.values())
+
     def keep(self, one: Kept) -> None:
         """Publish an answer; safe from many threads, since each writes its own file and key."""
         self._storage.write_json(f"{self._folder}/{one.name}", one._asdict())
@@ -99,21 +105,37 @@ class Interview(NamedTuple):
     def about(self, case: Case) -> Interpretation:
         """Explanation and judgements of one latent."""
         kept, explanation = self._ask(case.latent, "explain", explain_messages(case), parse_explanation)
-        spent = [kept]
         if explanation is None:
-            return _interpretation(case.latent, InterpStatus.UNEXPLAINED, spent)
+            return _interpretation(case.latent, InterpStatus.UNEXPLAINED, [kept])
+        fires, said, spent = self._judge(case, explanation, "detect")
+        status = InterpStatus.SCORED if set(fires) == {True, False} else InterpStatus.EXPLAINED
+        result = _interpretation(case.latent, status, [kept, *spent])
+        return result._replace(explanation=explanation, fires=tuple(fires), said=tuple(said))
+
+    def control(self, case: Case, found: Interpretation, other: str) -> Interpretation:
+        """The same latent with the score that another latent's explanation reaches on its contexts."""
+        fires, said, spent = self._judge(case, other, "control")
+        cost = _interpretation(case.latent, found.status, spent)
+        return found._replace(
+            control=detection(fires, said).balanced_accuracy,
+            num_malformed=found.num_malformed + cost.num_malformed,
+            tokens_in=found.tokens_in + cost.tokens_in,
+            tokens_out=found.tokens_out + cost.tokens_out,
+        )
+
+    def _judge(self, case: Case, explanation: str, kind: str) -> tuple[list[bool], list[bool], list[Kept]]:
+        """The truth about the contexts that were judged, what was said about them, and the answers."""
         fires: list[bool] = []
         said: list[bool] = []
-        for request, truth, contexts in _detections(case, self.contexts_per_request):
+        spent = []
+        for part, truth, contexts in _parts(case, self.contexts_per_request):
             messages = detect_messages(explanation, contexts)
-            kept, judged = self._ask(case.latent, request, messages, _reader(len(contexts)))
+            kept, judged = self._ask(case.latent, f"{kind} {part}", messages, _reader(len(contexts)))
             spent.append(kept)
             if judged is not None:
                 fires += truth
                 said += judged
-        status = InterpStatus.SCORED if set(fires) == {True, False} else InterpStatus.EXPLAINED
-        result = _interpretation(case.latent, status, spent)
-        return result._replace(explanation=explanation, fires=tuple(fires), said=tuple(said))
+        return fires, said, spent
 
     def _ask(
         self, latent: int, request: str, messages: Sequence[Message], parse: Callable[[str], Parsed | None]
@@ -136,27 +158,30 @@ class Interview(NamedTuple):
         return kept, parsed
 
 
-def pending_cost(answers: Answers, case: Case, contexts_per_request: int) -> Cost:
+def pending_cost(answers: Answers, case: Case, contexts_per_request: int, *, with_control: bool) -> Cost:
     """The expected cost of what is not answered yet about a latent."""
     messages = explain_messages(case)
     kept = answers.find(case.latent, "explain", messages)
+    judging = detection_cost(case, contexts_per_request)
+    controlling = judging if with_control and not answers.has(case.latent, "control") else Cost(0, 0, 0)
     if kept is None:
-        return cost_of(messages, is_detection=False).plus(detection_cost(case, contexts_per_request))
+        return cost_of(messages, is_detection=False).plus(judging).plus(controlling)
     explanation = parse_explanation(kept.answer)
-    cost = Cost(0, 0, 0)
-    if explanation is not None:
-        for request, _, contexts in _detections(case, contexts_per_request):
-            messages = detect_messages(explanation, contexts)
-            if answers.find(case.latent, request, messages) is None:
-                cost = cost.plus(cost_of(messages, is_detection=True))
+    if explanation is None:
+        return Cost(0, 0, 0)
+    cost = controlling
+    for part, _, contexts in _parts(case, contexts_per_request):
+        messages = detect_messages(explanation, contexts)
+        if answers.find(case.latent, f"detect {part}", messages) is None:
+            cost = cost.plus(cost_of(messages, is_detection=True))
     return cost
 
 
-def _detections(case: Case, contexts_per_request: int) -> Iterator[tuple[str, tuple[bool, ...], tuple[Context, ...]]]:
-    """Name, truth and contexts of each request that tests a case's explanation."""
+def _parts(case: Case, contexts_per_request: int) -> Iterator[tuple[int, tuple[bool, ...], tuple[Context, ...]]]:
+    """Number, truth and contexts of each request that tests an explanation."""
     for part, start in enumerate(range(0, len(case.judged), contexts_per_request)):
         own = slice(start, start + contexts_per_request)
-        yield f"detect {part}", case.fires[own], case.judged[own]
+        yield part, case.fires[own], case.judged[own]
 
 
 def _reader(number: int) -> Callable[[str], tuple[bool, ...] | None]:
@@ -174,17 +199,42 @@ def _interpretation(latent: int, status: str, spent: Sequence[Kept]) -> Interpre
 
 
 def interview_all(interview: Interview, cases: Sequence[Case], *, concurrency: int) -> Iterator[Interpretation]:
-    """Interpretations in the order in which they are ready, `concurrency` latents at a time.
+    """Interpretations in the order in which they are ready, `concurrency` latents at a time."""
+    yield from _side_by_side(interview, [partial(interview.about, case) for case in cases], concurrency)
+
+
+def control_all(
+    interview: Interview, cases: Sequence[Case], found: Mapping[int, Interpretation], *, concurrency: int
+) -> Iterator[Interpretation]:
+    """The scored latents again, each with the score of the next latent's explanation on its contexts.
+
+    Next in the order of the cases, the first following the last; latents whose neighbours are explained in the same
+    words are left out.
+    """
+    scored = [case for case in cases if found[case.latent].status == InterpStatus.SCORED]
+    tasks = []
+    for case, following in zip(scored, [*scored[1:], *scored[:1]], strict=True):
+        own, other = found[case.latent], found[following.latent].explanation
+        if other is not None and other != own.explanation:
+            tasks.append(partial(interview.control, case, own, other))
+    yield from _side_by_side(interview, tasks, concurrency)
+
+
+def _side_by_side(
+    interview: Interview, tasks: Sequence[Callable[[], Interpretation]], concurrency: int
+) -> Iterator[Interpretation]:
+    """Results as they are ready.
 
     The first failure ends all waiting and is raised once no request is under way any more; so does leaving the loop.
     """
     with ThreadPoolExecutor(concurrency, thread_name_prefix="crossray-ask") as threads:
-        futures: list[Future[Any]] = [threads.submit(interview.about, case) for case in cases]
+        futures: list[Future[Interpretation]] = [threads.submit(task) for task in tasks]
         try:
             for future in as_completed(futures):
                 if not isinstance(future.exception(), Stopped):
                     yield future.result()
-        finally:
+        except BaseException:
             interview.endpoint.stop()
             for future in futures:
                 future.cancel()
+            raise

@@ -227,7 +227,9 @@ def test_balanced_accuracy_by_hand() -> None:
 
 def test_the_table_and_its_numbers() -> None:
     found = [
-        Interpretation(3, InterpStatus.SCORED, "w", (True,) * 9 + (False,) * 9, (True,) * 9 + (False,) * 9, 1, 200, 20),
+        Interpretation(
+            3, InterpStatus.SCORED, "w", (True,) * 9 + (False,) * 9, (True,) * 9 + (False,) * 9, 0.5, 1, 200, 20
+        ),
         Interpretation(5, InterpStatus.UNEXPLAINED, num_malformed=2, tokens_in=10),
         Interpretation(1, InterpStatus.TOO_FEW),
     ]
@@ -250,7 +252,7 @@ def test_costs_add_up_and_the_plan_is_near_the_words() -> None:
     assert case is not None
     case = case._replace(explaining=tuple(contexts[:6]), judged=tuple(contexts[:18]), fires=(True, False) * 9)
     known = cost_of(explain_messages(case), is_detection=False).plus(detection_cost(case, 12))
-    planned = planned_cost(1, 6, 18, contexts_per_request=12, context_tokens=33)
+    planned = planned_cost(1, 6, 18, num_tests=1, contexts_per_request=12, context_tokens=33)
     assert known.num_requests == planned.num_requests == 3
     assert known.tokens_out == planned.tokens_out
     assert 0.5 < known.tokens_in / planned.tokens_in < 2

@@ -349,7 +349,9 @@ def autointerp_table(latents: list[int], hostile: bool) -> pd.DataFrame:
     missing = dict.fromkeys(rows[0], float("nan")) | {
         "latent": latents[-1], "status": InterpStatus.UNEXPLAINED, "explanation": None,
     }  # fmt: skip
-    table = pd.DataFrame([*rows[:-1], missing]).assign(num_active=6, num_quiet=6, num_malformed=0)
+    table = pd.DataFrame([*rows[:-1], missing]).assign(
+        control_accuracy=0.52, num_active=6, num_quiet=6, num_malformed=0
+    )
     return table.assign(tokens_in=900, tokens_out=60)
 
 

@@ -20,7 +20,7 @@ from pipeline.endpoint import Endpoint, EndpointOptions
 from pipeline.errors import CrossrayError, InputError
 from pipeline.progress import SilentReporter
 from pipeline.schema import ANSWER_COLUMNS, InterpStatus
-from pipeline.stages.autointerp_asking import Answers, Interview, interview_all, pending_cost
+from pipeline.stages.autointerp_asking import Answers, Interview, control_all, interview_all, pending_cost
 from pipeline.storage import Storage
 from pipeline.tracking import RecordingTracker
 
@@ -110,13 +110,13 @@ def test_an_unreadable_model_is_counted_and_no_crash(talker: Talker, tmp_path: P
 
 def test_answers_are_kept_as_they_come_and_nothing_is_asked_twice(talker: Talker, tmp_path: Path) -> None:
     cases = [case(latent) for latent in range(8)]
-    talker.reply = lambda request: (401, {}, b"revoked") if len(talker.requests) > 9 else honest(request)
+    talker.reply = lambda request: (401, {}, b"revoked") if talker.place(request) >= 9 else honest(request)
     with pytest.raises(InputError, match="status 401: revoked"):
         ask(talker, tmp_path, cases)
     answered = Counter(request.words for request in talker.requests[:9])
     kept = Answers(Storage(str(tmp_path)), "answers")
     assert len(kept) == 9
-    pending = sum(pending_cost(kept, one, 12).num_requests for one in cases)
+    pending = sum(pending_cost(kept, one, 12, with_control=False).num_requests for one in cases)
     talker.requests.clear()
     talker.reply = honest
     found = ask(talker, tmp_path, cases)
@@ -130,6 +130,27 @@ def test_answers_are_kept_as_they_come_and_nothing_is_asked_twice(talker: Talker
     assert list(table.columns) == [column.name for column in ANSWER_COLUMNS]
     assert table["latent"].tolist() == [latent for latent in range(8) for _ in range(2)]
     assert KEY not in table.to_json()
+
+
+def test_the_neighbours_explanation_scores_chance_and_is_asked_once(talker: Talker, tmp_path: Path) -> None:
+    cases = [case(1), case(2), case(3)]
+    endpoint = Endpoint(EndpointOptions(talker.url, KEY, 2.0, 1, 0.005), {"model": "m"})
+    answers = Answers(Storage(str(tmp_path)), "answers")
+    interview = Interview(endpoint, answers, 5, 1)
+    found = {one.latent: one for one in interview_all(interview, cases, concurrency=2)}
+    cost = pending_cost(answers, cases[0], 5, with_control=True).num_requests
+    before = len(talker.requests)
+    checked = {one.latent: one for one in control_all(interview, cases, found, concurrency=2)}
+    assert cost == (len(talker.requests) - before) / 3 == 3
+    assert [checked[latent].control for latent in (1, 2, 3)] == [0.5] * 3
+    assert interpretation_table(list(checked.values()))["balanced_accuracy"].tolist() == [1.0] * 3
+    assert checked[1].tokens_in == found[1].tokens_in + 300
+    assert pending_cost(answers, cases[0], 5, with_control=True).num_requests == 0
+    assert {one.latent: one for one in control_all(interview, cases, found, concurrency=2)} == checked
+    assert len(talker.requests) == before + 9
+    same = {latent: one._replace(explanation="the same") for latent, one in found.items()}
+    assert list(control_all(interview, cases, same, concurrency=2)) == []
+    endpoint.close()
 
 
 def test_an_endpoint_that_stays_overloaded_ends_the_run_in_one_line(talker: Talker, tmp_path: Path) -> None:
@@ -219,6 +240,7 @@ def test_a_run_explains_latents_and_never_shows_its_key(
     assert record is not None
     assert record.counts["num_latents"] == 4
     assert record.counts["num_scored"] >= 3
+    assert 0 <= record.counts["mean_control_accuracy"] <= 1
     assert {request.key for request in talker.requests} == {f"Bearer {KEY}"}
     assert files_with(KEY, finished.root) == []
     assert files_with(KEY, tmp_path) == []
@@ -259,7 +281,7 @@ def test_a_killed_run_with_mlflow_continues_and_leaves_no_key_behind(
     monkeypatch.setenv("TALKER_KEY", KEY)
     path = tiny_run(finished, talker, tmp_path, latents=rare_latents(finished, 12), seed=2)
     planned = command("plan", str(path), cwd=tmp_path)
-    assert "autointerp  at most 48 requests" in planned.stdout
+    assert "at most 72 requests" in planned.stdout
     assert "at the configured prices" in planned.stdout
     talker.delay_seconds = 0.3
     arguments = [sys.executable, "-m", "pipeline", "run", str(path)]
