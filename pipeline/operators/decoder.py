@@ -63,6 +63,7 @@ class SplitDecoder:
         self.num_layers: int = config.num_hidden_layers
         self.activation_dim: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
+        self.context: int | None = getattr(config, "max_position_embeddings", None)
         if not 1 <= layer <= self.num_layers:
             raise InputError(
                 f"expected a layer between 1 and {self.num_layers} (the model {config.name_or_path!r} has "
@@ -128,6 +129,11 @@ class SplitDecoder:
         raise AssertionError(f"the forward of {type(self.base).__name__} never reached its first layer")
 
     def _run_lower(self, ids_BT: Tensor, mask_BT: Tensor, stand_ins: Mapping[int, nn.Module]) -> Tensor:
+        if self.context is not None and ids_BT.shape[1] > self.context:
+            raise InputError(
+                f"expected documents of at most {self.context} tokens (context of {self.base.config.name_or_path!r}), "
+                f"got one of {ids_BT.shape[1]}; lower tokens.max_tokens_per_document"
+            )
         attention = attention_inputs(mask_BT)
         stop = _Stop(self.layers[self.layer - 1])
         try:

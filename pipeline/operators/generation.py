@@ -107,11 +107,11 @@ def check_prompts(decoder: SplitDecoder, prompts: Sequence[Sequence[int]], max_n
     """InputError for an empty prompt, or one that is too long for the model's context with max_new_tokens after it."""
     if any(len(prompt) == 0 for prompt in prompts):
         raise InputError("expected prompts with at least one token, got an empty one; drop prompts without text")
-    context = getattr(decoder.base.config.get_text_config(), "max_position_embeddings", None)
     longest = max((len(prompt) for prompt in prompts), default=0)
-    if context is not None and longest + max_new_tokens > context:
+    if decoder.context is not None and longest + max_new_tokens > decoder.context:
+        room = decoder.context - max_new_tokens
         raise InputError(
-            f"expected prompts of at most {context - max_new_tokens} tokens (the model's context of {context} less "
+            f"expected prompts of at most {room} tokens (the model's context of {decoder.context} less "
             f"{max_new_tokens} new tokens), got one of {longest}; shorten the prompt or the answer"
         )
 

@@ -152,6 +152,9 @@ def test_prompts_beyond_the_context_and_wrong_sampling_are_refused(random_model:
     context = decoder.base.config.max_position_embeddings
     with pytest.raises(InputError, match=f"prompts of at most {context - 4} tokens .* got one of {context - 3}"):
         generate(decoder, [[1] * (context - 3)], max_new_tokens=4, stop_ids=[])
+    ids = torch.ones(1, context + 1, dtype=torch.int64)
+    with pytest.raises(InputError, match=f"documents of at most {context} tokens .* got one of {context + 1}; lower"):
+        decoder.lower(ids, torch.ones_like(ids))
     with pytest.raises(InputError, match=r"\(1, 4\), got shape \(2, 4\)"):
         generate(decoder, [[1]], max_new_tokens=4, stop_ids=[], sampling=Sampling(1.0, torch.rand(2, 4)))
     with pytest.raises(InputError, match="a temperature above 0, got 0"):
