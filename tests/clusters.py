@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,18 @@ RAY = str(Path(sys.executable).with_name("ray"))
 
 
 class Nodes:
-    """A head and any number of worker nodes, each with a raylet of its own; `close` ends all of them."""
+    """A head and any number of worker nodes, each with a raylet of its own; `close` ends all of them.
 
-    def __init__(self, folder: Path, *, head_cpus: int) -> None:
+    variables: of every node's environment, where credentials belong.
+    """
+
+    def __init__(self, folder: Path, *, head_cpus: int, variables: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         self.gcs, dashboard = free_port(), free_port()
         self.address = f"http://127.0.0.1:{dashboard}"
         self.environment = {
             **os.environ,
+            **(variables or {}),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "disabled",
         }

@@ -2,15 +2,19 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlflow
 import pandas as pd
 import pytest
-from conftest import free_port, served
+import s3fs
+from clusters import Nodes
+from conftest import free_port
+from playwright.sync_api import sync_playwright
 from runs import TINY, Finished, run_file
 
 from pipeline.config import load
@@ -28,29 +32,15 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
-@pytest.fixture(scope="module")
-def job_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The dashboard of a real one-node cluster, started as an operator would; it has the session's environment."""
-    folder = tmp_path_factory.mktemp("cluster")
-    dashboard, first = free_port(), 20000 + os.getpid() % 400 * 100
-    options = {
-        "port": free_port(),
-        "ray-client-server-port": free_port(),
-        "dashboard-port": dashboard,
-        "min-worker-port": first,
-        "max-worker-port": first + 99,
-        "num-cpus": 2,
-        "object-store-memory": 200_000_000,
-        "temp-dir": f"/tmp/crossray-{os.getpid()}",  # sockets have short names or none
-    }
-    start = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats"]
-    arguments = [f"--{name}={value}" for name, value in options.items()]
-    address = f"http://127.0.0.1:{dashboard}"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        with served([*start, *arguments], f"{address}/api/version", folder / "ray.log", seconds=180):
-            yield address
+@pytest.fixture
+def job_cluster(tmp_path: Path, services: dict[str, str]) -> Iterator[str]:
+    """The dashboard of a head without CPUs and two nodes with one each, whose environment holds the credentials."""
+    cluster = Nodes(tmp_path, head_cpus=0, variables=services)
+    cluster.add_node(num_cpus=1)
+    cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes(3)
+    yield cluster.address
+    cluster.close()
 
 
 def test_a_job_carries_code_settings_and_named_files(tmp_path: Path) -> None:
@@ -115,32 +105,73 @@ def test_a_wrong_address_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.rare
 def test_a_submitted_run_gives_the_same_verdict_from_the_object_store(
-    finished: Finished, s3_root: str, mlflow_server: str, tmp_path: Path, request: pytest.FixtureRequest
+    finished: Finished,
+    services: dict[str, str],
+    job_cluster: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ) -> None:
-    """Started after the S3 server, so that the cluster's nodes have its credentials and the job does not."""
-    address = request.getfixturevalue("job_cluster")
-    root = f"{s3_root}/jobs"
-    path = run_file(tmp_path, root, tracking={"uri": mlflow_server, "experiment": "jobs"})
-    done = command("submit", str(path), "--address", address, "--name", "one")
+    record_property("store", services["CROSSRAY_STORE"])
+    record_property("database", services["CROSSRAY_DATABASE"])
+    for name, value in services.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()  # another test's credentials
+    root, server = "s3://crossray/jobs", services["MLFLOW_TRACKING_URI"]
+    path = run_file(tmp_path, root, tracking={"uri": server, "experiment": "jobs"})
+    done = command("submit", str(path), "--address", job_cluster, "--name", "one")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stdout.startswith(f"job      one on {address}\n")
+    assert done.stdout.startswith(f"job      one on {job_cluster}\n")
     assert "job      one SUCCEEDED" in done.stdout
-    assert f"{mlflow_server}/#/experiments/" in done.stdout
+    assert f"tracking: {server}/#/experiments/" in done.stdout
 
     for name in ("latents l1", "latents batch_topk"):
         table = pd.read_parquet(f"{root}/{finished.states[name].step.key.folder}/latents.parquet")
         pd.testing.assert_frame_equal(table, finished.table(name, "latents.parquet"))
+    assert command("verify", str(path)).returncode == 0
+    _check_tracked(server, tmp_path)
+    _check_refusals(path, job_cluster)
 
-    client = mlflow.MlflowClient(tracking_uri=mlflow_server)
+    listed = command("status", "--address", job_cluster)
+    assert {tuple(line.split()[:2]) for line in listed.stdout.splitlines()} == {
+        ("one", "SUCCEEDED"),
+        ("gpus", "FAILED"),
+    }
+    assert "SUCCEEDED" in command("status", "one", "--address", job_cluster).stdout
+    assert "report   s3://" in command("logs", "one", "--address", job_cluster).stdout
+    stopped = command("stop", "one", "--address", job_cluster)
+    assert stopped.stdout == "one: had ended already; run it again to continue\n"
+    missing = command("logs", "nope", "--address", job_cluster)
+    assert missing.returncode == 2 and "expected the name of a job, got 'nope'" in missing.stderr
+
+
+def _check_tracked(server: str, folder: Path) -> None:
+    """Runs, metrics, model and report through MLflow's API, and the run's page in a real browser."""
+    client = mlflow.MlflowClient(tracking_uri=server)
     experiment = client.get_experiment_by_name("jobs")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
     assert {run.info.status for run in runs} == {"FINISHED"}
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert "report.html" in {file.path for file in client.list_artifacts(parent.info.run_id)}
-    secrets = (os.environ["AWS_SECRET_ACCESS_KEY"], "AWS_SECRET")
-    assert not [value for run in runs for value in run.data.params.values() if value in secrets]
+    fits = [run for run in runs if run.info.run_name.startswith("crosscoder")]
+    assert len(fits) == 2 and all(run.outputs.model_outputs for run in fits)
+    assert all(client.get_metric_history(run.info.run_id, "train/loss") for run in fits)
+    secret = os.environ["AWS_SECRET_ACCESS_KEY"]
+    assert not [run for run in runs if secret in repr(run.to_dictionary())]
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("everything but the page was checked: no browser here")
+    with sync_playwright() as playwright:
+        page = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page()
+        page.goto(f"{server}/#/experiments/{experiment.experiment_id}/runs/{parent.info.run_id}")
+        page.get_by_text("tiny", exact=True).first.wait_for(timeout=60_000)
+        page.screenshot(path=folder / "mlflow.png")
+        page.context.browser.close()  # type: ignore[union-attr]
+    assert (folder / "mlflow.png").stat().st_size > 20_000
 
+
+def _check_refusals(path: Path, address: str) -> None:
     again = command("submit", str(path), "--address", address, "--name", "one")
     assert again.returncode == 2 and "--name: expected a new name, got 'one', which is taken" in again.stderr
     asked = command("submit", str(path), "--address", address, "--env", "AWS_SECRET_ACCESS_KEY=x")
@@ -150,13 +181,3 @@ def test_a_submitted_run_gives_the_same_verdict_from_the_object_store(
         *("--set", "activations.layer=1"),
     )
     assert unable.returncode == 2 and "expected at most the cluster's 0 GPUs, got" in unable.stdout
-    listed = command("status", "--address", address)
-    assert {tuple(line.split()[:2]) for line in listed.stdout.splitlines()} == {
-        ("one", "SUCCEEDED"),
-        ("gpus", "FAILED"),
-    }
-    assert "SUCCEEDED" in command("status", "one", "--address", address).stdout
-    assert "report   s3://" in command("logs", "one", "--address", address).stdout
-    assert command("stop", "one", "--address", address).stdout == "one: had ended already; run it again to continue\n"
-    missing = command("logs", "nope", "--address", address)
-    assert missing.returncode == 2 and "expected the name of a job, got 'nope'" in missing.stderr
