@@ -71,7 +71,9 @@ _DECODE_OVERHEAD = 1.8
 _UPPER_OVERHEAD = 1.3
 """Edits, codes and KL sums, as a multiple of the upper layers alone."""
 _GPU_MEMORY_BYTES_PER_SECOND = 2e12
-"""For generation, which reads all weights for every token."""
+"""For generation, which reads all weights for every token, and for Adam, which moves more than it computes."""
+_ADAM_BYTES = 32
+"""Per parameter and step: weight, gradient and two moments read, three of them written, the gradient cleared."""
 
 
 class Speeds(NamedTuple):
@@ -181,7 +183,9 @@ def _training_speed(config: RunConfig, width: int, flops: float, gpu: Gpu) -> fl
     if ranks.gpus > 0:
         speed = {"float32": gpu.float32, "tf32": gpu.tf32, "bfloat16": gpu.bfloat16}[config.training.precision]
         work = 2 * config.training.batch_rows * NUM_MODELS * width * sum(sizes.dictionary_sizes(config, width))
-        return _STEP_FACTOR * work / (GPU_SHARE * speed) / num_ranks
+        parameters = 2 * NUM_MODELS * width * sum(sizes.dictionary_sizes(config, width)) / ranks.latent
+        update = _ADAM_BYTES * parameters / _GPU_MEMORY_BYTES_PER_SECOND  # every data rank makes all of it
+        return _STEP_FACTOR * work / (GPU_SHARE * speed) / num_ranks + update
     num_threads = max(1, int(ranks.cpus or len(os.sched_getaffinity(0)) / num_ranks))
     specs = [spec_of(s, config.training, ranks, num_models=NUM_MODELS, activation_dim=width) for s in fitted]
     seconds = [step_seconds(spec, config.training.batch_rows, num_threads=num_threads, flops=flops) for spec in specs]

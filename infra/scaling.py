@@ -1,0 +1,195 @@
+"""Where time and bytes go on 1 to 1,000 GPUs: `python infra/scaling.py` prints the tables of SCALING.md.
+
+A run is three flows that overlap in none of the stages: extraction (compute against writing), training (compute, Adam's
+memory traffic, exchange between ranks, reading) and what the driver does for each shard. A stage takes as long as its
+slowest resource; the name of that resource is the answer to "what saturates first". Constants are of three kinds, and
+say which: measured by this project's benchmarks, a data sheet's, or a provider's published limit.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Constants(NamedTuple):
+    """Rates and fixed costs. One node holds `gpus_per_node` GPUs and shares its network among them."""
+
+    gpu_flops: float = 989e12
+    """bfloat16, data sheet of an H100."""
+    gpu_share: float = 0.4
+    """Of it that forward passes and training steps reach: assumed; no GPU has been measured."""
+    memory_bytes_per_second: float = 3.35e12
+    """Of a GPU, data sheet of an H100; Adam is bound by it."""
+    link_bytes_per_second: float = 450e9
+    """Between the GPUs of a node, data sheet of NVLink 4, one direction."""
+    network_bytes_per_second: float = 25e9
+    """Of a node, 200 Gbit/s."""
+    store_bytes_per_second: float = 100e9
+    """Of an object store towards one account in one region: order of magnitude of what providers name."""
+    store_requests_per_second: float = 3500
+    """PUT requests per prefix, a provider's published limit."""
+    gpus_per_node: int = 8
+    step_factor: float = 1.41
+    """A training step over its encoder product: measured on a CPU (step_notes.md, one thread)."""
+    adam_bytes: int = 32
+    """Moved per parameter and step (pipeline/durations.py)."""
+    pack_bytes_per_second: float = 0.55e9
+    """Shards checked, hashed and written by one core: measured (store_notes.md)."""
+    cores_per_gpu: int = 8
+    driver_seconds_per_shard: float = 0.008
+    """Of the driver for one result of a worker: measured (workloads/benchmarks/driver_items.py, 1,220 results)."""
+    start_seconds: float = 30.0
+    """Cluster joined, pools started, Ray Train started: measured about 5 + 5 + 12 s, rounded up."""
+
+
+class Pair(NamedTuple):
+    """Two models of one size and the crosscoder on them."""
+
+    name: str
+    width: int
+    layers: int
+    parameters_per_layer: float
+    expansion: int
+
+    @property
+    def num_latents(self) -> int:
+        """F."""
+        return self.expansion * self.width
+
+
+PAIRS = (
+    Pair("2B", 2304, 13, 78e6, 32),
+    Pair("9B", 3584, 21, 198e6, 32),
+    Pair("70B", 8192, 40, 856e6, 16),
+)
+"""Gemma-2-2b, Gemma-2-9b and Llama-3.1-70B, each up to its middle layer."""
+NUM_MODELS = 2
+ROWS = 100_000_000
+EPOCHS = 2
+BATCH_ROWS = 2048
+ROWS_PER_SHARD = 50_000
+
+
+class Stage(NamedTuple):
+    """Seconds that each resource is busy in one stage."""
+
+    name: str
+    busy: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """The slowest resource decides."""
+        return max(self.busy.values())
+
+    @property
+    def bound(self) -> str:
+        """Its name."""
+        return max(self.busy, key=lambda name: self.busy[name])
+
+
+def extraction(pair: Pair, num_gpus: int, rows: int, c: Constants) -> Stage:
+    """Both models up to layer L on all GPUs, every row written once."""
+    num_nodes = -(-num_gpus // c.gpus_per_node)
+    flops = 2 * NUM_MODELS * pair.parameters_per_layer * pair.layers * rows
+    num_bytes = rows * NUM_MODELS * pair.width * 2
+    num_shards = rows / ROWS_PER_SHARD
+    return Stage(
+        "extraction",
+        {
+            "GPU compute": flops / (num_gpus * c.gpu_flops * c.gpu_share),
+            "packing on CPUs": num_bytes / (num_gpus * c.cores_per_gpu * c.pack_bytes_per_second),
+            "network of nodes": num_bytes / (num_nodes * c.network_bytes_per_second),
+            "object store": max(num_bytes / c.store_bytes_per_second, 2 * num_shards / c.store_requests_per_second),
+            "driver": num_shards * c.driver_seconds_per_shard,
+        },
+    )
+
+
+def training(pair: Pair, num_gpus: int, rows: int, c: Constants) -> Stage:
+    """One crosscoder, latents spread over up to a node, rows over nodes; batches stay at BATCH_ROWS.
+
+    Latent ranks sum partial reconstructions (B M D numbers a step); data ranks exchange dense gradients.
+    """
+    latent = min(num_gpus, c.gpus_per_node)
+    data = max(1, num_gpus // latent)
+    steps = rows * EPOCHS / BATCH_ROWS
+    encoder = 2 * BATCH_ROWS * NUM_MODELS * pair.width * pair.num_latents
+    parameters = 2 * NUM_MODELS * pair.width * pair.num_latents
+    exchanged = BATCH_ROWS / data * NUM_MODELS * pair.width * 4
+    gradients = parameters / latent * 4
+    read = rows * EPOCHS * NUM_MODELS * pair.width * 2
+    return Stage(
+        "training",
+        {
+            # One after the other on the same GPU: first the products, then Adam over all weights.
+            "GPU": steps * c.step_factor * encoder / (data * latent * c.gpu_flops * c.gpu_share)
+            + steps * c.adam_bytes * parameters / latent / c.memory_bytes_per_second,
+            "links in a node": steps * 2 * exchanged * (latent - 1) / latent / c.link_bytes_per_second,
+            "network of nodes": (
+                steps * 2 * gradients * latent * (data - 1) / data / c.network_bytes_per_second
+                + read / (data * c.network_bytes_per_second)
+            ),
+            "object store": read / c.store_bytes_per_second,
+        },
+    )
+
+
+def training_gpus(pair: Pair, num_gpus: int, rows: int, c: Constants) -> int:
+    """How many of the GPUs make training fastest: more than that only talk."""
+    candidates = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if n <= num_gpus]
+    return min(candidates, key=lambda n: training(pair, n, rows, c).seconds)
+
+
+def table(rows: int, c: Constants) -> str:
+    """One line per pair and number of GPUs."""
+    lines = [
+        "| pair | GPUs | store | extraction | bound by | training (GPUs used) | bound by | total |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for pair in PAIRS:
+        for num_gpus in (1, 8, 64, 1000):
+            first = extraction(pair, num_gpus, rows, c)
+            used = training_gpus(pair, num_gpus, rows, c)
+            second = training(pair, used, rows, c)
+            total = c.start_seconds + first.seconds + second.seconds
+            num_bytes = rows * NUM_MODELS * pair.width * 2
+            lines.append(
+                f"| {pair.name} | {num_gpus:,} | {num_bytes / 1e12:.2f} TB | {shown(first.seconds)} | {first.bound} | "
+                f"{shown(second.seconds)} ({used}) | {second.bound} | {shown(total)} |"
+            )
+    return "\n".join(lines)
+
+
+def largest_rows(pair: Pair, num_gpus: int, seconds: float, c: Constants) -> dict[str, float]:
+    """Rows that each resource of extraction could bear in the given time."""
+    busy = extraction(pair, num_gpus, ROWS, c).busy
+    return {name: ROWS * seconds / own for name, own in busy.items()}
+
+
+def shown(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.1 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=ROWS, help="training rows of the run")
+    parser.add_argument(
+        "--gpu-share", type=float, default=Constants().gpu_share, help="share of the data sheet's FLOP/s"
+    )
+    parsed = parser.parse_args(arguments)
+    constants = Constants(gpu_share=parsed.gpu_share)
+    print(table(parsed.rows, constants))
+    print()
+    print("| rows in an hour of extraction on 1,000 GPUs, 9B pair | |\n|---|---|")
+    for name, rows in sorted(largest_rows(PAIRS[1], 1000, 3600, constants).items(), key=lambda item: item[1]):
+        print(f"| {name} | {rows / 1e9:,.1f} billion |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
