@@ -2,8 +2,9 @@
 
 Four questions. How many of the chat-specific latents are artifacts, by the verdict's own account (the false discovery
 rate, from the bootstrap behind each latent)? How many of the chat-only latents would be called chat-specific if the
-direction looked for were a random one? What is called chat-specific where nothing can be (one model twice, or a model
-against itself with noise on the weights)? And does another training seed find the same directions?
+direction looked for were a random one, orthogonal to theirs? What is called chat-specific where nothing can be (one
+model twice, or a model against itself with noise on the weights)? And does another training seed find the same
+directions?
 
 The stated rate covers the sampling of documents alone: it takes the crosscoder, the thresholds and Delta_norm as given,
 and weighs all values of a ratio alike beforehand. The other controls are there for what it cannot see.
@@ -29,10 +30,15 @@ DEFAULT_MIN_MATCH_COSINE = 0.7
 _CHUNK_NUMBERS = 1 << 24
 
 
-def random_directions(num_latents: int, activation_dim: int, *, seed: int) -> Tensor:
-    """One random direction of norm 1 per latent, float32 [F, D]."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.nn.functional.normalize(torch.randn(num_latents, activation_dim, generator=generator), dim=1)
+def random_directions(own_FD: Tensor, *, seed: int) -> Tensor:
+    """One random direction of norm 1 per latent, orthogonal to the latent's own row of own_FD; float32 [F, D].
+
+    Orthogonal, because a random direction that overlaps with the latent's would rightly find it again.
+    """
+    own_FD = torch.nn.functional.normalize(own_FD.detach().cpu().float(), dim=1)
+    random_FD = torch.randn(own_FD.shape, generator=torch.Generator().manual_seed(seed))
+    random_FD -= (random_FD * own_FD).sum(1, keepdim=True) * own_FD
+    return torch.nn.functional.normalize(random_FD, dim=1)
 
 
 class StatedError(NamedTuple):
@@ -84,8 +90,10 @@ def random_row(
 ) -> dict[str, Any]:
     """Share of the chat-only latents that would be chat-specific with a random direction in place of the decoder's.
 
-    scaling is the table of LatentScaling with random directions for the chat-only latents; None where there are none.
-    A latent whose ratios are undefined is not called chat-specific.
+    scaling is the table of LatentScaling with `random_directions` for the chat-only latents; None where there are none.
+    A latent whose ratios are undefined is not called chat-specific. What passes all the same does so because something
+    else that the chat model alone holds goes along with the latent: a share near that of the decoder's own directions
+    says that the verdict tells when the models differ, but not in which direction.
     """
     num_judged = num_called = num_undefined = 0
     if scaling is not None:

@@ -269,7 +269,8 @@ def binomial_interval(
     centre = share + z * z / (2 * num_trials)
     half = z * math.sqrt(share * (1 - share) / num_trials + (z / (2 * num_trials)) ** 2)
     scale = 1 + z * z / num_trials
-    return share, max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    low = 0.0 if num_hits == 0 else (centre - half) / scale  # both ends are exact there, but for rounding
+    return share, low, 1.0 if num_hits == num_trials else (centre + half) / scale
 
 
 def auroc_by_latent(

@@ -14,7 +14,7 @@ from pipeline.analyses.latent_scaling import LatentScaling
 from pipeline.analyses.ownership import chat_only_latents, delta_norm
 from pipeline.analyses.rows import Sums
 from pipeline.numerics.crosscoder import Crosscoder
-from pipeline.schema import Verdict
+from pipeline.schema import CHAT, Verdict
 from pipeline.schema_controls import CONTROL_COLUMNS, SEED_COLUMNS
 from pipeline.sections.analyses import ControlsSection, LatentScalingSection
 from pipeline.sections.base import Section
@@ -24,7 +24,7 @@ from pipeline.stages.crosscoder import fitted
 from pipeline.stages.tables import arrow_schema, numbers_of, write_frame
 
 NAME = "controls"
-VERSION = 1
+VERSION = 2
 TABLE_NAME = "controls.parquet"
 SEEDS_NAME = "seeds.parquet"
 SCHEMA = arrow_schema(CONTROL_COLUMNS)
@@ -59,7 +59,7 @@ def random_scaling(step: Step, crosscoder: Crosscoder) -> LatentScaling | None:
         num_groups=scaling.num_groups,
         num_resamples=scaling.num_resamples,
         seed=scaling.seed,
-        direction_FD=controls.random_directions(len(chosen), crosscoder.activation_dim, seed=section.seed),
+        direction_FD=controls.random_directions(crosscoder.W_dec_FMD[chosen, CHAT], seed=section.seed),
         latents=chosen,
     )
 

@@ -84,8 +84,10 @@ def test_random_directions_are_counted_as_a_loop_would(make_world: Callable) -> 
     world = make_world(num_documents=80)
     batch = world.batch()
     chosen = torch.tensor([2, 5, 7, 11])
-    directions = controls.random_directions(12, 6, seed=3)
+    own = world.crosscoder.W_dec_FMD[:, 1].detach()
+    directions = controls.random_directions(own, seed=3)
     torch.testing.assert_close(directions.norm(dim=1), torch.ones(12))
+    torch.testing.assert_close((directions * own).sum(1), torch.zeros(12))
 
     def table(**options: object) -> pd.DataFrame:
         analysis = LatentScaling(world.crosscoder, num_resamples=100, **options)  # type: ignore[arg-type]
