@@ -149,11 +149,11 @@ def _causal_sentences(crosscoder: CrosscoderReport) -> list[str]:
     if best is not None and worst is not None:
         sentence += f"; the best half of the chat-only latents leaves {fmt.decimal(best)}, the worst half "
         sentence += f"{fmt.decimal(worst)}"
-    paired = difference_of(crosscoder.causality_differences, "worst_half_replace", "best_half_replace")
-    if paired is not None:
-        found = "told apart" if paired.is_clear else "not told apart"
-        sentence += f" ({found} by the paired difference, {fmt.decimal(paired.value)} "
-        sentence += f"{fmt.interval(paired.low, paired.high)})"
+        paired = difference_of(crosscoder.causality_differences, "worst_half_replace", "best_half_replace")
+        if paired is not None:
+            found = "told apart" if paired.is_clear else "not told apart"
+            sentence += f" ({found} by the paired difference, {fmt.decimal(paired.value)} "
+            sentence += f"{fmt.interval(paired.low, paired.high)})"
     return [sentence + "."]
 
 

@@ -53,6 +53,7 @@ def lead(data: ReportData) -> Lead | None:
         share = fmt.percent(_trust(counts)[0], 0)
         why = f"It answers because the largest share of its chat-only latents is confidently chat-specific ({share})."
     sure = control_sentences(control_rows(crosscoder.controls))
+    sure = sure or ["No latent is called chat-specific, so no such call can be wrong."]
     if crosscoder.controls is None:
         sure = ["Controls were not run: this rests on intervals over documents alone."]
     return Lead(place, crosscoder.name, why, _new(counts), sure, _does(crosscoder))

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 from pipeline.report.data import ReportData
+from pipeline.report.headlines import does_sentences
 from pipeline.report.latent_rows import MAX_TABLE_ROWS, script_json
 from pipeline.report.latents import latent_cards, visible
 from pipeline.report.lead import lead
@@ -283,6 +284,20 @@ def test_without_a_verdict_nothing_is_said_in_short(bare_report: ReportData, nul
     without = lead(dataclasses.replace(null_report, crosscoders=[one]))
     assert without is not None
     assert without.sure == ["Controls were not run: this rests on intervals over documents alone."]
+    controls = null_report.crosscoders[0].controls
+    assert controls is not None
+    undefined = dataclasses.replace(one, controls=controls.assign(value=np.nan))
+    silent = lead(dataclasses.replace(null_report, crosscoders=[undefined]))
+    assert silent is not None
+    assert silent.sure == ["No latent is called chat-specific, so no such call can be wrong."]
+
+
+def test_empty_halves_are_not_compared(report: ReportData) -> None:
+    one = report.crosscoders[0]
+    assert one.causality is not None
+    empty = dataclasses.replace(one, causality=one.causality.assign(num_latents=0))
+    assert not any("half" in sentence for sentence in does_sentences(empty))
+    assert any("worst half" in sentence for sentence in does_sentences(one))
 
 
 def test_every_latent_with_contexts_has_a_card_on_the_page_or_in_the_data(report: ReportData, page: str) -> None:
