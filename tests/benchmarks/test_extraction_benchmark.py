@@ -18,6 +18,7 @@ CASE = extraction.Case(
     tokens_per_batch=2048,
     repeats=1,
     padded_repeats=1,
+    padded_documents=20,
     parts="loops,lora",
     threads=1,
 )
