@@ -258,6 +258,11 @@ def measure(contenders: Mapping[str, Callable[[], Any]], repeats: Mapping[str, i
         for name, contender in contenders.items():
             if number < repeats[name]:
                 readings[name].append(timed(contender, device))
+                reading = readings[name][-1]
+                print(
+                    f"  round {number + 1}  {name:10s} {reading.seconds:7.3f} s  cpu {reading.cpu_seconds:7.3f} s",
+                    flush=True,
+                )
     return readings
 
 
