@@ -36,7 +36,7 @@ RECIPES = """
 """
 
 
-class Finished(NamedTuple):
+class Benchmark(NamedTuple):
     config: BenchmarkConfig
     storage: Storage
     worlds: dict[int, Job]
@@ -59,7 +59,7 @@ def _as_list(text: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def finished(small_config: BenchmarkConfig) -> Finished:
+def small(small_config: BenchmarkConfig) -> Benchmark:
     storage = Storage(small_config.storage.root)
     worlds, trials = jobs_of(small_config)
     plant = Plant(storage, small_config.world, small_config.rows)
@@ -73,4 +73,4 @@ def finished(small_config: BenchmarkConfig) -> Finished:
             record_job(small_config, storage, job, trial(job.item))
     finally:
         torch.set_num_threads(before)
-    return Finished(small_config, storage, worlds, trials, scored(small_config, storage, worlds, trials))
+    return Benchmark(small_config, storage, worlds, trials, scored(small_config, storage, worlds, trials))

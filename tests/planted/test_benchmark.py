@@ -11,15 +11,15 @@ from pipeline.errors import InputError
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.progress import SilentReporter
 from pipeline.store import ActivationStore
-from tests.planted.conftest import FILE, Finished
+from tests.planted.conftest import FILE, Benchmark
 from workloads.planted import benchmark
 from workloads.planted.score import RULES, SCORE_COLUMNS, score_text
 from workloads.planted.settings import BenchmarkConfig
 from workloads.planted.trial import Trial, read_truth
 
 
-def test_batch_topk_is_right_where_l1_takes_artifacts_for_chat_only(finished: Finished) -> None:
-    l1, batch_topk = finished.row("l1", "Delta_norm"), finished.row("batch_topk", "Latent Scaling")
+def test_batch_topk_is_right_where_l1_takes_artifacts_for_chat_only(small: Benchmark) -> None:
+    l1, batch_topk = small.row("l1", "Delta_norm"), small.row("batch_topk", "Latent Scaling")
     assert batch_topk["precision"] >= 0.95 and batch_topk["recall"] >= 0.75
     assert l1["precision"] <= 0.7
     assert l1["wrong_half_present"] + l1["wrong_loose"] >= 3
@@ -27,60 +27,58 @@ def test_batch_topk_is_right_where_l1_takes_artifacts_for_chat_only(finished: Fi
 
 
 @pytest.mark.parametrize("recipe", ["l1", "difference", "dedicated"])
-def test_latent_scaling_makes_every_recipe_more_precise_at_the_same_recall(finished: Finished, recipe: str) -> None:
-    before, after = finished.row(recipe, "Delta_norm"), finished.row(recipe, "Latent Scaling")
+def test_latent_scaling_makes_every_recipe_more_precise_at_the_same_recall(small: Benchmark, recipe: str) -> None:
+    before, after = small.row(recipe, "Delta_norm"), small.row(recipe, "Latent Scaling")
     assert after["precision"] > before["precision"] + 0.2
     assert after["recall"] >= before["recall"] - 0.2
 
 
-def test_a_difference_explains_differences_and_says_what_it_is_judged_by(finished: Finished) -> None:
-    job = next(job for job in finished.trials if job.name == "difference")
-    latents = pd.read_parquet(finished.storage.url(f"{job.key.folder}/latents.parquet"))
+def test_a_difference_explains_differences_and_says_what_it_is_judged_by(small: Benchmark) -> None:
+    job = next(job for job in small.trials if job.name == "difference")
+    latents = pd.read_parquet(small.storage.url(f"{job.key.folder}/latents.parquet"))
     alive = latents[latents["frequency"] > 0]
     assert (alive["delta_norm"] == 1).all()
     assert alive[alive["verdict"] == "shared"]["reason"].str.contains("nu_act_centred .* by construction").all()
-    assert finished.row("difference", "Delta_norm")["fve"] > 0.7
+    assert small.row("difference", "Delta_norm")["fve"] > 0.7
 
 
-def test_the_table_has_every_recipe_under_both_rules(finished: Finished) -> None:
-    assert list(finished.table.columns) == [column.name for column in SCORE_COLUMNS]
-    assert finished.table["recipe"].tolist() == [r.name for r in finished.config.recipes for _ in RULES]
-    assert finished.table["precision_low"].isna().all()  # one seed has no interval
-    text = score_text(finished.table)
-    assert len(text.splitlines()) == 2 + len(finished.table) and "batch_topk" in text
+def test_the_table_has_every_recipe_under_both_rules(small: Benchmark) -> None:
+    assert list(small.table.columns) == [column.name for column in SCORE_COLUMNS]
+    assert small.table["recipe"].tolist() == [r.name for r in small.config.recipes for _ in RULES]
+    assert small.table["precision_low"].isna().all()  # one seed has no interval
+    text = score_text(small.table)
+    assert len(text.splitlines()) == 2 + len(small.table) and "batch_topk" in text
 
 
-def test_what_is_finished_is_read_and_not_made_again(finished: Finished) -> None:
-    results = benchmark.run(finished.config, SilentReporter())
+def test_what_is_finished_is_read_and_not_made_again(small: Benchmark) -> None:
+    results = benchmark.run(small.config, SilentReporter())
     assert results.num_made == 0
-    pd.testing.assert_frame_equal(results.table, finished.table)
+    pd.testing.assert_frame_equal(results.table, small.table)
     for name in ("scores.parquet", "scores.json", "scores.txt"):
-        assert finished.storage.exists(f"planted_results/planted/{name}")
+        assert small.storage.exists(f"planted_results/planted/{name}")
 
 
-def test_a_foreign_checkpoint_is_judged_as_its_recipe_was(finished: Finished, tmp_path: Path) -> None:
-    own = next(job for job in finished.trials if job.name == "batch_topk")
+def test_a_foreign_checkpoint_is_judged_as_its_recipe_was(small: Benchmark, tmp_path: Path) -> None:
+    own = next(job for job in small.trials if job.name == "batch_topk")
     source = tmp_path / "foreign"
-    Crosscoder.from_pretrained(finished.storage.url(own.key.folder)).save_pretrained(source)
-    config = benchmark.with_checkpoints(finished.config, [f"mine@0={source}"])
+    Crosscoder.from_pretrained(small.storage.url(own.key.folder)).save_pretrained(source)
+    config = benchmark.with_checkpoints(small.config, [f"mine@0={source}"])
     worlds, trials = benchmark.jobs_of(config)
     job = trials[-1]
-    benchmark.record_job(
-        config, finished.storage, job, Trial(finished.storage, config.training, config.judge)(job.item)
-    )
-    table = benchmark.scored(config, finished.storage, worlds, trials).set_index(["recipe", "rule"])
+    benchmark.record_job(config, small.storage, job, Trial(small.storage, config.training, config.judge)(job.item))
+    table = benchmark.scored(config, small.storage, worlds, trials).set_index(["recipe", "rule"])
     columns = ["precision", "recall", "num_called", "l0", "fve"]
     for rule in RULES.values():
         ours, theirs = table.loc[("batch_topk", rule), columns], table.loc[("mine", rule), columns]
         np.testing.assert_allclose(ours.to_numpy(dtype=float), theirs.to_numpy(dtype=float))
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(finished: Finished, tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(small: Benchmark, tmp_path: Path) -> None:
     crosscoder = Crosscoder(4, 2, 8)
     crosscoder.save_pretrained(tmp_path / "narrow")
-    item = {"folder": "x", "activations": finished.worlds[0].key.folder, "source": str(tmp_path / "narrow")}
+    item = {"folder": "x", "activations": small.worlds[0].key.folder, "source": str(tmp_path / "narrow")}
     with pytest.raises(InputError, match="expected a crosscoder of 2 models and width 32, got 2 and 8"):
-        Trial(finished.storage, finished.config.training, finished.config.judge)(item)
+        Trial(small.storage, small.config.training, small.config.judge)(item)
 
 
 @pytest.mark.parametrize(
@@ -107,10 +105,10 @@ def test_a_wrong_key_of_the_file_is_named_with_the_nearest_one() -> None:
         load_as(BenchmarkConfig, FILE, ["world.base_strength=[0.5, 0.3]"])
 
 
-def test_activations_are_an_ordinary_store_with_the_truth_beside_it(finished: Finished) -> None:
-    folder = finished.worlds[0].key.folder
-    manifest = ActivationStore(finished.storage, folder).manifest
+def test_activations_are_an_ordinary_store_with_the_truth_beside_it(small: Benchmark) -> None:
+    folder = small.worlds[0].key.folder
+    manifest = ActivationStore(small.storage, folder).manifest
     assert (manifest.num_rows("train"), manifest.num_rows("validation")) == (16000, 16000)
     assert (manifest.num_models, manifest.activation_dim, len(manifest.shards)) == (2, 32, 4)
-    direction_CMD, truth = read_truth(finished.storage, folder)
+    direction_CMD, truth = read_truth(small.storage, folder)
     assert len(direction_CMD) == len(truth) == 48
