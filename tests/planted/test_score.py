@@ -44,11 +44,17 @@ def test_nothing_called_has_no_precision_and_finds_nothing() -> None:
 
 def test_the_interval_is_students() -> None:
     values = [0.9, 0.8, 0.85, 0.95, 0.7]
-    mean, low, high = mean_interval(values)
+    mean, low, high = mean_interval(values, [9] * 5)
     half = 2.776445 * 0.0961769 / 5**0.5  # t of 4 degrees of freedom, standard deviation of the five
     assert (mean, low, high) == pytest.approx((0.84, 0.84 - half, 0.84 + half), abs=1e-4)
-    assert mean_interval([1.0, 1.0, 0.4])[2] == 1.0
-    assert mean_interval([0.5, math.nan])[0] == 0.5 and math.isnan(mean_interval([0.5])[1])
+    assert mean_interval([1.0, 1.0, 0.4], [9] * 3)[2] == 1.0
+    assert mean_interval([0.5, math.nan], [9, 0])[0] == 0.5 and math.isnan(mean_interval([0.5], [9])[1])
+
+
+def test_trials_that_all_agree_are_not_certain() -> None:
+    # Clopper-Pearson for 30 of 30 and 0 of 30: 0.8843 and 0.1157.
+    assert mean_interval([1.0, 1.0, math.nan], [10, 20, 0]) == pytest.approx((1.0, 0.8843, 1.0), abs=1e-4)
+    assert mean_interval([0.0, 0.0], [10, 20]) == pytest.approx((0.0, 0.0, 0.1157), abs=1e-4)
 
 
 def test_a_latent_is_matched_by_its_chat_decoder_with_a_concept_that_the_chat_model_has() -> None:

@@ -113,4 +113,5 @@ def label_score(auroc_FL: Tensor, is_called_F: Tensor) -> TrialScore:
     precision = float(is_right.double().mean()) if num_called else float("nan")
     found = torch.unique(best.indices[is_right])
     wrong = dict.fromkeys(MISTAKES, 0) | {NOTHING: num_wrong}
-    return TrialScore(precision, len(found) / auroc_FL.shape[1], num_called, wrong)
+    num_labels = auroc_FL.shape[1]
+    return TrialScore(precision, len(found) / num_labels, num_called, num_labels, wrong)

@@ -3,7 +3,8 @@
 A latent that a rule calls chat-only is right if the concept that its chat decoder is most like, among all concepts
 that the chat model has, is a chat-only one, at a cosine of at least min_cosine. Precision is the share of called
 latents that are right, recall the share of chat-only concepts that a right latent is like; two right latents of one
-concept both count as right and find one concept. Intervals are Student-t over the seeds, cut to [0, 1].
+concept both count as right and find one concept. Intervals are Student-t over the seeds, cut to [0, 1]; where every
+seed says 0, or every seed 1, the exact binomial one.
 """
 
 from collections.abc import Sequence
@@ -27,8 +28,12 @@ MISTAKES = (Truth.SHARED, Truth.HALF_PRESENT, Truth.ROTATED, Truth.LOOSE, NOTHIN
 def _interval_columns(name: str, doc: str) -> tuple[Column, ...]:
     return (
         Column(name, "float64", doc),
-        Column(f"{name}_low", "float64", f"lower end of the 95% interval of {name} over the trials (Student-t)"),
-        Column(f"{name}_high", "float64", f"upper end of the 95% interval of {name} over the trials (Student-t)"),
+        Column(
+            f"{name}_low", "float64", f"lower end of the 95% interval of {name} over the trials (score.mean_interval)"
+        ),
+        Column(
+            f"{name}_high", "float64", f"upper end of the 95% interval of {name} over the trials (score.mean_interval)"
+        ),
     )
 
 
@@ -52,6 +57,8 @@ class TrialScore(NamedTuple):
     precision: float
     recall: float
     num_called: int
+    num_concepts: int
+    """Concepts, or behaviours, that could be found."""
     wrong: dict[str, int]
     """Called latents that are wrong, by what they are instead (MISTAKES)."""
 
@@ -61,23 +68,32 @@ def trial_score(matches: pd.DataFrame, rule: str, truth: Sequence[str], *, min_c
     called = matches[matches[rule]]
     found = np.where(called["cosine"] >= min_cosine, called["truth"], NOTHING)
     is_right = found == Truth.CHAT_ONLY
-    concepts = set(called["concept"][is_right])
+    found_concepts, num_concepts = set(called["concept"][is_right]), list(truth).count(Truth.CHAT_ONLY)
     return TrialScore(
         float(is_right.mean()) if len(called) else float("nan"),
-        len(concepts) / list(truth).count(Truth.CHAT_ONLY),
+        len(found_concepts) / num_concepts,
         len(called),
+        num_concepts,
         {name: int((found == name).sum()) for name in MISTAKES},
     )
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and 95% Student-t interval of the finite values, ends cut to [0, 1]; NaN ends for fewer than two."""
-    finite = np.array([value for value in values if np.isfinite(value)])
+def mean_interval(values: Sequence[float], counts: Sequence[int]) -> tuple[float, float, float]:
+    """Mean and 95% Student-t interval of the finite values, ends cut to [0, 1]; NaN ends for fewer than two.
+
+    counts says of how many things each value is a share. Where all trials say exactly 0 or exactly 1 there is no spread
+    to go by; the open end is then the exact binomial one of all things together (Clopper and Pearson 1934).
+    """
+    pairs = [(value, count) for value, count in zip(values, counts, strict=True) if np.isfinite(value)]
+    finite, num_things = np.array([value for value, _ in pairs]), sum(count for _, count in pairs)
     if len(finite) == 0:
         return float("nan"), float("nan"), float("nan")
     mean = float(finite.mean())
     if len(finite) < 2:
         return mean, float("nan"), float("nan")
+    if mean in (0.0, 1.0):
+        open_end = 0.025 ** (1 / max(num_things, 1))
+        return (mean, open_end, 1.0) if mean == 1 else (mean, 0.0, 1 - open_end)
     freedom = torch.tensor(float(len(finite) - 1))
     half = float(student_t_quantile(0.975, freedom)) * float(finite.std(ddof=1)) / len(finite) ** 0.5
     return mean, max(0.0, mean - half), min(1.0, mean + half)
@@ -88,8 +104,8 @@ def score_row(
 ) -> dict[str, Any]:
     """One row of SCORE_COLUMNS from the trials of one recipe."""
     row: dict[str, Any] = {"data": data, "recipe": recipe, "rule": RULES[rule]}
-    for name in ("precision", "recall"):
-        values = mean_interval([getattr(score, name) for score in scores])
+    for name, size in (("precision", "num_called"), ("recall", "num_concepts")):
+        values = mean_interval([getattr(score, name) for score in scores], [getattr(score, size) for score in scores])
         row |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
     row["num_called"] = float(np.mean([score.num_called for score in scores]))
     row |= {name: float(np.mean([own[name] for own in fidelities])) for name in ("l0", "fve")}
