@@ -2,7 +2,7 @@
 
 For development and tests. Takes what is installed: Ceph's object gateway, else the smaller moto server; PostgreSQL,
 else SQLite. Says which, prints the settings that point crossray at them, and runs until it is told to stop; everything
-listens on loopback. Objects live in memory and are gone afterwards: no place for results that matter.
+listens on loopback. What is stored is gone afterwards: no place for results that matter.
 
 Debian: `apt-get install --no-install-recommends ceph-mon ceph-osd ceph-common radosgw postgresql`.
 """
@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -92,7 +93,7 @@ def mlflow_server(folder: Path, store: Mapping[str, str]) -> Iterator[dict[str, 
     with ExitStack() as stack:
         programs = _postgres_programs()
         if programs is not None:
-            uri, kind = stack.enter_context(_postgres(folder / "database", programs)), "postgresql"
+            uri, kind = stack.enter_context(_postgres(folder / "database.log", programs)), "postgresql"
         else:
             uri, kind = f"sqlite:///{folder / 'mlflow.db'}", "sqlite"
         command = [
@@ -204,26 +205,37 @@ def _has_driver() -> bool:
 
 
 @contextmanager
-def _postgres(folder: Path, programs: Path) -> Iterator[str]:
-    """A PostgreSQL server of its own on loopback; it refuses to run as root, so root lends it the user postgres."""
+def _postgres(log: Path, programs: Path) -> Iterator[str]:
+    """A PostgreSQL server of its own on loopback, gone afterwards like the objects.
+
+    It refuses to run as root, so root lends it the user postgres, and a folder that this user can reach.
+    """
     port, password = free_port(), secrets.token_hex(16)
     user = "postgres" if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name
-    folder.mkdir(parents=True, exist_ok=True)
-    password_file = folder / "password"
-    password_file.write_text(password)
-    if os.geteuid() == 0:
-        shutil.chown(folder, user)
-        shutil.chown(password_file, user)
-    password_file.chmod(0o600)
     as_user = ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups"] if os.geteuid() == 0 else []
-    data = folder / "data"
-    if not data.exists():
-        options = ["--username=mlflow", "--auth=scram-sha-256", f"--pwfile={password_file}", "--encoding=UTF8"]
-        _run(*as_user, str(programs / "initdb"), *options, "-D", str(data))
-    command = [*as_user, str(programs / "postgres"), "-D", str(data), "-p", str(port), "-h", "127.0.0.1"]
-    with _process([*command, "-k", str(folder)], folder.parent / "database.log"):
-        _wait_for(lambda: _listens(port), "PostgreSQL", folder.parent / "database.log")
-        yield f"postgresql://mlflow:{password}@127.0.0.1:{port}/postgres"
+    with tempfile.TemporaryDirectory(prefix="crossray-database-") as temporary:
+        here = Path(temporary)
+        (here / "password").write_text(password)
+        for path in (here, here / "password"):
+            shutil.chown(path, user)
+        data = str(here / "data")
+        options = ["--username=mlflow", "--auth=scram-sha-256", f"--pwfile={here / 'password'}", "--encoding=UTF8"]
+        _run(*as_user, str(programs / "initdb"), *options, "-D", data)
+        command = [
+            *as_user,
+            str(programs / "postgres"),
+            "-D",
+            data,
+            "-p",
+            str(port),
+            "-h",
+            "127.0.0.1",
+            "-k",
+            temporary,
+        ]
+        with _process(command, log):
+            _wait_for(lambda: _listens(port), "PostgreSQL", log)
+            yield f"postgresql://mlflow:{password}@127.0.0.1:{port}/postgres"
 
 
 @contextmanager
