@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from conftest import free_port
 from runs import descendants
+from servers import free_port
 
 RAY = str(Path(sys.executable).with_name("ray"))
 

@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 import s3fs
 from clusters import Nodes
-from conftest import free_port
 from playwright.sync_api import sync_playwright
 from runs import TINY, Finished, run_file
+from servers import free_port
 
 from pipeline.config import load
 from pipeline.errors import InputError

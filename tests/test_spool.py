@@ -10,8 +10,8 @@ from typing import Any
 import mlflow
 import pytest
 import torch
-from conftest import free_port, served
 from runs import Finished, run_file, start, wait_for
+from servers import free_port, served
 
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.spool import FOLDER, SpooledTracker

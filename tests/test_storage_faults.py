@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import free_port
 from proxy import Faults, misbehaving
 from roots import Root
 from runs import run_file
+from servers import free_port
 
 from pipeline import storage_faults
 from pipeline.cli import main
