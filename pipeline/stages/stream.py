@@ -36,6 +36,9 @@ _MARGIN = 2.0
 _BLOCKS_AHEAD = 2
 """Blocks that may be made before they are needed, per extraction worker and per data rank."""
 _POLL_SECONDS = 0.05
+_LONGEST_WAIT_SECONDS = 120.0
+"""After so long a block is made early all the same: one that waits must never hold up an earlier one behind it in the
+queue of its worker, as could happen when a lost worker's blocks come back in another order."""
 _BUSY_FRAC = 0.95
 """Share of the cluster's logical CPUs that trainers and extraction take together."""
 
@@ -176,7 +179,8 @@ class ExtractBlock:
         """{slot, x}: bfloat16 rows as int16 [B, M, D], or None."""
         if item["slot"] in self._done:
             return {"slot": item["slot"], "x": None}
-        while not self.cursor.may_make(item["slot"]):
+        deadline = time.monotonic() + _LONGEST_WAIT_SECONDS
+        while not self.cursor.may_make(item["slot"]) and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
         if self._epoch[0] != item["epoch"]:
             self._epoch = (item["epoch"], self.order.blocks(item["epoch"]))
