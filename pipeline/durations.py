@@ -150,7 +150,8 @@ def _speeds(asked: Asked, shape: ModelShape, *, gpu: str) -> Speeds:
     tokenised = _TOKENS_PER_SECOND / slowness
     if "tokens" in asked.missing and asked.tokenizer is not None:
         tokenise = Tokenise(asked.tokenizer, max_tokens=1 << 20)
-        tokenised = tokens_per_second(lambda text: tokenise.plain(text).input_ids)
+        # A folder without a tokenizer's files may load as one without words, which makes no tokens.
+        tokenised = tokens_per_second(lambda text: tokenise.plain(text).input_ids) or tokenised
     return Speeds(slowness, num_cpus, flops, layer, decode, head, tokenised, step, speed)
 
 

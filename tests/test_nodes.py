@@ -12,7 +12,7 @@ from clusters import Nodes
 from runs import Finished, command_line, descendants, run_file, start, wait_for
 from safetensors.torch import load_file
 
-TWO_RANKS = {"data": 2, "min_data": 1, "cpus": 0.5, "checkpoint_every_steps": 20}
+TWO_RANKS = {"data": 2, "min_data": 1, "cpus": 0.5}
 pytestmark = [pytest.mark.ray, pytest.mark.rare]
 
 
@@ -30,7 +30,8 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
 def begun(nodes: Nodes, folder: Path, **changes: Any) -> tuple[Path, subprocess.Popen[str]]:
     """The storage root and the driver of the tiny run on the cluster."""
     root = folder / "runs"
-    resources = {"cluster": {"address": f"127.0.0.1:{nodes.gcs}"}, **changes.pop("resources", {})}
+    training = {"checkpoint_every_steps": 20, **changes.pop("training", {})}
+    resources = {"cluster": {"address": f"127.0.0.1:{nodes.gcs}"}, "training": training}
     path = run_file(folder, str(root), resources=resources, tracking={"kind": "none"}, **changes)
     return root, start(path, RAY_AUTH_MODE="disabled")
 
@@ -80,7 +81,7 @@ def test_a_node_lost_at_work_changes_nothing(
 
 def test_training_goes_on_with_the_ranks_that_are_left(nodes: Nodes, finished: Finished, tmp_path: Path) -> None:
     """Two data ranks, one of which is lost with its node: one rank ends where one rank always ends, up to rounding."""
-    root, process = begun(nodes, tmp_path, resources={"training": TWO_RANKS})
+    root, process = begun(nodes, tmp_path, training=TWO_RANKS)
     wait_for(lambda: any(root.glob("training/*/step-000000020/state.pt")), process, seconds=400)
     nodes.kill_node(2)
     finish(process)

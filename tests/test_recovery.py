@@ -16,7 +16,7 @@ def weights(root: Path) -> dict[str, str]:
     return {name: sums["model.safetensors"] for name, sums in checksums(root, "crosscoder").items()}
 
 
-@pytest.mark.parametrize("victim", ["driver", "worker"])
+@pytest.mark.parametrize("victim", [pytest.param("driver", marks=pytest.mark.rare), "worker"])
 def test_a_killed_extraction_continues_to_the_same_bytes(finished: Finished, tmp_path: Path, victim: str) -> None:
     root = copied(finished, tmp_path, "organism", "corpus", "tokens")
     path = run_file(tmp_path, str(root), tracking={"kind": "none"})
@@ -39,7 +39,7 @@ def test_a_killed_extraction_continues_to_the_same_bytes(finished: Finished, tmp
     assert checksums(root, "activations").items() <= checksums(finished.root, "activations").items()
 
 
-@pytest.mark.parametrize("victim", ["driver", "worker"])
+@pytest.mark.parametrize("victim", ["driver", pytest.param("worker", marks=pytest.mark.rare)])
 def test_a_killed_training_continues_to_the_same_weights(finished: Finished, tmp_path: Path, victim: str) -> None:
     root = copied(finished, tmp_path, "organism", "corpus", "tokens", "activations")
     path = run_file(tmp_path, str(root), tracking={"kind": "none"})
@@ -59,6 +59,7 @@ def test_a_killed_training_continues_to_the_same_weights(finished: Finished, tmp
     assert weights(root) == own
 
 
+@pytest.mark.rare
 @pytest.mark.parametrize("mesh", [{"data": 2}, {"latent": 2}], ids=["data", "latent"])
 def test_two_ranks_end_where_one_rank_ends(finished: Finished, tmp_path: Path, mesh: dict[str, int]) -> None:
     root = copied(finished, tmp_path, "organism", "corpus", "tokens", "activations")
