@@ -147,7 +147,7 @@ def _causal_sentences(crosscoder: CrosscoderReport) -> list[str]:
     best = next((kl for name, kl in halves.items() if name.startswith("best_half")), None)
     worst = next((kl for name, kl in halves.items() if name.startswith("worst_half")), None)
     if best is not None and worst is not None:
-        sentence += f"; the best half of the chat-only latents leaves {fmt.decimal(best)}, the worst half "
+        sentence += f"; the best half of the latents measured leaves {fmt.decimal(best)}, the worst half "
         sentence += f"{fmt.decimal(worst)}"
         paired = difference_of(crosscoder.causality_differences, "worst_half_replace", "best_half_replace")
         if paired is not None:
