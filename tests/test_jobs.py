@@ -38,7 +38,6 @@ def job_cluster(tmp_path: Path, services: dict[str, str]) -> Iterator[str]:
     cluster = Nodes(tmp_path, head_cpus=0, variables=services)
     cluster.add_node(num_cpus=1)
     cluster.add_node(num_cpus=1)
-    cluster.wait_for_nodes(3)
     yield cluster.address
     cluster.close()
 

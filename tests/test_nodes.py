@@ -22,7 +22,6 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
     cluster = Nodes(tmp_path, head_cpus=0)
     cluster.add_node(num_cpus=1)
     cluster.add_node(num_cpus=1)
-    cluster.wait_for_nodes(3)
     yield cluster
     cluster.close()
 
