@@ -178,11 +178,14 @@ def _board_class() -> Any:
 def listening(on_event: Callable[[Any], None]) -> Iterator[Any]:
     """An actor handle for workers to `post.remote(event)` to; `on_event` runs in this process, in order, until the end.
 
-    An exception of `on_event` is raised at the end of the block: a tracker that fails must not fail in silence.
+    An exception of `on_event` is raised at the end of the block: a tracker that fails must not fail in silence. The
+    actor lives on this process's node, so that it is lost with the driver alone.
     """
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    board = _board_class().remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = _board_class().options(scheduling_strategy=here).remote()
     stop = Event()
     failures: list[BaseException] = []
 
