@@ -91,7 +91,7 @@ class Nodes:
         command = [
             *(RAY, "start", "--block", "--disable-usage-stats", *options, f"--num-cpus={num_cpus}"),
             *(f"--min-worker-port={first}", f"--max-worker-port={first + 49}", "--object-store-memory=200000000"),
-            f"--dashboard-agent-listen-port={free_port()}",  # jobs go through it; the usual one may be another cluster's
+            f"--dashboard-agent-listen-port={free_port()}",  # jobs go through it; the usual one may be taken
         ]
         with (self.folder / f"node-{len(self._processes)}.log").open("wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self.environment)
