@@ -138,8 +138,8 @@ def test_a_heading_without_bars_is_left_out(report: ReportData) -> None:
         report, crosscoders=[dataclasses.replace(one, causality=pd.concat([table, novel], ignore_index=True))]
     )
     (svg,) = [figure.svg for figure in figure_list(data) if figure.name == "kl_all"]
-    assert "latents, replaced" in svg
-    assert "latents, added" not in svg
+    assert "measured, replaced" in svg
+    assert "measured, added" not in svg
     assert "other interventions" in svg
     assert ">novel edit</text>" in svg
 
