@@ -21,7 +21,7 @@ class Control:
 
 
 CONTROL_COLUMNS = (
-    Column("control", "string", "one of schema.Control; seed is followed by the name of the other crosscoder"),
+    Column("control", "string", "one of schema_controls.Control; seed is followed by the name of the other crosscoder"),
     Column("quantity", "string", "what value is, as a phrase"),
     Column("value", "float64", "the measured share or index, in [0, 1]; NaN where there is no latent to measure it on"),
     Column(

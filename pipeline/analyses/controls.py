@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pipeline.analyses.verdict import MADE_SO
 from pipeline.errors import InputError
-from pipeline.numerics.statistics import binomial_interval
+from pipeline.numerics.proportions import wilson_interval
 from pipeline.schema import Verdict
 from pipeline.schema_controls import CONTROL_COLUMNS, SEED_COLUMNS, Control
 
@@ -109,7 +109,7 @@ def random_row(
     return _row(
         Control.RANDOM,
         "share of chat-only latents called chat-specific with a random direction",
-        binomial_interval(num_called, num_judged),
+        _share(num_called, num_judged),
         num_latents=num_judged,
         expected=0.0,
         note=note if num_judged else "no chat-only latent fires in enough documents",
@@ -127,7 +127,7 @@ def false_calls_row(latents: pd.DataFrame, *, noise: float) -> dict[str, Any]:
     return _row(
         Control.NOISE_PAIR if noise else Control.NULL_PAIR,
         "share of live latents called chat-specific though the chat model holds nothing new",
-        binomial_interval(stated.num_latents, num_live),
+        _share(stated.num_latents, num_live),
         num_latents=num_live,
         expected=stated.expected / num_live if num_live else np.nan,
         note=f"the chat model is {pair}: all {stated.num_latents} chat-specific latents are false",
@@ -202,11 +202,17 @@ def seed_row(seeds: pd.DataFrame, others: pd.DataFrame, *, other: str, min_cosin
     return _row(
         f"{Control.SEED} {other}",
         "Jaccard index of the chat-specific sets of two training seeds",
-        binomial_interval(num_both, num_union),
+        _share(num_both, num_union),
         num_latents=num_union,
         note=f"{num_both} of {len(seeds)} chat-specific latents have a chat-specific match among the {num_other} of "
         f"{other} (mutual best, cosine >= {min_cosine:g})",
     )
+
+
+def _share(num_hits: int, num_trials: int) -> tuple[float, float, float]:
+    """(share, low, high); all NaN without a trial."""
+    share = num_hits / num_trials if num_trials else np.nan
+    return (share, *wilson_interval(share, num_trials))
 
 
 def _row(

@@ -1,7 +1,7 @@
 """Intervals of shares: one rate, and the mean of two independent ones.
 
 Closed forms for small numbers of trials, where a bootstrap would call 5 out of 5 certain. Standard library alone; used
-by detection scores (analyses) and by the report's rates over prompts.
+by controls and detection scores (analyses) and by the report's rates over prompts.
 """
 
 import math
@@ -26,7 +26,9 @@ def wilson_interval(rate: float, number: int) -> Interval:
     centre = rate + z * z / (2 * number)
     spread = z * math.sqrt(rate * (1 - rate) / number + z * z / (4 * number * number))
     scale = 1 + z * z / number
-    return Interval(max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale))
+    low, high = (centre - spread) / scale, (centre + spread) / scale
+    # At rates of 0 and 1 one end is exact, but for rounding.
+    return Interval(0.0 if rate == 0 else max(0.0, low), 1.0 if rate == 1 else min(1.0, high))
 
 
 def mean_of_two_rates(first: tuple[float, int], second: tuple[float, int]) -> tuple[float, Interval]:

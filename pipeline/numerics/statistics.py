@@ -13,7 +13,6 @@ L labels.
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -256,21 +255,6 @@ def _student_t_table(probability: float) -> Tensor:
     share_V1 = (wanted_V1 - mass_low_V1) / (mass_high_V1 - mass_low_V1)
     angle_V1 = torch.lerp(angle_VA.gather(1, above_V1 - 1), angle_VA.gather(1, above_V1), share_V1)
     return (torch.tan(angle_V1) / inverse_V1.sqrt()).squeeze(1)
-
-
-def binomial_interval(
-    num_hits: int, num_trials: int, *, confidence: float = DEFAULT_CONFIDENCE
-) -> tuple[float, float, float]:
-    """(share, low, high) of num_hits in num_trials independent trials, by Wilson's score; all NaN without a trial."""
-    if num_trials == 0:
-        return math.nan, math.nan, math.nan
-    share = num_hits / num_trials
-    z = 2**0.5 * float(torch.erfinv(torch.tensor(confidence, dtype=torch.float64)))
-    centre = share + z * z / (2 * num_trials)
-    half = z * math.sqrt(share * (1 - share) / num_trials + (z / (2 * num_trials)) ** 2)
-    scale = 1 + z * z / num_trials
-    low = 0.0 if num_hits == 0 else (centre - half) / scale  # both ends are exact there, but for rounding
-    return share, low, 1.0 if num_hits == num_trials else (centre + half) / scale
 
 
 def auroc_by_latent(

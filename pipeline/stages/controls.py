@@ -24,7 +24,7 @@ from pipeline.stages.crosscoder import fitted
 from pipeline.stages.tables import arrow_schema, numbers_of, write_frame
 
 NAME = "controls"
-VERSION = 2
+VERSION = 3
 TABLE_NAME = "controls.parquet"
 SEEDS_NAME = "seeds.parquet"
 SCHEMA = arrow_schema(CONTROL_COLUMNS)

@@ -8,9 +8,19 @@ import pytest
 from pipeline.numerics.proportions import mean_of_two_rates, wilson_interval
 
 
-@pytest.mark.parametrize(("rate", "number", "low", "high"), [(0.5, 40, 0.352, 0.648), (0.0, 20, 0.0, 0.161)])
-def test_wilson_interval_equals_published_values(rate: float, number: int, low: float, high: float) -> None:
-    assert wilson_interval(rate, number) == pytest.approx((low, high), abs=5e-4)
+@pytest.mark.parametrize(
+    ("hits", "number", "low", "high"),
+    [(20, 40, 0.3520, 0.6480), (81, 263, 0.2553, 0.3662), (0, 20, 0.0, 0.1611), (20, 20, 0.8389, 1.0)],
+)
+def test_wilson_interval_equals_published_values(hits: int, number: int, low: float, high: float) -> None:
+    """The last three after Newcombe (1998, Statistics in Medicine 17, table I)."""
+    assert wilson_interval(hits / number, number) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_an_end_that_nothing_can_pass_is_exact() -> None:
+    for number in range(1, 200):
+        assert wilson_interval(0.0, number).low == 0.0
+        assert wilson_interval(1.0, number).high == 1.0
 
 
 def test_an_interval_without_trials_is_undefined() -> None:

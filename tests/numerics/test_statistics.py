@@ -8,7 +8,6 @@ import torch
 from pipeline.numerics.statistics import (
     auroc_by_latent,
     auroc_interval,
-    binomial_interval,
     bootstrap_counts,
     bootstrap_interval,
     effective_groups,
@@ -72,14 +71,6 @@ def test_the_jackknife_interval_of_a_mean_is_students() -> None:
     torch.testing.assert_close(interval.estimate - interval.low, half, rtol=3e-4, atol=0)
     undefined = jackknife_interval(value, -torch.ones_like(value))
     assert all(part.isnan().all() for part in undefined)
-
-
-def test_wilsons_interval_matches_the_printed_values() -> None:
-    """Newcombe (1998, Statistics in Medicine 17, table I): 81 of 263 and 0 of 20."""
-    assert binomial_interval(81, 263) == pytest.approx((0.3080, 0.2553, 0.3662), abs=5e-5)
-    assert binomial_interval(0, 20) == pytest.approx((0, 0, 0.1611), abs=5e-5)
-    assert binomial_interval(20, 20) == pytest.approx((1, 0.8389, 1), abs=5e-5)
-    assert all(math.isnan(value) for value in binomial_interval(0, 0))
 
 
 def test_the_probability_beyond_a_limit_agrees_with_the_interval_that_ends_there() -> None:
