@@ -19,3 +19,8 @@ class InputError(CrossrayError):
 
 class ArtifactError(InputError):
     """An artifact on the storage root is damaged, foreign or of another version: exit code 2."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, on one line; its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, first_line
 
 
 class AdapterSwitch:
@@ -79,8 +79,7 @@ def _load_adapter(model: Any, adapter: str, revision: str | None) -> Any:
     try:
         adapted = PeftModel.from_pretrained(model, adapter, revision=revision)
     except (OSError, ValueError, RuntimeError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"expected an adapter of this model at {adapter!r}: {first_line}") from error
+        raise InputError(f"expected an adapter of this model at {adapter!r}: {first_line(error)}") from error
     if any(config.is_prompt_learning for config in adapted.peft_config.values()):
         raise InputError(
             f"expected an adapter of weights (LoRA and its kin) at {adapter!r}, got one that learns a prompt; both "

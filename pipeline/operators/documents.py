@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import fsspec
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, first_line
 from pipeline.operators.files import open_text, reading
 from pipeline.operators.filters import Filters, refusal
 from pipeline.schema import Split
@@ -158,8 +158,9 @@ def _read_hub(path: str, source: Mapping[str, Any]) -> Iterator[Document]:  # no
             source["dataset"], source["subset"], split=source["split"], revision=source["revision"], streaming=True
         )
     except (OSError, ValueError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"corpus {source['name']!r}: cannot read data set {source['dataset']!r}: {first}") from error
+        raise InputError(
+            f"corpus {source['name']!r}: cannot read data set {source['dataset']!r}: {first_line(error)}"
+        ) from error
     with reading(f"corpus {source['name']!r}: data set {source['dataset']!r}"):
         yield from (_from_row(row, source) for row in rows)
 

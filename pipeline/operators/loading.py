@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, first_line
 from pipeline.operators.adapters import attach_adapter, merge_adapter
 from pipeline.operators.decoder import SplitDecoder
 from pipeline.operators.noise import add_weight_noise
@@ -235,7 +235,7 @@ def _load(loader: Any, spec: ModelSpec, what: str, **options: Any) -> Any:
                 source, revision=spec.revision, trust_remote_code=spec.trust_remote_code, **options
             )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"expected {what} at {spec.source!r}, it cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"expected {what} at {spec.source!r}, it cannot be loaded: {first_line(error)}") from error
 
 
 @contextmanager
@@ -248,7 +248,3 @@ def _without_progress_bars() -> Iterator[None]:
     finally:
         if was_enabled:
             logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, first_line
 from pipeline.operators.decoder import SplitDecoder
 from pipeline.operators.prefix import modules_before_layers
 
@@ -27,12 +27,12 @@ def put(decoder: SplitDecoder, devices: Sequence[str]) -> None:
             _spread(decoder, devices)
     except torch.OutOfMemoryError as error:
         raise InputError(
-            f"expected room for the models on {', '.join(devices)}, it ran out: {_first_line(error)}; use placement "
+            f"expected room for the models on {', '.join(devices)}, it ran out: {first_line(error)}; use placement "
             "two_devices or spread with more GPUs per worker"
         ) from error
     except (RuntimeError, AssertionError) as error:
         raise InputError(
-            f"expected a device of this machine, got {', '.join(map(repr, devices))}: {_first_line(error)}"
+            f"expected a device of this machine, got {', '.join(map(repr, devices))}: {first_line(error)}"
         ) from error
 
 
@@ -80,7 +80,3 @@ def _spread(decoder: SplitDecoder, devices: Sequence[str]) -> None:
         force_hooks=True,
     )
     decoder.was_moved()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pipeline import cluster
 from pipeline.artifacts import ArtifactKey, Record, read_record, write_record
-from pipeline.errors import ArtifactError, CrossrayError
+from pipeline.errors import ArtifactError, CrossrayError, first_line
 from pipeline.progress import Progress, Reporter
 from pipeline.sections.base import Section
 from pipeline.sections.how import ResourcesSection, WorkersSection
@@ -238,7 +238,7 @@ def find_lost_process(error: BaseException) -> str | None:
     current: BaseException | None = error
     while current is not None:
         if isinstance(current, lost):
-            return (str(current).strip().splitlines() or [type(current).__name__])[0]
+            return first_line(current)
         current = getattr(current, "cause", None) or current.__cause__
     return None
 
