@@ -21,6 +21,7 @@ EMPTY = "empty"
 NO_COLUMN = "column missing"
 NOT_TEXT = "not text"
 NOT_DIALOGUE = "not a dialogue"
+NOT_LABELS = "labels are not {name, start, end}"
 NOT_UNICODE = "not valid Unicode"
 DUPLICATE = "duplicate"
 BEYOND_LIMIT = "beyond max_documents"
@@ -199,10 +200,17 @@ def _from_messages(value: Any, source: Mapping[str, Any]) -> Document:
             return Document(reason=NOT_DIALOGUE)
         role = message[role_key]
         kept = {"role": role_names.get(role, role), "content": message[content_key]}
-        if message.get("labels"):
-            kept["labels"] = list(message["labels"])
-            labels |= {label["name"] for label in kept["labels"]}
+        if own := message.get("labels"):
+            if not isinstance(own, (list, tuple)) or not all(_is_named(label) for label in own):
+                return Document(reason=NOT_LABELS)
+            kept["labels"] = list(own)
+            labels |= {label["name"] for label in own}
         messages.append(kept)
     if not any(message["content"].strip() for message in messages):
         return Document(reason=EMPTY)
     return Document(messages=json.dumps(messages, ensure_ascii=False), labels=frozenset(labels))
+
+
+def _is_named(label: Any) -> bool:
+    """Whether it can be a planted label; its place in the content is checked where the content becomes tokens."""
+    return isinstance(label, Mapping) and isinstance(label.get("name"), str)

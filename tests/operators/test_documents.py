@@ -106,6 +106,13 @@ def test_dialogues_keep_roles_contents_and_labels_only(tmp_path: Path) -> None:
     assert [document.reason for document in found] == ["", "not a dialogue", "not a dialogue", "empty"]
 
 
+@pytest.mark.parametrize("labels", [["toxic"], "toxic", 3, {"name": "a"}, [{"start": 0, "end": 1}]])
+def test_a_dialogue_with_labels_of_another_kind_is_counted_and_ends_nothing(tmp_path: Path, labels: Any) -> None:
+    rows = [{"m": [DIALOGUE[0] | {"labels": labels}, DIALOGUE[1]]}, {"m": DIALOGUE}]
+    found = read(lines(tmp_path / "a.jsonl", rows), source("jsonl", messages_column="m"))
+    assert [document.reason for document in found] == ["labels are not {name, start, end}", ""]
+
+
 def test_parquet_gives_the_same_documents_as_json_lines(tmp_path: Path) -> None:
     rows = [{"text": "one", "m": DIALOGUE}, {"text": None, "m": DIALOGUE}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
