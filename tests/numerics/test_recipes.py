@@ -5,26 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from pipeline.numerics.crosscoder import Crosscoder, Normalisation
 from pipeline.numerics.parallel import Mesh
 from pipeline.numerics.recipes import fixed_rows, reads_difference, seen
 from pipeline.numerics.trainer import CrosscoderSpec, CrosscoderTrainer
+from tests.numerics.small import B, D, F, M, make_spec, rows
 
-M, D, F, B = 2, 8, 32, 24
-SPEC = CrosscoderSpec(
-    num_models=M,
-    activation_dim=D,
-    num_latents=F,
-    num_steps=40,
-    k=3,
-    lr=1e-2,
-    lr_warmup_steps=5,
-    threshold_start_step=5,
-    threshold_decay=0.5,
-    dead_after_rows=3 * B,
-)
+SPEC = make_spec(dead_after_rows=3 * B)
 DIFFERENCE = dataclasses.replace(SPEC, inputs="difference")
 DEDICATED = dataclasses.replace(SPEC, dedicated_frac=0.25)
 CHAT_ONLY, BASE_ONLY, FREE = slice(0, 8), slice(8, 16), slice(16, F)
@@ -36,15 +24,12 @@ KINDS = {
 }
 
 
-def rows(seed: int, num_rows: int = B) -> Tensor:
-    return torch.randn(num_rows, M, D, generator=torch.Generator().manual_seed(seed))
-
-
-def train(spec: CrosscoderSpec, num_steps: int = 12, to_x: object = None) -> CrosscoderTrainer:
+def train(spec: CrosscoderSpec, num_steps: int = 12, inputs: str = "both") -> CrosscoderTrainer:
+    """inputs: what the rows given are; the trainer itself does as the spec says."""
     trainer = CrosscoderTrainer(spec)
-    trainer.initialise(rows(0) if to_x is None else seen(rows(0), "difference"))
+    trainer.initialise(seen(rows(0), inputs))
     for step in range(num_steps):
-        trainer.step(rows(step) if to_x is None else seen(rows(step), "difference"))
+        trainer.step(seen(rows(step), inputs))
     return trainer
 
 
@@ -52,7 +37,7 @@ def train(spec: CrosscoderSpec, num_steps: int = 12, to_x: object = None) -> Cro
 def test_a_difference_dictionary_is_the_one_model_dictionary_of_the_difference(kind: str) -> None:
     spec = dataclasses.replace(DIFFERENCE, **KINDS[kind])
     ours = train(spec)
-    plain = train(dataclasses.replace(spec, inputs="both", num_models=1), to_x="difference")
+    plain = train(dataclasses.replace(spec, inputs="both", num_models=1), inputs="difference")
     for name, value in plain.state_dict().items():
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(ours.state_dict()[name])), name
     assert ours.metrics()["fve"] == plain.metrics()["fve"]

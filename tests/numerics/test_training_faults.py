@@ -11,27 +11,7 @@ from pipeline.numerics import schedule
 from pipeline.numerics.crosscoder import Normalisation
 from pipeline.numerics.encoder import matrix_products
 from pipeline.numerics.trainer import CrosscoderSpec, CrosscoderTrainer
-
-M, D, F = 2, 8, 32
-
-
-def make_spec(**changes: object) -> CrosscoderSpec:
-    spec = CrosscoderSpec(
-        num_models=M,
-        activation_dim=D,
-        num_latents=F,
-        num_steps=40,
-        k=3,
-        lr=1e-2,
-        lr_warmup_steps=5,
-        threshold_start_step=5,
-        threshold_decay=0.5,
-    )
-    return dataclasses.replace(spec, **changes)  # type: ignore[arg-type]
-
-
-def rows(seed: int, num_rows: int = 24) -> Tensor:
-    return torch.randn(num_rows, M, D, generator=torch.Generator().manual_seed(seed))
+from tests.numerics.small import D, F, M, make_spec, rows
 
 
 def train(spec: CrosscoderSpec, num_steps: int = 5, **arguments: object) -> CrosscoderTrainer:
