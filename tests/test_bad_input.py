@@ -88,7 +88,7 @@ def files(root: Path) -> list[str]:
         (
             "crosscoders",
             [{"name": "a", "num_latents": 8, "sparsity": {"kind": "batch_topk", "k": 9}}],
-            "expected sparsity.k <= num_latents",
+            "crosscoder 'a': expected 1 <= k <= num_latents = 8 for batch_topk, got k=9",
         ),
         ("resources", {"training": {"data": 3}}, "training.batch_rows: expected a multiple of"),
         ("analyses", {"causality": None, "steering": {}}, "analyses.steering.prompts_path: expected a file of prompts"),

@@ -84,7 +84,21 @@ def test_every_field_of_every_section_is_documented() -> None:
         ("activations.layer", "two", "activations.layer: input should be a valid integer"),
         ("activations.layer", 0, "activations.layer: input should be greater than 0, got 0"),
         ("activations", None, "activations: expected a value, got none"),
-        ("crosscoders.1.sparsity.k", 65, "expected sparsity.k <= num_latents, got k=65 and num_latents=64"),
+        ("crosscoders.1.sparsity.k", 65, "expected 1 <= k <= num_latents = 64 for batch_topk, got k=65"),
+        ("crosscoders.1.sparsity.k_start", 65, "expected 1 <= k_start <= num_latents = 64 for batch_topk"),
+        (
+            "crosscoders",
+            [
+                {
+                    "name": "a",
+                    "num_latents": 8,
+                    "sparsity": {"kind": "l1"},
+                    "inputs": "difference",
+                    "dedicated_frac": 0.1,
+                }
+            ],
+            "crosscoder 'a': expected dedicated_frac = 0 and a code_weight other than decoupled",
+        ),
         ("crosscoders.1.expansion", 4, "expected exactly one of num_latents and expansion"),
         ("crosscoders.1.name", "l1", "crosscoders: expected distinct names, got ['l1', 'l1']"),
         ("crosscoders.0.sparsity", {"kind": "l2"}, "'l2'"),

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from pipeline.numerics.objective import RECONSTRUCTIONS
+from pipeline.numerics.rules import check_active_latents, check_recipe
 from pipeline.numerics.sparsity import CODE_WEIGHTS, KINDS, check_choice
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
@@ -115,9 +116,9 @@ class CrosscoderSpec:
         self._require("block_rows", self.block_rows is None or self.block_rows >= 1, ">= 1, or None")
         self._require("aux_k", self.aux_k is None or self.aux_k >= 1, ">= 1, or None")
         if self.kind in ("batch_topk", "topk"):
-            self._check_k("k", self.k)
+            check_active_latents("k", self.k, num_latents=self.num_latents, kind=self.kind)
             if self.k_start is not None:
-                self._check_k("k_start", self.k_start)
+                check_active_latents("k_start", self.k_start, num_latents=self.num_latents, kind=self.kind)
         self._check_recipe()
 
     @property
@@ -152,19 +153,8 @@ class CrosscoderSpec:
                 f"expected num_models = 2 for inputs {self.inputs!r} and dedicated_frac {self.dedicated_frac}, got "
                 f"{self.num_models}: a difference and dedicated latents belong to one base and one chat model"
             )
-        if self.inputs == "difference" and (self.dedicated_frac > 0 or self.code_weight == "decoupled"):
-            raise ValueError(
-                f"expected dedicated_frac = 0 and a code_weight other than decoupled for inputs 'difference', got "
-                f"{self.dedicated_frac} and {self.code_weight!r}: a difference is one activation, of no model alone"
-            )
+        check_recipe(inputs=self.inputs, dedicated_frac=self.dedicated_frac, code_weight=self.code_weight)
 
     def _require(self, name: str, is_good: bool, expected: str) -> None:
         if not is_good:
             raise ValueError(f"expected {name} {expected}, got {getattr(self, name)}: change {name} of the crosscoder")
-
-    def _check_k(self, name: str, value: int | None) -> None:
-        if value is None or not 1 <= value <= self.num_latents:
-            raise ValueError(
-                f"expected 1 <= {name} <= num_latents = {self.num_latents} for {self.kind}, got {name}={value}: "
-                f"lower {name} or raise num_latents"
-            )

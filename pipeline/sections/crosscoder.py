@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, NonNegativeInt, PositiveFloat, PositiveInt, Tag, model_validator
 
+from pipeline.numerics.rules import check_active_latents, check_recipe
 from pipeline.sections.base import Name, Section
 
 
@@ -105,17 +106,18 @@ class CrosscoderSection(Section):
                 f"crosscoder {self.name!r}: expected exactly one of num_latents and expansion, "
                 f"got num_latents={self.num_latents} and expansion={self.expansion}"
             )
-        if self.inputs == "difference" and (self.dedicated_frac > 0 or self.code_weight == "decoupled"):
-            raise ValueError(
-                f"crosscoder {self.name!r}: expected dedicated_frac 0 and a code_weight other than decoupled with "
-                f"inputs: difference, got {self.dedicated_frac} and {self.code_weight!r}"
-            )
-        k = getattr(self.sparsity, "k", None)
-        if self.num_latents is not None and k is not None and k > self.num_latents:
-            raise ValueError(
-                f"crosscoder {self.name!r}: expected sparsity.k <= num_latents, "
-                f"got k={k} and num_latents={self.num_latents}"
-            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_fitted(self) -> Self:
+        try:
+            check_recipe(inputs=self.inputs, dedicated_frac=self.dedicated_frac, code_weight=self.code_weight)
+            for name in ("k", "k_start"):
+                value = getattr(self.sparsity, name, None)
+                if self.num_latents is not None and value is not None:
+                    check_active_latents(name, value, num_latents=self.num_latents, kind=self.sparsity.kind)
+        except ValueError as error:
+            raise ValueError(f"crosscoder {self.name!r}: {error}") from error
         return self
 
 
