@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from pipeline.config import load_as
+from pipeline.schema import BASE, CHAT
 from tests.planted.conftest import FILE
 from workloads.planted.settings import BenchmarkConfig
-from workloads.planted.world import BASE, CHAT, Truth, World, WorldSpec
+from workloads.planted.world import Truth, World, WorldSpec
 
 
 @pytest.fixture(scope="module")

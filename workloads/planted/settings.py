@@ -1,7 +1,8 @@
 """The benchmark's file (workloads/planted.yaml): the worlds, the recipes, how both are judged, where it runs.
 
-The same strictness and the same errors as a run file; recipes are the `crosscoders` of a run file. Everything but
-`resources` and `storage` bears identity.
+The same strictness and the same errors as a run file; recipes are the `crosscoders` of a run file. Worlds and trials
+are identified by what they are made from: not by `cluster`, `workers` and `storage`, by no name, and not by
+`min_cosine`, which is read when the table is counted.
 """
 
 from typing import Annotated, Self

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BASE, CHAT = 0, 1
+from pipeline.schema import BASE, CHAT
 
 
 class Truth:
