@@ -1,8 +1,9 @@
 """How a run appears in the tracker: one parent run, and below it one run per step.
 
 Someone who sees only MLflow finds there what was asked (parameters), what came out (metrics, tables, figures, the
-report, the models), and tags that lead from any number to the artifact that it comes from and to that artifact's
-inputs. Steps that were found done are logged too, marked as reused, so that no run is a torso.
+report, the models), what was read (corpus, tokens and activation store as datasets, with their fingerprints), and tags
+that lead from any number to the artifact that it comes from and to that artifact's inputs. Steps that were found done
+are logged too, marked as reused, so that no run is a torso.
 """
 
 import hashlib
@@ -14,13 +15,15 @@ from pipeline.artifacts import Record, provenance
 from pipeline.cluster import timestamp_ms
 from pipeline.config import RunConfig
 from pipeline.flow import Group
-from pipeline.stages import crosscoder, report
+from pipeline.stages import activations, corpus, crosscoder, report, tokens
 from pipeline.stages.base import Step
 from pipeline.storage import Storage
-from pipeline.tracking import Point, Tracker
+from pipeline.tracking import Dataset, Point, Tracker
 
 _DATA_STAGES = ("organism", "corpus", "tokens", "activations")
 """Their files are large and stay in the storage; the tracker gets their numbers and their place."""
+_DATASETS = (corpus.NAME, tokens.NAME, activations.NAME)
+"""Stages whose artifacts are the datasets of what is made from them."""
 
 
 class RunLog:
@@ -32,6 +35,7 @@ class RunLog:
         self._children: dict[str, str] = {}
         self._num_points: dict[str, int] = {}
         self._finished: set[str] = set()
+        self._datasets: dict[str, Dataset] = {}
         settings = config.model_dump(mode="json")
         tags = {
             "crossray.run_name": config.name,
@@ -79,6 +83,9 @@ class RunLog:
                 self._tracker.log_model(run, path, _tags(step, self._storage))
         self._tracker.end_run(run, succeeded=True)
         self._finished.add(step.name)
+        if step.key.stage in _DATASETS:
+            self._datasets[step.name] = _dataset(step, record, self._storage)
+            self._tracker.log_inputs(self._parent, [self._datasets[step.name]])
 
     def close(self, *, succeeded: bool) -> None:
         """End the parent run (and, after a failure, the steps that were under way)."""
@@ -92,6 +99,9 @@ class RunLog:
         if step.name not in self._children:
             tags = _tags(step, self._storage)
             self._children[step.name] = self._tracker.start_run(step.name, tags, parent=self._parent)
+            read = [self._datasets[own.name] for own in step.inputs.values() if own.name in self._datasets]
+            if read:
+                self._tracker.log_inputs(self._children[step.name], read)
         return self._children[step.name]
 
 
@@ -105,6 +115,17 @@ def _tags(step: Step, storage: Storage) -> dict[str, str]:
         "crossray.artifact": storage.url(step.key.folder),
         **inputs,
     }
+
+
+def _dataset(step: Step, record: Record, storage: Storage) -> Dataset:
+    """A finished data artifact as what others read: rows of activations, or documents, and bytes of all its files."""
+    counts = record.counts
+    documents = counts.get("num_documents", 0)
+    num_rows = counts.get("num_rows", sum(documents.values()) if isinstance(documents, Mapping) else documents)
+    folder = step.key.folder
+    num_bytes = counts.get("num_bytes") or sum(storage.size(f"{folder}/{name}") for name in record.checksums)
+    profile = {"num_rows": num_rows, "num_bytes": num_bytes} | numeric(counts)
+    return Dataset(step.name, step.key.fingerprint, storage.url(folder), profile)
 
 
 def _note(config: RunConfig, flow: Sequence[Group]) -> str:

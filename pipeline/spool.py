@@ -6,7 +6,7 @@ long absence nor the end of this process loses one. They are delivered in order 
 still waits when a run ends is delivered by the next run on the same root.
 
 Nothing arrives twice: a call whose answer was lost is repeated, and every call of an inner tracker may be repeated (a
-run is found again by the tag `crossray.entry`, points, parameters, files and models replace themselves).
+run is found again by the tag `crossray.entry`; points, parameters, files, inputs and models replace themselves).
 """
 
 import json
@@ -18,7 +18,7 @@ from threading import RLock
 from typing import Any
 
 from pipeline.storage import Storage
-from pipeline.tracking import ENTRY_TAG, Point, TrackerAwayError, TrackingServer, flatten
+from pipeline.tracking import ENTRY_TAG, Dataset, Point, TrackerAwayError, TrackingServer, flatten
 
 FOLDER = "tracking"
 """Below the storage root; empty unless a server was away."""
@@ -58,6 +58,10 @@ class SpooledTracker:
     def log_file(self, run: str, name: str, data: bytes) -> None:
         """A file of the run."""
         self._call("log_file", run, {"name": name}, data=data)
+
+    def log_inputs(self, run: str, datasets: Sequence[Dataset]) -> None:
+        """What a run reads."""
+        self._call("log_inputs", run, {"datasets": [dataset._asdict() for dataset in datasets]})
 
     def log_model(self, run: str, folder: Path, tags: Mapping[str, str]) -> None:
         """A crosscoder's folder as a model; a copy waits with the entry while the server is away."""
@@ -147,6 +151,8 @@ class SpooledTracker:
             self._inner.log_points(run, [Point(*values) for values in entry["points"]])
         elif action == "log_file":
             self._inner.log_file(run, entry["name"], data)
+        elif action == "log_inputs":
+            self._inner.log_inputs(run, [Dataset(**fields) for fields in entry["datasets"]])
         elif action == "log_model":
             assert folder is not None
             self._inner.log_model(run, folder, entry["tags"])

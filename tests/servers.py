@@ -35,4 +35,8 @@ def served(command: list[str], url: str, log: Path, seconds: float = 60.0) -> It
         yield url
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:  # a busy machine: what waits for its last request goes on waiting
+            process.kill()
+            process.wait()

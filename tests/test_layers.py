@@ -66,7 +66,7 @@ def test_imports_go_only_to_the_right_and_ray_and_mlflow_stay_at_the_rim(path: P
     if "ray" in tops:
         assert place[0] in ("stages", "cluster.py", "jobs.py")
     if "mlflow" in tops:
-        assert place == ("tracking.py",)
+        assert place == ("tracking_mlflow.py",)
     if "httpx2" in tops:
         assert place == ("endpoint.py",)
     if place[0] in LAYERS:

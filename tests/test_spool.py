@@ -16,7 +16,8 @@ from servers import free_port, served
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.spool import FOLDER, SpooledTracker
 from pipeline.storage import Storage
-from pipeline.tracking import ENTRY_TAG, MlflowTracker, Point, RecordingTracker, TrackerAwayError
+from pipeline.tracking import ENTRY_TAG, Dataset, Point, RecordingTracker, TrackerAwayError
+from pipeline.tracking_mlflow import MlflowTracker
 
 
 class Unreliable(RecordingTracker):
@@ -54,6 +55,11 @@ class Unreliable(RecordingTracker):
         self._meet(f"file {name}")
         super().log_file(run, name, data)
 
+    def log_inputs(self, run: str, datasets: Any) -> None:
+        self._meet("inputs")
+        super().log_inputs(run, datasets)
+        self._answer()
+
     def log_model(self, run: str, folder: Path, tags: Any) -> None:
         self._meet("model")
         self.runs[run].models.append(Path(*(path.name for path in sorted(folder.iterdir()))))
@@ -61,6 +67,9 @@ class Unreliable(RecordingTracker):
     def end_run(self, run: str, *, succeeded: bool, time_ms: int | None = None) -> None:
         self._meet("end")
         super().end_run(run, succeeded=succeeded)
+
+
+STORE = Dataset("activations", "0123456789abcdef", "s3://bucket/activations/0123456789abcdef", {"num_rows": 3.0})
 
 
 @pytest.fixture
@@ -92,39 +101,44 @@ def test_what_waits_is_delivered_in_order_once(storage: Storage, monkeypatch: py
     server.is_away = True
     child = tracker.start_run("child", {}, parent=parent)
     tracker.log_points(child, points(3, 5))
+    tracker.log_inputs(child, [STORE])
     tracker.log_file(child, "table.bin", b"\x00\xff")
     (storage_folder := Path(storage.root).parent / "model").mkdir()
     (storage_folder / "weights").write_bytes(b"w")
     tracker.log_model(child, storage_folder, {})
     tracker.end_run(child, succeeded=True)
-    assert len(storage.files(FOLDER)) == 5 + 2
+    assert len(storage.files(FOLDER)) == 6 + 2
     server.is_away = False
     tracker.log_points(parent, points(5, 6))
-    expected = ["start parent", "points 2", "start child", "points 2", "file table.bin", "model", "end", "points 1"]
-    assert server.calls == expected
+    while_away = ["start child", "points 2", "inputs", "file table.bin", "model", "end"]
+    assert server.calls == ["start parent", "points 2", *while_away, "points 1"]
     kept = {run.name: run for run in server.runs.values()}
     assert kept["child"].parent == next(run for run, own in server.runs.items() if own.name == "parent")
     assert kept["parent"].points == points(1, 3) + points(5, 6) and kept["child"].points == points(3, 5)
     assert kept["child"].files == {"table.bin": b"\x00\xff"} and kept["child"].models == [Path("weights")]
+    assert kept["child"].inputs == [STORE]
     assert not storage.files(FOLDER)
     assert [line.split(";")[0] for line in said] == [
         "tracking: nobody there",
-        "tracking: the server is back, 5 waiting entries were delivered",
+        "tracking: the server is back, 6 waiting entries were delivered",
     ]
 
 
-@pytest.mark.parametrize("action", ["start", "points"])
+@pytest.mark.parametrize("action", ["start", "points", "inputs"])
 def test_a_call_whose_answer_is_lost_leaves_nothing_twice(storage: Storage, action: str) -> None:
     server = Unreliable()
     tracker = SpooledTracker(server, storage, lambda _: None)
     run = tracker.start_run("first", {})
     server.loses_answer = True
     second = tracker.start_run("second", {}) if action == "start" else run
+    if action == "inputs":
+        tracker.log_inputs(run, [STORE])
     tracker.log_points(second, points(1, 3))
     server.is_away = False
     tracker.close()
     assert [kept.name for kept in server.runs.values()] == (["first", "second"] if action == "start" else ["first"])
     assert list(server.runs.values())[-1].points == points(1, 3)
+    assert list(server.runs.values())[-1].inputs == ([STORE] if action == "inputs" else [])
 
 
 def test_what_still_waits_at_the_end_is_delivered_by_the_next_run(storage: Storage) -> None:
@@ -173,6 +187,7 @@ def test_a_real_server_misses_nothing_while_it_is_stopped(
     child = tracker.start_run("child", {}, parent=parent)
     tracker.log_points(child, points(1, 30))
     tracker.log_points(parent, points(50, 80))
+    tracker.log_inputs(child, [STORE])
     tracker.log_file(child, "figures/a.svg", b"<svg/>")
     tracker.log_model(child, tmp_path / "model", {})
     tracker.end_run(child, succeeded=True)
@@ -188,6 +203,7 @@ def test_a_real_server_misses_nothing_while_it_is_stopped(
         for name, last in (("parent", 80), ("child", 30)):
             history = client.get_metric_history(runs[name].info.run_id, "loss")
             assert sorted(metric.step for metric in history) == list(range(1, last))
+        assert [one.dataset.digest for one in runs["child"].inputs.dataset_inputs] == [STORE.digest]
         own = runs["child"].info.run_id
         assert [file.path for file in client.list_artifacts(own, "figures")] == ["figures/a.svg"]
         monkeypatch.setenv("MLFLOW_TRACKING_URI", url)  # undone afterwards, unlike set_tracking_uri alone

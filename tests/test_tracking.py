@@ -1,5 +1,6 @@
 """The tracking seam: MLflow in a SQLite file and on a real server, and what the recording tracker keeps."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from pipeline.errors import InputError
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.sections.how import TrackingSection
 from pipeline.storage import Storage
-from pipeline.tracking import MlflowTracker, NoopTracker, Point, RecordingTracker, Tracker, flatten, make_tracker
+from pipeline.tracking import Dataset, NoopTracker, Point, RecordingTracker, Tracker, flatten, make_tracker
+from pipeline.tracking_mlflow import MlflowTracker
 
 
 @pytest.fixture(params=["sqlite", "server"])
@@ -52,11 +54,20 @@ def test_a_whole_run_can_be_read_back(
     curve = [Point("train/loss", 1.0 / step, step, 1000 + step) for step in range(1, 2502)]
     tracker.log_points(child, curve)
     tracker.log_file(child, "figures/a.svg", b"<svg/>")
+    datasets = [
+        Dataset("activations", "0123456789abcdef", "s3://bucket/runs/activations/0123456789abcdef", {"num_rows": 3.0}),
+        Dataset("tokens", "fedcba9876543210", "/runs/tokens/fedcba9876543210", {"num_rows": 2, "num_bytes": 9}),
+    ]
+    tracker.log_inputs(child, datasets)
+    tracker.log_inputs(child, datasets)
     tracker.log_model(child, model_folder, {"crossray.fingerprint": "abc"})
     tracker.end_run(child, succeeded=True)
     tracker.end_run(parent, succeeded=False)
 
     read = client(tracker)
+    inputs = [one.dataset for one in read.get_run(child).inputs.dataset_inputs]
+    assert {(one.name, one.digest, mlflow.data.get_source(one).uri) for one in inputs} == {one[:3] for one in datasets}
+    assert {one.name: json.loads(one.profile) for one in inputs} == {one.name: one.profile for one in datasets}
     assert read.get_run(child).data.tags["mlflow.parentRunId"] == parent
     assert read.get_run(child).data.params == {"sparsity.kind": "l1", "sparsity.mu": "0.1", "seed": "0"}
     history = read.get_metric_history(child, "train/loss")
