@@ -90,7 +90,7 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         *("--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"),
         *("--artifacts-destination", str(folder / "artifacts")),
     ]
-    with served(command, f"{url}/health", folder / "server.log", seconds=120):
+    with served(command, f"{url}/health", folder / "server.log", seconds=300):
         yield url
 
 

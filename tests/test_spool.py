@@ -180,7 +180,7 @@ def test_a_real_server_misses_nothing_while_it_is_stopped(
     command, url = mlflow_command
     torch.manual_seed(0)
     Crosscoder(16, 2, 4).save_pretrained(tmp_path / "model")
-    with served(command, f"{url}/health", tmp_path / "one.log", seconds=120):
+    with served(command, f"{url}/health", tmp_path / "one.log", seconds=300):
         tracker = SpooledTracker(MlflowTracker(url, "spool", None), storage, lambda _: None)
         parent = tracker.start_run("parent", {})
         tracker.log_points(parent, points(1, 50))
@@ -192,7 +192,7 @@ def test_a_real_server_misses_nothing_while_it_is_stopped(
     tracker.log_model(child, tmp_path / "model", {})
     tracker.end_run(child, succeeded=True)
     assert storage.files(FOLDER)
-    with served(command, f"{url}/health", tmp_path / "two.log", seconds=120):
+    with served(command, f"{url}/health", tmp_path / "two.log", seconds=300):
         tracker.end_run(parent, succeeded=True)
         tracker.close()
         client = mlflow.MlflowClient(tracking_uri=url)
@@ -226,11 +226,11 @@ def test_a_run_goes_on_while_mlflow_is_stopped_for_a_minute(
         training={"batch_rows": 256, "num_rows": 256 * 1500},
         tracking={"uri": url, "experiment": "away", "log_every_steps": 10},
     )
-    with served(command, f"{url}/health", tmp_path / "one.log", seconds=120):
+    with served(command, f"{url}/health", tmp_path / "one.log", seconds=300):
         process = start(path)
         wait_for(lambda: any(root.glob("training/*/step-*/state.pt")), process)
     time.sleep(60)
-    with served(command, f"{url}/health", tmp_path / "two.log", seconds=120):
+    with served(command, f"{url}/health", tmp_path / "two.log", seconds=300):
         _, errors = process.communicate(timeout=400)
         assert process.returncode == 0, errors[-3000:]
         assert "the run goes on" in errors and "the server is back" in errors
