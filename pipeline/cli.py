@@ -183,14 +183,18 @@ def _submit(parsed: argparse.Namespace) -> int:
 
 
 def _follow(jobs: "Jobs", name: str) -> int:
-    """Copy a job's log to the terminal until it ends; its exit code is ours."""
+    """Copy a job's log to the terminal until it ends; its exit code is ours, and why it failed is the last line."""
     try:
         state = jobs.follow(name, lambda text: print(text, end="", flush=True))
     except KeyboardInterrupt:
         print(f"\ncrossray: the job goes on; `crossray logs {name} --follow` shows it again", file=sys.stderr)
         return 0
-    print(f"job      {name} {state.status}")
-    return 0 if state.status == "SUCCEEDED" else state.exit_code or 1
+    print(f"job      {name} {state.status}", flush=True)
+    if state.status == "SUCCEEDED":
+        return 0
+    if state.last_line:
+        print(f"crossray: job {name}: {state.last_line}", file=sys.stderr)
+    return state.exit_code or 1
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,6 +42,8 @@ _TALKATIVE = (
     "ray._private.runtime_env.packaging",
 )
 """Loggers that tell of uploads and closed sockets."""
+_SENDER = "crossray: "
+"""What the command line puts before the line in which it refuses."""
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 
 
@@ -56,7 +58,7 @@ class JobState(NamedTuple):
     started: datetime | None
     ended: datetime | None
     last_line: str
-    """Newest line of a running job's log; empty otherwise."""
+    """Newest line of a running job's log; why a failed one ended; empty otherwise."""
     exit_code: int | None
     """Of the run: 0 done, 2 wrong input, 1 anything else; None while it runs or where the process never ended."""
 
@@ -166,17 +168,35 @@ class Jobs:
             raise InputError(f"{self.address}: the cluster refused: {text}") from error
 
     def _state(self, job: Any) -> JobState:
-        is_running = job.status.value == "RUNNING"
-        lines = self.log(job.submission_id).strip().splitlines() if is_running else []
+        status = job.status.value
+        last_line = ""
+        if status in ("RUNNING", "FAILED"):
+            lines = self._log_lines(job.submission_id)
+            last_line = lines[-1] if status == "RUNNING" and lines else ""
+            if status == "FAILED":
+                last_line = _reason(lines) or " ".join(str(job.message or "").split())
         return JobState(
             job.submission_id,
-            job.status.value,
+            status,
             (job.metadata or {}).get("crossray_run", ""),
             _time(job.start_time),
             _time(job.end_time),
-            lines[-1] if lines else "",
+            last_line,
             job.driver_exit_code,
         )
+
+    def _log_lines(self, name: str) -> list[str]:
+        """Lines of a job's log; none where it went with its node."""
+        try:
+            return self.log(name).strip().splitlines()
+        except InputError:
+            return []
+
+
+def _reason(lines: Sequence[str]) -> str:
+    """The line with which a run said why it ended, without its sender; empty where it said nothing."""
+    said = [line.removeprefix(_SENDER) for line in lines if line.startswith(_SENDER)]
+    return said[-1] if said else ""
 
 
 def pack(config: RunConfig, folder: Path) -> None:

@@ -179,4 +179,8 @@ def _check_refusals(path: Path, address: str) -> None:
         *("submit", str(path), "--address", address, "--name", "gpus", "--set", "resources.extraction.gpus=1"),
         *("--set", "activations.layer=1"),
     )
-    assert unable.returncode == 2 and "expected at most the cluster's 0 GPUs, got" in unable.stdout
+    assert unable.returncode == 2
+    assert unable.stderr.startswith(
+        "crossray: job gpus: resources.extraction: expected at most the cluster's 0 GPUs, got"
+    )
+    assert unable.stderr.count("\n") == 1
