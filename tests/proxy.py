@@ -26,6 +26,8 @@ class Faults:
     """So many uploads with a body are cut after half of it, and the store sees half of it too."""
     cut_downloads: int = 0
     """So many answers with a body longer than 100 bytes are cut after half of it."""
+    cut_every: int = 0
+    """Every n-th request is cut where it has a body to cut: an upload half-way in, an answer half-way out."""
     refuse: bool = False
     """Every request is answered as one with a wrong key."""
     seen: list[str] = field(default_factory=list)
@@ -61,7 +63,8 @@ def misbehaving(upstream: str, faults: Faults) -> Iterator[str]:
                 code = b"<Code>InvalidAccessKeyId</Code><Message>The key does not exist in our records.</Message>"
                 self._reply(403, {}, b"<Error>" + code + b"</Error>")
                 return
-            if self.command == "PUT" and len(body) > 100 and self._takes("cut_uploads"):
+            is_cut = bool(faults.cut_every) and number % faults.cut_every == 0
+            if self.command == "PUT" and len(body) > 100 and (is_cut or self._takes("cut_uploads")):
                 faults.seen.append("cut PUT")
                 self._send_half(body)
                 self._hang_up()
@@ -72,7 +75,7 @@ def misbehaving(upstream: str, faults: Faults) -> Iterator[str]:
             upstream_connection.request(self.command, self.path, body, headers)
             answer = upstream_connection.getresponse()
             content = answer.read()
-            if len(content) > 100 and self.command == "GET" and self._takes("cut_downloads"):
+            if len(content) > 100 and self.command == "GET" and (is_cut or self._takes("cut_downloads")):
                 faults.seen.append("cut GET")
                 self.send_response(answer.status)
                 self.send_header("Content-Length", str(len(content)))
