@@ -8,14 +8,14 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.sections.how import ClusterSection, WorkersSection
+from pipeline.sections.how import ClusterSection, TrainingResources, WorkersSection
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")
@@ -109,14 +109,23 @@ def _stderr_to(path: Path) -> Iterator[None]:
 
 def total_cpus() -> int:
     """Logical CPUs of the whole cluster."""
+    return int(_total("CPU")) or 1
+
+
+def _total(kind: str) -> float:
     import ray
 
-    return int(ray.cluster_resources().get("CPU", 1))
+    return float(ray.cluster_resources().get(kind, 0.0))
 
 
 def node_cpus() -> float:
     """Logical CPUs of the cluster's largest node: no single worker can have more."""
     return _largest_node("CPU")
+
+
+def worker_cpus(asked: float) -> float:
+    """What one worker asks for: never more than the largest node has, unless larger ones may come."""
+    return asked if _autoscales else min(asked, node_cpus())
 
 
 def _largest_node(kind: str) -> float:
@@ -127,31 +136,46 @@ def _largest_node(kind: str) -> float:
 
 def pool_size(section: WorkersSection, num_tasks: int) -> int:
     """How many workers a stage starts: what was asked for, else what fits the cluster; never more than tasks."""
-    fitting = section.workers or max(1, int(total_cpus() / section.cpus))
+    kinds = {"CPU": section.cpus, **section.custom}
+    fitting = section.workers or max(1, int(min(_total(kind) / each for kind, each in kinds.items())))
     return max(1, min(fitting, num_tasks))
 
 
-def check_fits(name: str, section_cpus: float, section_gpus: float, workers: int) -> None:
-    """Raise an InputError if the cluster can never hold what a stage asks for: Ray itself would wait for ever.
+def request(section: WorkersSection | TrainingResources, cpus: float) -> dict[str, float]:
+    """What one worker takes of its node, by Ray's names; nothing that it needs none of."""
+    return {"CPU": cpus, **({"GPU": section.gpus} if section.gpus else {}), **section.custom}
+
+
+def check_total(name: str, asked: Mapping[str, float], workers: int) -> None:
+    """Raise an InputError if the cluster can never hold all of this together: Ray itself would wait for ever.
 
     A cluster that starts nodes on demand (resources.cluster.autoscales) is waited for instead.
     """
-    import ray
+    for kind, amount in asked.items():
+        if not _autoscales and amount > _total(kind) + 1e-9:
+            raise InputError(
+                f"resources.{name}: expected at most the cluster's {_amount(_total(kind), kind)}, got {amount:g} "
+                f"({workers} workers); ask for less or start more nodes{_that_offer(kind)}"
+            )
 
-    if _autoscales:
-        return
-    have = ray.cluster_resources()
-    for kind, each in (("CPU", section_cpus), ("GPU", section_gpus)):
-        if each * workers > have.get(kind, 0) + 1e-9:
+
+def check_fits(name: str, each: Mapping[str, float], workers: int) -> None:
+    """Raise an InputError if the cluster can never hold so many workers that take `each`, or no node a single one."""
+    check_total(name, {kind: amount * workers for kind, amount in each.items()}, workers)
+    for kind, amount in each.items():
+        if not _autoscales and amount > _largest_node(kind) + 1e-9:
             raise InputError(
-                f"resources.{name}: expected at most the cluster's {have.get(kind, 0):g} {kind}s, got "
-                f"{each * workers:g} ({workers} workers); ask for less or start more nodes"
+                f"resources.{name}: expected at most the {_amount(_largest_node(kind), kind)} of the cluster's largest "
+                f"node for each worker, got {amount:g}; ask for less or start larger nodes{_that_offer(kind)}"
             )
-        if each > _largest_node(kind) + 1e-9:
-            raise InputError(
-                f"resources.{name}: expected at most the {_largest_node(kind):g} {kind}s of the cluster's largest node "
-                f"for each worker, got {each:g}; ask for less or start larger nodes"
-            )
+
+
+def _amount(value: float, kind: str) -> str:
+    return f"{value:g} {kind}s" if kind in ("CPU", "GPU") else f"{value:g} of the custom resource {kind!r}"
+
+
+def _that_offer(kind: str) -> str:
+    return "" if kind in ("CPU", "GPU") else f" that offer it (ray start --resources '{{\"{kind}\": 1}}')"
 
 
 def _board_class() -> Any:

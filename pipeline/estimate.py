@@ -86,6 +86,9 @@ def estimate_text(config: RunConfig, states: Sequence[StepState], storage: Stora
         f"  total        {format_seconds(total)}"
         + ("" if result.num_bytes or not result.seconds else " + what depends on the number of tokens")
     )
+    named = _named_nodes(config)
+    if named:
+        lines.append(f"  nodes        {named}")
     uses_gpu = config.resources.extraction.gpus > 0 or config.resources.training.gpus > 0
     if uses_gpu and result.seconds:
         lines.append(f"  assumed      {gpu} at {GPU_SHARE:.0%} of its data sheet; name another with --gpu")
@@ -116,6 +119,16 @@ def _asking_text(config: RunConfig, states: Sequence[StepState]) -> str:
         cost = cost.plus(own)
     return (
         f"at most {cost_text(cost, endpoint.price_in, endpoint.price_out)}, to {endpoint.base_url or 'no endpoint yet'}"
+    )
+
+
+def _named_nodes(config: RunConfig) -> str:
+    """The custom resources that stages ask of their nodes; empty where none does."""
+    stages = (name for name, section in config.resources if getattr(section, "custom", None))
+    asked = {name: getattr(config.resources, name).custom for name in stages}
+    return "; ".join(
+        f"{name} where nodes offer {', '.join(f'{amount:g} {kind}' for kind, amount in custom.items())} per worker"
+        for name, custom in asked.items()
     )
 
 

@@ -174,7 +174,8 @@ class Jobs:
             lines = self._log_lines(job.submission_id)
             last_line = lines[-1] if status == "RUNNING" and lines else ""
             if status == "FAILED":
-                last_line = _reason(lines) or " ".join(str(job.message or "").split())
+                said = str(job.message or "").partition(", last available logs")[0]  # which may be long
+                last_line = _reason(lines) or " ".join(said.split())
         return JobState(
             job.submission_id,
             status,
@@ -206,7 +207,7 @@ def pack(config: RunConfig, folder: Path) -> None:
     """
     _check_places(config)
     settings = config.model_dump(mode="json")
-    settings["resources"]["cluster"] = {"address": "auto"}
+    settings["resources"]["cluster"] = {"address": "auto", "autoscales": config.resources.cluster.autoscales}
     settings["tracking"]["uri"] = _tracking_uri(config)
     packed = _Files(folder / "files")
     settings = packed.moved(settings)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from runs import descendants
+from runs import command_line, descendants
 from servers import free_port
 
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -44,14 +44,15 @@ class Nodes:
         )
         self._wait_for(f"{self.address}/api/version")
 
-    def add_node(self, *, num_cpus: int) -> int:
-        """A further node; its number for `kill_node`.
+    def add_node(self, *, num_cpus: int, resources: Mapping[str, float] | None = None) -> int:
+        """A further node, with custom resources where given; its number for `kill_node`.
 
         One after the other: raylets that start on one machine at the same moment now and then time out.
         """
         before = self._num_alive()
         for _ in range(3):
-            self._start(f"--address=127.0.0.1:{self.gcs}", num_cpus=num_cpus)
+            offered = f"--resources={json.dumps(dict(resources or {}))}"
+            self._start(f"--address=127.0.0.1:{self.gcs}", offered, num_cpus=num_cpus)
             deadline = time.monotonic() + 60
             while time.monotonic() < deadline and self._processes[-1].poll() is None:
                 if self._num_alive() > before:
@@ -64,6 +65,14 @@ class Nodes:
     def pids(self) -> dict[int, int]:
         """Process ids of the nodes that run, by number; 0 is the head."""
         return {number: own.pid for number, own in enumerate(self._processes) if own.poll() is None}
+
+    def with_process(self, title: str) -> list[int]:
+        """The worker nodes on which a process of this title runs."""
+        return [
+            number
+            for number, pid in self.pids().items()
+            if number and any(title in command_line(own) for own in descendants(pid))
+        ]
 
     def _num_alive(self) -> int:
         with urllib.request.urlopen(f"{self.address}/nodes?view=summary", timeout=10) as answer:

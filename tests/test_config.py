@@ -120,6 +120,16 @@ def test_every_field_of_every_section_is_documented() -> None:
             {"training": {"data": 2, "min_data": 1, "latent": 2}},
             "resources.training.min_data: expected latent = 1",
         ),
+        (
+            "resources",
+            {"extraction": {"custom": {"GPU": 1}}},
+            "resources.extraction.custom: expected names that the cluster's nodes were given, such as extract, got",
+        ),
+        (
+            "resources",
+            {"training": {"custom": {"train": 0}}},
+            "resources.training.custom.train: input should be greater than or equal to 0.0001, got 0",
+        ),
         ("training.num_rows", 10, "training.num_rows: expected at least one batch"),
         ("corpus.sources", [], "corpus.sources"),
         ("name", "a/b", "name: string should match"),

@@ -1,6 +1,8 @@
 """Deployment files: accepted by Ray's own schema, and free of the mistakes that it lets pass."""
 
 import copy
+import json
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,6 +121,33 @@ def test_kuberay_clusters_have_the_pinned_ray_and_sane_ranges() -> None:
         assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
         for group in spec["workerGroupSpecs"]:
             assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"], group["groupName"]
+
+
+def test_stages_ask_for_nothing_by_name_that_no_node_offers() -> None:
+    """In the command of infra/README.md and in the headers of the pairs; where a stage needs GPUs, nodes have them."""
+    asked = {
+        (stage, name)
+        for path in [INFRA / "README.md", *(ROOT / "workloads" / "pairs").glob("*.yaml")]
+        for stage, name in re.findall(r"resources\.(\w+)\.custom=\{(\w+): \d+\}", path.read_text())
+    }
+    assert {stage for stage, _ in asked} == {"tokens", "extraction", "training"}
+    launched = [node["resources"] for node in launcher()["available_node_types"].values()]
+    (cluster,) = documents(INFRA / "kuberay" / "cluster.yaml")
+    pods = [
+        {**json.loads(json.loads(group["rayStartParams"]["resources"])), **_limits(group)}
+        for group in cluster["spec"]["workerGroupSpecs"]
+    ]
+    for offered in (launched, pods):
+        for stage, name in asked:
+            found = [node for node in offered if name in node]
+            assert found, name
+            assert all(node["CPU" if stage == "tokens" else "GPU"] == node[name] for node in found), (stage, name)
+
+
+def _limits(group: dict[str, Any]) -> dict[str, int]:
+    (container,) = group["template"]["spec"]["containers"]
+    limits = container["resources"]["limits"]
+    return {"CPU": int(limits["cpu"]), "GPU": int(limits.get("nvidia.com/gpu", 0))}
 
 
 def test_entrypoints_are_commands_that_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,7 +57,7 @@ def test_a_job_carries_code_settings_and_named_files(tmp_path: Path) -> None:
     settings = json.loads((folder / "run.yaml").read_text())
     (packed,) = settings["corpus"]["sources"][-1]["paths"]
     assert (folder / packed).read_text() == text.read_text()
-    assert settings["resources"]["cluster"] == {"address": "auto"}
+    assert settings["resources"]["cluster"] == {"address": "auto", "autoscales": False}
     assert load(folder / "run.yaml").crosscoders == load(path).crosscoders
 
 

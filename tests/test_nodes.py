@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from clusters import Nodes
-from runs import Finished, command_line, descendants, run_file, start, wait_for
+from runs import Finished, run_file, start, wait_for
 from safetensors.torch import load_file
 
 TWO_RANKS = {"data": 2, "min_data": 1, "cpus": 0.5}
@@ -43,17 +43,6 @@ def checksums(root: Path, stage: str) -> dict[str, Any]:
     }
 
 
-def node_with(nodes: Nodes, title: str) -> int:
-    """The worker node on which a process of this title runs."""
-    found = [
-        number
-        for number, pid in nodes.pids().items()
-        if number and any(title in command_line(own) for own in descendants(pid))
-    ]
-    assert found, f"no node runs {title}"
-    return found[0]
-
-
 def finish(process: subprocess.Popen[str]) -> None:
     _, errors = process.communicate(timeout=500)
     assert process.returncode == 0, errors[-3000:]
@@ -69,7 +58,9 @@ def test_a_node_lost_at_work_changes_nothing(
 ) -> None:
     root, process = begun(nodes, tmp_path)
     wait_for(lambda: any(root.glob(pattern)), process, seconds=400)
-    nodes.kill_node(node_with(nodes, title))
+    found = nodes.with_process(title)
+    assert found, f"no node runs {title}"
+    nodes.kill_node(found[0])
     finish(process)
     assert checksums(root, "activations") == checksums(finished.root, "activations")
     weights = {name: sums["model.safetensors"] for name, sums in checksums(root, "crosscoder").items()}

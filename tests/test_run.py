@@ -52,7 +52,13 @@ def test_plan_touches_nothing_and_names_what_differs(finished: Finished) -> None
 
 @pytest.mark.parametrize(
     "override",
-    ["resources.training.data=2", "tracking.kind=none", "crosscoders.l1.name=renamed", "resources.cluster.num_cpus=7"],
+    [
+        "resources.training.data=2",
+        "tracking.kind=none",
+        "crosscoders.l1.name=renamed",
+        "resources.cluster.num_cpus=7",
+        "resources.training.custom={train: 1}",
+    ],
 )
 def test_where_and_how_never_make_a_crosscoder_stale(finished: Finished, override: str) -> None:
     states = runner.inspect(load(finished.path, [override]), finished.storage)

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -30,15 +31,32 @@ class ClusterSection(Section):
     """Shared memory of a local cluster; None takes a tenth of the machine's memory, at most 2 GB."""
 
 
+def _own_names(value: dict[str, float]) -> dict[str, float]:
+    taken = sorted({"CPU", "GPU", "memory", "object_store_memory"} & value.keys())
+    if taken:
+        raise ValueError(
+            f"expected names that the cluster's nodes were given, such as extract, got {taken[0]!r}, which Ray counts "
+            "itself; ask for processors with cpus and gpus"
+        )
+    return value
+
+
+CustomResources = Annotated[dict[str, Annotated[float, Field(ge=1e-4)]], AfterValidator(_own_names)]
+"""Amounts by name; a ten-thousandth is the least that Ray can tell from nothing."""
+
+
 class WorkersSection(Section):
     """A pool of workers of one stage."""
 
     workers: PositiveInt | None = None
-    """Processes; None means one per CPU of the cluster divided by cpus."""
+    """Processes; None means as many as the cluster's CPUs and its custom resources allow."""
     cpus: PositiveFloat = 1.0
     """CPUs (and threads, rounded down, at least 1) of each worker."""
     gpus: NonNegativeFloat = 0.0
     """GPUs of each worker; above 0 the models are put on the GPU."""
+    custom: CustomResources = Field(default_factory=dict)
+    """What else each worker takes of its node, such as {extract: 1}, by the names with which nodes were started (`ray
+    start --resources`): the stage runs on those nodes alone."""
     max_retries: NonNegativeInt = 10
     """How often an item is repeated because its process was lost, before the run fails."""
 
@@ -91,6 +109,8 @@ class TrainingResources(Section):
     """CPUs (and threads) of each rank; None shares the machine's cores equally."""
     gpus: NonNegativeFloat = 0.0
     """GPUs of each rank."""
+    custom: CustomResources = Field(default_factory=dict)
+    """What else each rank takes of its node, as for the pools, such as {train: 1}."""
     kernels: Literal["auto", "reference", "cpu", "triton"] = "auto"
     """Code of the sparse steps; auto takes the fastest that the device offers, and the choice is logged."""
     checkpoint_every_steps: PositiveInt = 500

@@ -140,12 +140,13 @@ def pool_dataset(pool: Pool, items: Sequence[Mapping[str, Any]]) -> "ray.data.Da
     first_workers = min(pool.min_workers or num_workers, num_workers)
     cpus = pool.section.cpus
     logical_cpus = pool.logical_cpus or cpus
-    cluster.check_fits(pool.name, logical_cpus, pool.section.gpus, first_workers)
+    cluster.check_fits(pool.name, cluster.request(pool.section, logical_cpus), first_workers)
     # Items and results travel as bytes: Ray would otherwise give every nested field an Arrow type, and arrays would
     # come back as lists.
     packed = [{"item": pickle.dumps(dict(item))} for item in items]
     dataset = ray.data.from_items(packed, override_num_blocks=len(items))
-    common = {"batch_size": 1, "batch_format": "numpy", "num_cpus": min(logical_cpus, cluster.node_cpus())}
+    common: dict[str, Any] = {"batch_size": 1, "batch_format": "numpy"}
+    common |= {"num_cpus": cluster.worker_cpus(logical_cpus), "resources": pool.section.custom or None}
     if pool.uses_actors or pool.section.gpus > 0:
         return dataset.map_batches(
             _OneByOne,

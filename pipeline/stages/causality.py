@@ -71,7 +71,7 @@ def run(steps: Sequence[Step], context: Context) -> None:
     progress = Progress(NAME, index.num_rows, "dialogues")
     shown(context, progress, 0)
     activations = steps[0].inputs["activations"].key.folder
-    cpus = min(context.resources.analyses.cpus, cluster.node_cpus())
+    cpus = cluster.worker_cpus(context.resources.analyses.cpus)
     mean_difference_D = run_task(mean_difference, context.storage, activations, num_cpus=cpus)
     models = (steps[0].extra["loading"], steps[0].extra["layer"], _row_options(steps[0], section))
     arguments = (context.storage, tokens.key.folder, models, plans, mean_difference_D)

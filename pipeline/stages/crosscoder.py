@@ -55,7 +55,8 @@ def run(steps: Sequence[Step], context: Context) -> None:
     cpus = resources.cpus or min(per_rank, max(0.5, cluster.node_cpus() * _CPU_FRAC))
     placement = place(context, cpus) if is_streamed(activations) else None
     cpus = placement.per_trainer if placement else cpus
-    cluster.check_fits("training", cpus, resources.gpus, (resources.min_data or resources.data) * resources.latent)
+    fewest = (resources.min_data or resources.data) * resources.latent
+    cluster.check_fits("training", cluster.request(resources, cpus), fewest)
     store = ActivationStore(context.storage, activations.key.folder)
     num_steps = training.num_rows // training.batch_rows
     manifest = store.manifest
@@ -148,7 +149,7 @@ def _fit(job: Mapping[str, Any], group: str, storage: Storage, dataset: Any | No
         scaling_config=ScalingConfig(
             num_workers=_num_workers(resources),
             use_gpu=resources.gpus > 0,
-            resources_per_worker={"CPU": job["cpus"], **({"GPU": resources.gpus} if resources.gpus else {})},
+            resources_per_worker=cluster.request(resources, job["cpus"]),
         ),
         run_config=RunConfig(
             name=name,

@@ -28,7 +28,7 @@ def run(steps: Sequence[Step], context: Context) -> None:
         meter = meters.setdefault(part, Progress(f"{NAME} {part}", total, "steps"))
         context.reporter.progress(meter.update(done))
 
-    num_cpus = cluster.node_cpus()
+    num_cpus = cluster.node_cpus() or 1.0  # none where nodes come on demand
     with cluster.listening(on_event) as board:
         counts = run_task(
             _build, context.storage, step.key.folder, step.section.model_dump(mode="json"), board, num_cpus=num_cpus

@@ -280,12 +280,15 @@ def place(context: Context, trainer_cpus: float) -> Placement:
     total = float(cluster.total_cpus())
     num_trainers = training.data * training.latent
     left = total - trainer_cpus * num_trainers
-    num_extractors = extraction.workers or max(1, int(left / extraction.cpus))
+    num_extractors = extraction.workers or cluster.pool_size(extraction, max(1, int(left / extraction.cpus)))
     num_first = min(extraction.min_workers or num_extractors, num_extractors)
     asked = trainer_cpus * num_trainers + extraction.cpus * num_first
     scale = min(1.0, total * _BUSY_FRAC / asked)
-    gpus = training.gpus * num_trainers + extraction.gpus * num_first
-    cluster.check_fits("training with resources.extraction", 0, gpus, 1)
+    together: dict[str, float] = {}
+    for section, number in ((training, num_trainers), (extraction, num_first)):
+        for kind, amount in cluster.request(section, 0.0).items():  # CPUs are scaled below
+            together[kind] = together.get(kind, 0.0) + amount * number
+    cluster.check_total("training with resources.extraction", together, num_trainers + num_first)
     return Placement(round(trainer_cpus * scale, 3), round(extraction.cpus * scale, 3), num_extractors)
 
 
