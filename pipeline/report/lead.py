@@ -70,7 +70,8 @@ def _new(counts: VerdictCounts) -> str:
     verb = "is" if counts.num_specific == 1 else "are"
     text = f"{fmt.plural(counts.num_specific, 'latent')} of {fmt.count(counts.num_alive)} {verb} new in the chat model"
     low, high = counts.num_confident_specific, counts.most_specific
-    text += f", {fmt.count(low)} of them for certain and {fmt.count(high)} at most, by their 95% intervals."
+    span = f", at least {fmt.count(low)} and at most {fmt.count(high)} by their 95% intervals."
+    text += span if low < high else ": no 95% interval says otherwise."
     rest = counts.num_chat_only - counts.num_specific
     if rest:
         looks = "looks" if rest == 1 else "look"

@@ -42,9 +42,7 @@ def kl_curves(curves: Sequence[LatentCurve]) -> str:
     low, high = padded_range([0.0, *kls], floor=0.0)
     box = Box(58, 54, 448, 254).lower(legend(canvas, [(curve.name, curve.colour) for curve in curves]))
     ticks = [_ZERO_AT, *(2.0**power for power in range(0, int(math.log2(top)) + 1, 1 + int(math.log2(top)) // 7))]
-    x_axis = Axis(
-        "chat-only latents added", _ZERO_AT, max(2.0, top), True, ticks, lambda at: f"{0 if at < 1 else at:g}"
-    )
+    x_axis = Axis("latents added", _ZERO_AT, max(2.0, top), True, ticks, lambda at: f"{0 if at < 1 else at:g}")
     plot = frame(canvas, box, x_axis, Axis("KL to the chat model, nats per token", low, high))
     for curve in curves:
         _draw_ribbon(plot, curve)

@@ -264,7 +264,9 @@ def test_the_page_opens_with_the_answer_of_the_most_trustworthy_crosscoder(repor
     found = lead(report)
     assert found is not None
     assert found.name == "batchtopk"
-    assert found.new.startswith("26 latents of 1,982 are new in the chat model, 19 of them for certain and 34 at most")
+    assert found.new.startswith(
+        "26 latents of 1,982 are new in the chat model, at least 19 and at most 34 by their 95%"
+    )
     assert "10 more look new by decoder norm alone: 3 are artifacts of training, 7 undecided" in found.new
     assert found.sure[0].startswith("About 1.3 of the 26 are expected to be artifacts all the same (5.0% [")
     assert any("told apart by the paired difference" in sentence for sentence in found.does)
@@ -273,6 +275,15 @@ def test_the_page_opens_with_the_answer_of_the_most_trustworthy_crosscoder(repor
     alone = lead(dataclasses.replace(report, crosscoders=report.crosscoders[:1]))
     assert alone is not None
     assert (alone.name, alone.why) == ("l1", "")
+
+
+def test_a_count_whose_intervals_all_agree_has_no_range(report: ReportData) -> None:
+    one = report.crosscoders[1]
+    assert one.latents is not None
+    agreed = one.latents[one.latents["is_confident"] | ~one.latents["ownership"].eq("chat-only")]
+    found = lead(dataclasses.replace(report, crosscoders=[dataclasses.replace(one, latents=agreed)]))
+    assert found is not None
+    assert " are new in the chat model: no 95% interval says otherwise." in found.new
 
 
 def test_without_a_verdict_nothing_is_said_in_short(bare_report: ReportData, null_report: ReportData) -> None:
