@@ -25,7 +25,7 @@ from pipeline.schema import Verdict
 
 CURVE_FIGURES = (
     ("loss", "Training loss", ("loss",), "loss per row", None, None),
-    ("fve", "Variance explained", ("fve_base", "fve_chat"), "FVE (solid: chat, dashed: base)", None, 1.0),
+    ("fve", "Variance explained", ("fve_base", "fve_chat"), "FVE (solid: chat, dashed: base)", 0.0, 1.0),
     ("l0", "Sparsity", ("l0",), "L0, active latents per row", 0.0, None),
     ("dead_frac", "Dead latents", ("dead_frac",), "share of all latents", 0.0, 1.0),
 )

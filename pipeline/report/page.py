@@ -167,7 +167,6 @@ def _environment() -> Environment:
         fmt.interval,
         fmt.plural,
         fmt.words,
-        fmt.setting,
         anchor,
         visible,
     ):

@@ -171,7 +171,9 @@ def frame(canvas: Canvas, box: Box, x_axis: Axis, y_axis: Axis) -> Plot:
         canvas.text(box.left - 7, y(value) + 4, y_axis.tick_text(value), text_anchor="end")
     for value in _ticks(x_axis, target=5):
         canvas.line(x(value), box.bottom, x(value), box.bottom + 4, "var(--muted)")
-        canvas.text(x(value), box.bottom + 18, x_axis.tick_text(value), text_anchor="middle")
+        label = x_axis.tick_text(value)
+        at = min(x(value), canvas.width - text_width(label) / 2)
+        canvas.text(at, box.bottom + 18, label, text_anchor="middle")
     canvas.line(box.left, box.bottom, box.right, box.bottom, "var(--muted)")
     if x_axis.label:
         middle = (box.left + box.right) / 2
