@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Mapping
@@ -34,12 +36,12 @@ class Nodes:
             "RAY_AUTH_MODE": "disabled",
         }
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._temporary = tempfile.mkdtemp(prefix="crossray-", dir="/tmp")  # sockets have short names or none
         self._start(
             "--head",
             f"--port={self.gcs}",
             f"--ray-client-server-port={free_port()}",
             f"--dashboard-port={dashboard}",
-            f"--temp-dir=/tmp/crossray-{os.getpid()}",  # sockets have short names or none
             num_cpus=head_cpus,
         )
         self._wait_for(f"{self.address}/api/version")
@@ -94,6 +96,7 @@ class Nodes:
         for number in reversed(range(len(self._processes))):
             if self._processes[number].poll() is None:
                 self.kill_node(number)
+        shutil.rmtree(self._temporary, ignore_errors=True)  # a killed node's last children may still write
 
     def _start(self, *options: str, num_cpus: int) -> None:
         first = 20_000 + os.getpid() % 200 * 200 + 50 * len(self._processes)
@@ -101,6 +104,8 @@ class Nodes:
             *(RAY, "start", "--block", "--disable-usage-stats", *options, f"--num-cpus={num_cpus}"),
             *(f"--min-worker-port={first}", f"--max-worker-port={first + 49}", "--object-store-memory=200000000"),
             f"--dashboard-agent-listen-port={free_port()}",  # jobs go through it; the usual one may be taken
+            # A node that unpacks a job's files removes what lies there: two nodes must never share the place.
+            f"--temp-dir={self._temporary}/{len(self._processes)}",
         ]
         with (self.folder / f"node-{len(self._processes)}.log").open("wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self.environment)

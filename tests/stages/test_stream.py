@@ -196,7 +196,7 @@ def test_a_killed_streamed_run_goes_on(finished: Finished, tmp_path: Path, victi
     root = copied(finished, tmp_path, "organism", "corpus", "tokens")
     path = run_file(tmp_path, str(root), training={"batch_rows": 256, "num_rows": 153_600}, **STREAMED)
     process = start(path)
-    wait_for(lambda: any(root.glob("training/*/step-*/state.pt")), process)
+    wait_for(lambda: any(root.glob("training/*/step-*/state.pt")), process, seconds=300)
     if victim == "driver":
         process.kill()
         process.wait()
