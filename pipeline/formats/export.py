@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, first_line
 from pipeline.formats.layouts import (
     CODE_WEIGHTS,
     MIXED_ALPHAS,
@@ -92,7 +92,7 @@ def write_published(
     the checkpoint was read with are kept. The float64 threshold, which others read rounded to float32, is kept exactly
     in the header. A crosscoder whose activation scale is unknown is refused: the layout has no field to say so.
     """
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
     folder = Path(folder)
     if checkpoint.is_scale_unknown:
@@ -112,20 +112,26 @@ def write_published(
     header = {"format": "pt", **TABLE_METADATA}
     if checkpoint.threshold is not None:
         header[OWN_SETTINGS] = json.dumps({"threshold": checkpoint.threshold.tolist()})
-    data = with_sorted_header(bytes(save(tensors, metadata=header)))
-    _replace(folder / "model.safetensors", lambda path: _write_bytes(path, data))
+
+    def write(path: Path) -> None:
+        save_file(tensors, str(path), metadata=header)
+        sort_header(path)
+
+    _replace(folder / "model.safetensors", write)
 
 
-def with_sorted_header(data: bytes) -> bytes:
-    """The same safetensors file with its header in sorted order: the library writes metadata in a random one.
+def sort_header(path: Path) -> None:
+    """Puts the header of a safetensors file in sorted order, in place: the library writes metadata in a random one.
 
-    Equal weights then give equal bytes, so that checksums can be compared. Offsets count from the end of the
-    header and stay.
+    Equal weights then give equal bytes, so that checksums can be compared. The tensors are not read.
     """
-    size = int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # the format aligns the tensors to 8 bytes
-    return len(header).to_bytes(8, "little") + header + data[8 + size :]
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        content = json.loads(file.read(size))
+        header = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(header) == size, "the library writes its header without blanks too, but for the end"
+        file.seek(8)
+        file.write(header)
 
 
 def push_published(repo_id: str, folder: str | Path, *, private: bool = False, revision: str | None = None) -> str:
@@ -152,7 +158,7 @@ def push_published(repo_id: str, folder: str | Path, *, private: bool = False, r
     except (OSError, HTTPError, HFValidationError, LocalTokenNotFoundError) as error:
         raise InputError(
             f"expected to write to the hub repository {repo_id}, came {type(error).__name__}: "
-            f"{str(error).splitlines()[0]}: check the name, the network, and that HF_TOKEN may write there"
+            f"{first_line(error)}: check the name, the network, and that HF_TOKEN may write there"
         ) from error
     return str(info.commit_url)
 
@@ -178,7 +184,3 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
