@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, first_line
 from pipeline.sections.how import ClusterSection, TrainingResources, WorkersSection
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -76,7 +76,7 @@ def _start(section: ClusterSection) -> None:
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(
             f"resources.cluster.address: expected a running Ray cluster at {section.address!r}: "
-            f"{str(error).splitlines()[0]}; start one with `ray start --head` or use address: local"
+            f"{first_line(error)}; start one with `ray start --head` or use address: local"
         ) from error
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, first_line
 from pipeline.tracking import ENTRY_TAG, Dataset, Point, TrackerAwayError, flatten
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -52,7 +52,7 @@ class MlflowTracker:
                 )
         except (MlflowException, TrackerAwayError) as error:
             raise InputError(
-                f"tracking.uri: expected an MLflow server at {uri!r}, got: {_first_line(error)}; start it, correct the "
+                f"tracking.uri: expected an MLflow server at {uri!r}, got: {first_line(error)}; start it, correct the "
                 "address or its credentials, or set tracking.kind: none"
             ) from error
 
@@ -67,7 +67,7 @@ class MlflowTracker:
         except (MlflowException, RequestException) as error:
             if not is_absence(error):
                 raise
-            raise TrackerAwayError(f"{self.uri} does not answer ({_first_line(error)[:200]})") from error
+            raise TrackerAwayError(f"{self.uri} does not answer ({first_line(error)[:200]})") from error
 
     def start_run(
         self, name: str, tags: Mapping[str, str], parent: str | None = None, time_ms: int | None = None
@@ -190,7 +190,3 @@ def is_absence(error: BaseException) -> bool:
         current = current.__cause__ or current.__context__
     has_code = re.search(r"(error code|status code|server error|HTTP)\D{0,3}(429|50[0234])", str(error), re.IGNORECASE)
     return has_code is not None or any(isinstance(link, RequestException | ConnectionError) for link in chain)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

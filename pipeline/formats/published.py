@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, first_line
 from pipeline.formats.layouts import OWN_SETTINGS, PublishedCrosscoder, read_layout
 
 WEIGHTS_NAMES = ("model.safetensors", "cc_weights.pt")
@@ -139,7 +139,7 @@ def _fetch(source: str, revision: str | None, subfolder: str | None) -> Checkpoi
     except (OSError, HTTPError, HFValidationError) as error:
         raise InputError(
             f"expected a crosscoder at the hub id {repo_id} (revision {revision or 'main'}), came "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}; no local path {source!r} exists either: check the "
+            f"{type(error).__name__}: {first_line(error)}; no local path {source!r} exists either: check the "
             f"name, the revision, the network, and access (HF_TOKEN) for private repositories"
         ) from error
 
@@ -186,7 +186,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), "")
         raise InputError(
             f"expected a pickled dict of tensors, came a pickle that asks for other objects, or a damaged one "
-            f"({reason.strip() or str(error).splitlines()[0]}) at {path}: such files can run code, so they are never "
+            f"({reason.strip() or first_line(error)}) at {path}: such files can run code, so they are never "
             f"loaded; ask for safetensors, or save its state_dict() alone"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
