@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.operators.documents import read_documents
 from pipeline.operators.filters import Filters, letter_frac, refusal, repeated_frac
+from pipeline.sections.data import FiltersSection
 
 
 def dialogue(roles: str, content: str = "12345") -> list[dict[str, str]]:
@@ -62,3 +63,8 @@ def test_the_first_reason_is_the_one_that_counts(tmp_path: Any) -> None:
     filters = {"min_characters": 2, "min_letter_frac": 0.5}
     found = list(read_documents(str(tmp_path / "a.txt"), {**settings, "filters": filters}))
     assert [document.reason for document in found] == ["", "fewer than min_characters", "too few letters"]
+
+
+def test_a_run_file_names_every_limit_and_lets_everything_pass_by_default() -> None:
+    assert Filters(**FiltersSection().model_dump()) == Filters()
+    assert tuple(FiltersSection.model_fields) == Filters._fields
