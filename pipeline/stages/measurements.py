@@ -31,6 +31,7 @@ from pipeline.analyses.templates import Templates
 from pipeline.analyses.twins import Twins
 from pipeline.analyses.verdict import latent_table, latents_with, verdict_counts, with_twins
 from pipeline.errors import InputError
+from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.numerics.recipes import reads_difference
 from pipeline.progress import Progress
 from pipeline.schema import (
@@ -133,20 +134,7 @@ def _first_questions(folder: str, own: Mapping[str, Step], store: ActivationStor
     if "latents" in own:
         section = own["latents"].section
         assert isinstance(section, LatentScalingSection)
-        analyses |= {
-            "fidelity": Fidelity(
-                activation_dim=width, num_latents=num_latents, is_difference=reads_difference(crosscoder)
-            ),
-            "scaling": LatentScaling(
-                crosscoder,
-                num_groups=section.num_groups,
-                num_resamples=section.num_resamples,
-                seed=section.seed,
-                thresholds=(section.nu_eps_threshold, section.nu_r_threshold),
-            ),
-            "templates": Templates(num_latents=num_latents, corpora=corpora),
-            "twins": Twins(W_dec_FMD=W_dec_FMD),
-        }
+        analyses |= verdict_analyses(crosscoder, section, corpora=corpora) | {"twins": Twins(W_dec_FMD=W_dec_FMD)}
     if "controls" in own:
         random = controls.random_scaling(own["controls"], crosscoder)
         analyses |= {} if random is None else {"random": random}
@@ -167,6 +155,40 @@ def _first_questions(folder: str, own: Mapping[str, Step], store: ActivationStor
             activation_dim=width, chat_corpora=_dialogue_corpora(store), first_tokens=planted.first_tokens
         )
     return [Question(folder, name, analysis) for name, analysis in analyses.items()]
+
+
+def verdict_analyses(
+    crosscoder: Crosscoder, section: LatentScalingSection, *, corpora: Sequence[str]
+) -> dict[str, RowAnalysis]:
+    """What the verdict takes from the rows, by name; `verdict_table` takes their tables."""
+    num_latents = crosscoder.num_latents
+    return {
+        "fidelity": Fidelity(
+            activation_dim=crosscoder.activation_dim,
+            num_latents=num_latents,
+            is_difference=reads_difference(crosscoder),
+        ),
+        "scaling": LatentScaling(
+            crosscoder,
+            num_groups=section.num_groups,
+            num_resamples=section.num_resamples,
+            seed=section.seed,
+            thresholds=(section.nu_eps_threshold, section.nu_r_threshold),
+        ),
+        "templates": Templates(num_latents=num_latents, corpora=corpora),
+    }
+
+
+def verdict_table(crosscoder: Crosscoder, tables: Mapping[str, Any], section: LatentScalingSection) -> pd.DataFrame:
+    """The latent table, twins aside, from the tables of `verdict_analyses`."""
+    return latent_table(
+        ownership_table(W_enc_FMD=crosscoder.W_enc_FMD, W_dec_FMD=crosscoder.W_dec_FMD),
+        tables["scaling"],
+        tables["templates"],
+        nu_eps_threshold=section.nu_eps_threshold,
+        nu_r_threshold=section.nu_r_threshold,
+        min_documents=section.min_documents,
+    )
 
 
 def _dialogue_corpora(store: ActivationStore) -> tuple[int, ...]:
@@ -248,17 +270,8 @@ def _publish_latents(
         and question.name in ("fidelity", "scaling", "templates", "twins")
     }
     with fitted(context.storage, step.inputs["crosscoder"].key.folder) as crosscoder:
-        ownership = ownership_table(W_enc_FMD=crosscoder.W_enc_FMD, W_dec_FMD=crosscoder.W_dec_FMD)
+        table = with_twins(verdict_table(crosscoder, tables, section), tables["twins"])
     templates: Templates = _named(questions, step.inputs["crosscoder"].key.folder, "templates")
-    table = latent_table(
-        ownership,
-        tables["scaling"],
-        tables["templates"],
-        nu_eps_threshold=section.nu_eps_threshold,
-        nu_r_threshold=section.nu_r_threshold,
-        min_documents=section.min_documents,
-    )
-    table = with_twins(table, tables["twins"])
     folder = step.key.folder
     columns = (*LATENT_COLUMNS, *latent_corpus_columns(templates.corpora))
     write_frame(context.storage, f"{folder}/{LATENTS_NAME}", table, arrow_schema(columns))

@@ -18,16 +18,10 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from pipeline.analyses.fidelity import Fidelity
-from pipeline.analyses.latent_scaling import LatentScaling
-from pipeline.analyses.ownership import ownership_table
-from pipeline.analyses.rows import RowAnalysis, analyse
-from pipeline.analyses.templates import Templates
-from pipeline.analyses.verdict import latent_table
+from pipeline.analyses.rows import analyse
 from pipeline.errors import InputError
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.numerics.moments import Moments
-from pipeline.numerics.recipes import reads_difference
 from pipeline.numerics.trainer import CrosscoderTrainer
 from pipeline.schema import CHAT, LATENT_COLUMNS, Column, Ownership, Split, Verdict, latent_corpus_columns
 from pipeline.sections.analyses import LatentScalingSection
@@ -36,6 +30,7 @@ from pipeline.sections.how import TrainingResources
 from pipeline.shards import Rows, publish_shard, summarise
 from pipeline.stages.crosscoder import spec_of
 from pipeline.stages.encoded_rows import batches, shard_rows
+from pipeline.stages.measurements import verdict_analyses, verdict_table
 from pipeline.stages.tables import arrow_schema, write_frame
 from pipeline.storage import Storage
 from pipeline.store import MANIFEST_NAME, ActivationStore, Manifest, Shard, StoredMoments
@@ -158,34 +153,11 @@ def judged(
     crosscoder: Crosscoder, store: ActivationStore, judge: LatentScalingSection
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     """The latent table and the fidelity on the validation rows, as a run makes them."""
-    num_latents = crosscoder.num_latents
-    analyses: dict[str, RowAnalysis] = {
-        "scaling": LatentScaling(
-            crosscoder,
-            num_groups=judge.num_groups,
-            num_resamples=judge.num_resamples,
-            seed=judge.seed,
-            thresholds=(judge.nu_eps_threshold, judge.nu_r_threshold),
-        ),
-        "templates": Templates(num_latents=num_latents, corpora=(CORPUS,)),
-        "fidelity": Fidelity(
-            activation_dim=crosscoder.activation_dim,
-            num_latents=num_latents,
-            is_difference=reads_difference(crosscoder),
-        ),
-    }
+    analyses = verdict_analyses(crosscoder, judge, corpora=(CORPUS,))
     shards = store.manifest.of_split(Split.VALIDATION)
     sums = analyse(analyses, (batch for shard in shards for batch in batches(crosscoder, shard_rows(store, shard))))
     tables: dict[str, Any] = {name: analysis.table(sums[name]) for name, analysis in analyses.items()}
-    table = latent_table(
-        ownership_table(W_enc_FMD=crosscoder.W_enc_FMD, W_dec_FMD=crosscoder.W_dec_FMD),
-        tables["scaling"],
-        tables["templates"],
-        nu_eps_threshold=judge.nu_eps_threshold,
-        nu_r_threshold=judge.nu_r_threshold,
-        min_documents=judge.min_documents,
-    )
-    return table, tables["fidelity"]
+    return verdict_table(crosscoder, tables, judge), tables["fidelity"]
 
 
 def read_truth(storage: Storage, folder: str) -> tuple[Tensor, list[str]]:
