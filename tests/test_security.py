@@ -1,16 +1,22 @@
 """The promises of SECURITY.md that are properties of the code and of what a run leaves behind."""
 
 import ast
+import base64
 import os
 import re
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
-from runs import Finished
+from runs import Finished, command
 
+from pipeline.cluster import use_token
 from pipeline.config import RunConfig, _sections_in
+from pipeline.errors import InputError
+from pipeline.tracking_mlflow import MlflowTracker
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "pipeline").rglob("*.py"))
@@ -62,3 +68,70 @@ def test_remote_code_is_off_by_default() -> None:
     for section in sections(RunConfig, set()):
         if "trust_remote_code" in section.model_fields:
             assert section.model_fields["trust_remote_code"].default is False
+
+
+@pytest.fixture
+def shown() -> Iterator[tuple[str, list[str]]]:
+    """The address of a server that refuses everything, and the credentials that it was shown."""
+    credentials: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def refuse(self) -> None:
+            credentials.append(self.headers.get("Authorization", ""))
+            self.send_response(401)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_GET = do_POST = refuse
+
+        def log_message(self, *arguments: object) -> None:
+            """In silence."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", credentials
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_rays_token_is_shown_to_the_cluster(
+    shown: tuple[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, credentials = shown
+    token = "f" * 40
+    monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    done = command("status", "--address", address, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert set(credentials) == {f"Bearer {token}"}
+    assert token not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("place", ["RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "home", "nowhere"])
+def test_rays_token_is_found_where_ray_looks_for_it(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.setenv(name, "")  # restores it afterwards, whatever use_token does
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if place == "home":
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text("t")
+    elif place != "nowhere":
+        monkeypatch.setenv(place, "t")
+    use_token()
+    assert os.environ.get("RAY_AUTH_MODE") == (None if place == "nowhere" else "token")
+
+
+def test_mlflows_credentials_are_shown_to_its_server(
+    shown: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, credentials = shown
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "word")
+    with pytest.raises(InputError, match=r"tracking\.uri") as caught:
+        MlflowTracker(address, "crossray", None)
+    assert f"Basic {base64.b64encode(b'me:word').decode()}" in credentials
+    assert "word" not in str(caught.value)
