@@ -136,6 +136,13 @@ def verdict_counts(table: pd.DataFrame) -> dict[str, int]:
     return {verdict: int(counts.get(verdict, 0)) for verdict in Verdict.ALL}
 
 
+def artifact_frac(table: pd.DataFrame) -> float:
+    """Share of artifacts among the chat-only latents that were judged: not dead, not undecided. NaN where none was."""
+    chat_only = table[table["ownership"] == Ownership.CHAT_ONLY]
+    judged = chat_only[~chat_only["verdict"].isin([Verdict.DEAD, Verdict.UNDECIDED])]
+    return float(judged["verdict"].isin(list(Verdict.ARTIFACTS)).mean())
+
+
 def latents_with(table: pd.DataFrame, verdicts: Sequence[str]) -> list[int]:
     """Indices of the latents with one of these verdicts, highest Delta_norm first; may be empty."""
     unknown = [verdict for verdict in verdicts if verdict not in Verdict.ALL]

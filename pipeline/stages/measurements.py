@@ -29,7 +29,7 @@ from pipeline.analyses.rows import (
 )
 from pipeline.analyses.templates import Templates
 from pipeline.analyses.twins import Twins
-from pipeline.analyses.verdict import latent_table, latents_with, verdict_counts, with_twins
+from pipeline.analyses.verdict import artifact_frac, latent_table, latents_with, verdict_counts, with_twins
 from pipeline.errors import InputError
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.numerics.recipes import reads_difference
@@ -54,7 +54,7 @@ from pipeline.storage import Storage
 from pipeline.store import ActivationStore
 
 STAGES = ("latents", "examples", "planted", "controls")
-VERSION = 3
+VERSION = 4
 
 LATENTS_NAME = "latents.parquet"
 FIDELITY_NAME = "fidelity.json"
@@ -277,15 +277,12 @@ def _publish_latents(
     write_frame(context.storage, f"{folder}/{LATENTS_NAME}", table, arrow_schema(columns))
     write_frame(context.storage, f"{folder}/{TWINS_NAME}", tables["twins"], TWIN_SCHEMA)
     context.storage.write_json(f"{folder}/{FIDELITY_NAME}", tables["fidelity"])
-    chat_only = table[table["ownership"] == Ownership.CHAT_ONLY]
-    is_artifact = chat_only["verdict"].isin(list(Verdict.ARTIFACTS))
-    decided = chat_only["verdict"] != Verdict.UNDECIDED
     counts = {
         **{f"num_{name.replace(' ', '_').replace('-', '_')}": n for name, n in verdict_counts(table).items()},
         "num_latents": len(table),
-        "num_chat_only": len(chat_only),
+        "num_chat_only": int((table["ownership"] == Ownership.CHAT_ONLY).sum()),
         "num_chat_specific_confident": int(((table["verdict"] == Verdict.CHAT_SPECIFIC) & table["is_confident"]).sum()),
-        "artifact_frac": float(is_artifact[decided].mean()) if decided.any() else float("nan"),
+        "artifact_frac": artifact_frac(table),
         "stated_false_discovery_rate": stated_error(table).rate,
         "num_twins": len(tables["twins"]),
         "fidelity": dict(tables["fidelity"]),

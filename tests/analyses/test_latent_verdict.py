@@ -8,7 +8,7 @@ from pipeline.analyses.ownership import ownership_table
 from pipeline.analyses.rows import analyse, row_batch
 from pipeline.analyses.templates import Templates
 from pipeline.analyses.twins import Twins
-from pipeline.analyses.verdict import latent_table, latents_with, verdict_counts, with_twins
+from pipeline.analyses.verdict import artifact_frac, latent_table, latents_with, verdict_counts, with_twins
 from pipeline.errors import InputError
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.schema import BETA_COLUMNS, LATENT_COLUMNS, Ownership, Verdict
@@ -163,6 +163,12 @@ def test_counts_name_every_verdict_and_add_up() -> None:
     assert counts[Verdict.CHAT_SPECIFIC] == 4
     assert sum(counts.values()) == len(CASES)
     assert verdict_counts(pd.DataFrame({"verdict": [Verdict.SHARED]}))[Verdict.CHAT_SPECIFIC] == 0
+
+
+def test_the_share_of_artifacts_is_of_the_latents_that_were_judged() -> None:
+    table = latent_table(*_tables())
+    assert artifact_frac(table) == 4 / 8  # of 12 chat-only latents three are undecided and one is dead
+    assert np.isnan(artifact_frac(table[table["verdict"].isin([Verdict.DEAD, Verdict.UNDECIDED])]))
 
 
 def test_latents_with_a_verdict_come_highest_delta_norm_first_and_may_be_none() -> None:
