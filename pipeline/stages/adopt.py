@@ -20,9 +20,10 @@ from pipeline.formats.glue import from_checkpoint
 from pipeline.formats.layouts import PublishedCrosscoder
 from pipeline.formats.published import find_files, read_published
 from pipeline.numerics.crosscoder import Crosscoder
-from pipeline.schema import MODEL_NAMES, SHARD_TENSORS, Split
+from pipeline.schema import MODEL_NAMES, Split
 from pipeline.sections.crosscoder import AdoptedCrosscoderSection
 from pipeline.stages.base import Context, Step
+from pipeline.stages.encoded_rows import shard_rows
 from pipeline.store import ActivationStore
 
 VERSION = 1
@@ -124,7 +125,7 @@ def read(section: AdoptedCrosscoderSection, activation_dim: int) -> PublishedCro
 def _explained(crosscoder: Crosscoder, store: ActivationStore) -> float:
     """Fraction of variance explained on the first validation rows, both models together."""
     shard = store.manifest.of_split(Split.VALIDATION)[0]
-    rows = dict(zip((column.name for column in SHARD_TENSORS), store.read(shard), strict=True))
+    rows = shard_rows(store, shard)
     part = document_slices(rows["doc_id"], max_rows=_ROWS_LOOKED_AT)[0]
     fidelity = Fidelity(activation_dim=crosscoder.activation_dim, num_latents=crosscoder.num_latents)
     batch = row_batch(crosscoder, {name: value[part] for name, value in rows.items()})
