@@ -178,38 +178,41 @@ def _that_offer(kind: str) -> str:
     return "" if kind in ("CPU", "GPU") else f" that offer it (ray start --resources '{{\"{kind}\": 1}}')"
 
 
-def _board_class() -> Any:
+def beside_driver(kind: type, *arguments: Any) -> Any:
+    """The handle of an actor of this class, without CPUs of its own, that is lost with the driver alone.
+
+    It lives on this process's node; anywhere else the loss of a node would take along what it holds.
+    """
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    @ray.remote(num_cpus=0)
-    class Board:
-        """Holds what distant workers have to say until the driver asks."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(kind).options(num_cpus=0, scheduling_strategy=here).remote(*arguments)
 
-        def __init__(self) -> None:
-            self._events: list[Any] = []
 
-        def post(self, event: Any) -> None:
-            self._events.append(event)
+class _Board:
+    """Holds what distant workers have to say until the driver asks."""
 
-        def drain(self) -> list[Any]:
-            events, self._events = self._events, []
-            return events
+    def __init__(self) -> None:
+        self._events: list[Any] = []
 
-    return Board
+    def post(self, event: Any) -> None:
+        self._events.append(event)
+
+    def drain(self) -> list[Any]:
+        events, self._events = self._events, []
+        return events
 
 
 @contextmanager
 def listening(on_event: Callable[[Any], None]) -> Iterator[Any]:
     """An actor handle for workers to `post.remote(event)` to; `on_event` runs in this process, in order, until the end.
 
-    An exception of `on_event` is raised at the end of the block: a tracker that fails must not fail in silence. The
-    actor lives on this process's node, so that it is lost with the driver alone.
+    An exception of `on_event` is raised at the end of the block: a tracker that fails must not fail in silence.
     """
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = _board_class().options(scheduling_strategy=here).remote()
+    board = beside_driver(_Board)
     stop = Event()
     failures: list[BaseException] = []
 

@@ -129,12 +129,10 @@ class Cursor:
 
 
 class RemoteCursor:
-    """A Cursor that lives in an actor."""
+    """A Cursor that lives in an actor beside the driver."""
 
     def __init__(self, blocks_ahead: int) -> None:
-        import ray
-
-        self._actor = ray.remote(Cursor).options(num_cpus=0).remote(blocks_ahead)
+        self._actor = cluster.beside_driver(Cursor, blocks_ahead)
 
     def start(self, done: set[int], rejected: Sequence[dict[str, Any]]) -> None:
         """As Cursor.start; returns when it has happened."""
