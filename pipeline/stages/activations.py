@@ -20,13 +20,12 @@ import pyarrow as pa
 from pipeline.artifacts import Record
 from pipeline.errors import InputError
 from pipeline.numerics.moments import Moments
-from pipeline.operators.screening import Rejected, refusal
 from pipeline.progress import Progress
 from pipeline.schema import MODEL_NAMES, Split
 from pipeline.sections.data import ActivationsSection
 from pipeline.shards import publish_shard, summarise
 from pipeline.stages.base import Context, Pool, Step, run_pool, shown
-from pipeline.stages.extraction import REJECTED_NAME, Extractor, write_rejected
+from pipeline.stages.extraction import REJECTED_NAME, Extractor, check_rejected, write_rejected
 from pipeline.stages.models import Loading
 from pipeline.stages.tables import read_table
 from pipeline.stages.tokens import INDEX_NAME
@@ -58,6 +57,8 @@ def run(steps: Sequence[Step], context: Context) -> None:
     shown(context, progress, num_done, f"{len(done)} of {len(plan)} shards were there" if done else "")
     missing = [item for item in plan if item["name"] not in done]
     max_rejected = int(section.max_rejected_frac * index.num_rows)
+    rejected = [document for item in plan if item["name"] in done for document in done[item["name"]]["rejected"]]
+    check_rejected(rejected, max_rejected)
     if missing:
         loading: Loading = step.extra["loading"]
         extractor = Extractor(
@@ -74,23 +75,14 @@ def run(steps: Sequence[Step], context: Context) -> None:
         for result in run_pool(pool, missing):
             done[result["name"]] = result
             num_done += result["num_tokens"]
-            rejected = check_rejected([done[item["name"]] for item in plan if item["name"] in done], max_rejected)
+            rejected += result["rejected"]
+            check_rejected(rejected, max_rejected)
             shown(context, progress, num_done, f"{len(rejected)} documents set aside" if rejected else "")
-    described = [done[item["name"]] for item in plan]
-    rejected = check_rejected(described, max_rejected)
     write_rejected(context.storage, step.key.folder, rejected)
-    described = _with_rows(described)
+    described = _with_rows([done[item["name"]] for item in plan])
     _publish_manifest(step, context, described, corpora, tokens)
     counts = {**_counts(described), "num_rejected_documents": len(rejected)}
     context.finish(step, counts, time.monotonic() - started, files=[MANIFEST_NAME, REJECTED_NAME])
-
-
-def check_rejected(described: Sequence[Mapping[str, Any]], max_rejected: int) -> list[dict[str, Any]]:
-    """The documents set aside in these shards; an InputError where there are more than `max_rejected`."""
-    rejected = [document for shard in described for document in shard["rejected"]]
-    if len(rejected) > max_rejected:
-        raise refusal([Rejected(document["doc_id"], document["reason"]) for document in rejected], limit=max_rejected)
-    return rejected
 
 
 def _with_rows(described: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import torch
 from pipeline.operators.activations import ExtractRows, RowOptions
 from pipeline.operators.memory import automatic_tokens_per_batch
 from pipeline.operators.pair import Verification
-from pipeline.operators.screening import extract_screened
+from pipeline.operators.screening import Rejected, extract_screened, refusal
 from pipeline.schema import REJECTED_COLUMNS
 from pipeline.sections.data import ActivationsSection
 from pipeline.shards import Rows
@@ -147,6 +147,12 @@ class Extractor:
             for doc_id, reason in screened.rejected
         )
         return Extracted(rows, rejected, extracted.real_token_frac, extracted.num_capped, extracted.num_out_of_memory)
+
+
+def check_rejected(rejected: Sequence[Mapping[str, Any]], max_rejected: int) -> None:
+    """InputError where more documents than `max_rejected` were set aside."""
+    if len(rejected) > max_rejected:
+        raise refusal([Rejected(document["doc_id"], document["reason"]) for document in rejected], limit=max_rejected)
 
 
 def write_rejected(storage: Storage, folder: str, rejected: Sequence[Mapping[str, Any]]) -> None:

@@ -17,12 +17,11 @@ import torch
 
 from pipeline import cluster
 from pipeline.artifacts import Record
-from pipeline.operators.screening import Rejected, refusal
 from pipeline.schema import Split
 from pipeline.sections.crosscoder import TrainingSection
 from pipeline.sections.data import ActivationsSection
 from pipeline.stages.base import Context, Pool, Step, pool_dataset
-from pipeline.stages.extraction import Extractor, write_rejected
+from pipeline.stages.extraction import Extractor, check_rejected, write_rejected
 from pipeline.stages.tables import read_table
 from pipeline.stages.tokens import INDEX_NAME
 from pipeline.storage import Storage
@@ -184,12 +183,7 @@ class ExtractBlock:
             self._epoch = (item["epoch"], self.order.blocks(item["epoch"]))
         extracted = self.extractor(self._epoch[1][item["block"]])
         if extracted.rejected:
-            rejected = self.cursor.reject(extracted.rejected)
-            if len(rejected) > self.extractor.max_rejected:
-                raise refusal(
-                    [Rejected(document["doc_id"], document["reason"]) for document in rejected],
-                    limit=self.extractor.max_rejected,
-                )
+            check_rejected(self.cursor.reject(extracted.rejected), self.extractor.max_rejected)
         return {"slot": item["slot"], "x": extracted.rows.x_BMD.view(torch.int16).numpy()}
 
 
