@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 
@@ -54,8 +53,9 @@ CURVE_SCHEMA = arrow_schema(CAUSALITY_CURVE_COLUMNS)
 _MEAN_DIFFERENCE_ROWS = 200_000
 """Rows behind the mean difference: whole shards are read until there are as many."""
 
-_CALLS_PER_WORKER = 4
-"""Worker calls per worker: more show progress more often and even out conversations of unequal length."""
+_DIALOGUES_PER_CALL = 16
+"""Dialogues of one worker call, about a batch of tokens. The same on any cluster: what else is in a batch shows in the
+last digits of a dialogue's KL."""
 
 
 def run(steps: Sequence[Step], context: Context) -> None:
@@ -66,8 +66,9 @@ def run(steps: Sequence[Step], context: Context) -> None:
     assert isinstance(section, CausalitySection)
     plans = {step.inputs["crosscoder"].key.folder: _interventions(step, context) for step in steps}
     index = _dialogues(steps[0], section, context)
-    workers = cluster.pool_size(context.resources.analyses, index.num_rows)
-    parts = np.array_split(np.arange(index.num_rows), min(index.num_rows, workers * _CALLS_PER_WORKER))
+    calls = [
+        {"index": index.slice(start, _DIALOGUES_PER_CALL)} for start in range(0, index.num_rows, _DIALOGUES_PER_CALL)
+    ]
     progress = Progress(NAME, index.num_rows, "dialogues")
     shown(context, progress, 0)
     activations = steps[0].inputs["activations"].key.folder
@@ -79,7 +80,7 @@ def run(steps: Sequence[Step], context: Context) -> None:
     measures = {folder: _measure(folder, plans, context.storage) for folder in plans}
     sums = {folder: measure.start() for folder, measure in measures.items()}
     done = 0
-    for result in run_pool(pool, [{"index": index.take(part)} for part in parts]):
+    for result in run_pool(pool, calls):
         done += result["num_dialogues"]
         shown(context, progress, done)
         for folder, data in result["sums"].items():

@@ -13,16 +13,15 @@ import pandas as pd
 import pyarrow as pa
 import torch
 
-from pipeline import cluster
 from pipeline.analyses.examples import contexts
 from pipeline.errors import ArtifactError
 from pipeline.operators.loading import load_tokenizer
 from pipeline.operators.tokenise import token_texts
 from pipeline.progress import Progress
-from pipeline.schema import EXAMPLE_COLUMNS, Split
+from pipeline.schema import EXAMPLE_COLUMNS
 from pipeline.stages.base import Context, Pool, run_pool, shown
 from pipeline.stages.crosscoder import fitted
-from pipeline.stages.encoded_rows import batches, shard_rows
+from pipeline.stages.encoded_rows import batches, shard_rows, validation_calls
 from pipeline.stages.models import ModelLocation, local_specs
 from pipeline.stages.tables import arrow_schema
 from pipeline.storage import Storage
@@ -30,7 +29,6 @@ from pipeline.store import ActivationStore
 
 EXAMPLE_SCHEMA = arrow_schema(EXAMPLE_COLUMNS)
 
-_CALLS_PER_WORKER = 2
 _PLACE = "place"
 """Where a context stands among those asked for; travels with it and is dropped in the end."""
 
@@ -52,16 +50,13 @@ def cut_contexts(
     if strongest.empty:
         return EXAMPLE_SCHEMA.empty_table()
     strongest = strongest.reset_index(drop=True)
-    shards = store.manifest.of_split(Split.VALIDATION)
-    section = context.resources.analyses
-    num_items = min(len(shards), _CALLS_PER_WORKER * cluster.pool_size(section, len(shards)))
-    items = [{"shards": tuple(shards[i::num_items])} for i in range(num_items)]
     progress = Progress("cut examples", len(strongest), "contexts")
     shown(context, progress, 0)
     arguments = (context.storage, store.folder, crosscoder, model, window_tokens, strongest)
     tables: list[pa.Table] = []
     done = 0
-    for result in run_pool(Pool("analyses", section, CutContexts, arguments), items):
+    pool = Pool("analyses", context.resources.analyses, CutContexts, arguments)
+    for result in run_pool(pool, validation_calls(store)):
         tables.append(pa.ipc.open_stream(result["table"]).read_all())
         done += len(tables[-1])
         shown(context, progress, done)

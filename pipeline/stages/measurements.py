@@ -3,16 +3,16 @@
 Two passes over the validation shards, shared by all crosscoders and all missing steps. The first collects sums for the
 latent table, the strongest places of each latent and the mean difference of the models; the second, which knows the
 verdicts, collects contexts and scores planted labels. A worker call reads some shards once, encodes them with every
-crosscoder and returns sums; the driver merges them.
+crosscoder and returns sums; the driver merges them, always in the same order.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from pipeline import cluster
 from pipeline.analyses.controls import stated_error
 from pipeline.analyses.examples import Examples
 from pipeline.analyses.fidelity import Fidelity
@@ -47,8 +47,9 @@ from pipeline.sections.analyses import ExamplesSection, LatentScalingSection, Pl
 from pipeline.stages import controls
 from pipeline.stages.base import Context, Pool, Step, run_pool, shown
 from pipeline.stages.crosscoder import fitted
-from pipeline.stages.encoded_rows import batches, shard_rows
+from pipeline.stages.encoded_rows import batches, shard_rows, validation_calls
 from pipeline.stages.examples import EXAMPLE_SCHEMA, cut_contexts
+from pipeline.stages.merging import MergeTree
 from pipeline.stages.tables import arrow_schema, numbers_of, read_table, write_frame, write_table
 from pipeline.storage import Storage
 from pipeline.store import ActivationStore
@@ -63,9 +64,6 @@ EXAMPLES_NAME = "examples.parquet"
 PLANTED_NAME = "planted.parquet"
 TWIN_SCHEMA = arrow_schema(TWIN_COLUMNS)
 PLANTED_SCHEMA = arrow_schema(PLANTED_COLUMNS)
-
-_CALLS_PER_WORKER = 2
-"""Worker calls per worker and pass: more even out, fewer merge less."""
 
 
 class Question(NamedTuple):
@@ -206,29 +204,25 @@ def _pass(
     """Sums of every question over all validation rows: by crosscoder, then by analysis."""
     if not questions:
         return {}
-    shards = store.manifest.of_split(Split.VALIDATION)
-    num_rows = sum(shard.num_rows for shard in shards)
-    section = context.resources.analyses
-    num_items = min(len(shards), _CALLS_PER_WORKER * cluster.pool_size(section, len(shards)))
-    items = [{"shards": tuple(shards[i::num_items])} for i in range(num_items)]
-    progress = Progress(f"measure {name}", num_rows, "rows")
+    calls = validation_calls(store)
+    progress = Progress(f"measure {name}", store.manifest.num_rows(Split.VALIDATION), "rows")
     shown(context, progress, 0)
-    merged: dict[str, dict[str, Sums]] = {}
     folders = list(dict.fromkeys(question.crosscoder for question in questions))
     analyses = {
         folder: {question.name: question.analysis for question in questions if question.crosscoder == folder}
         for folder in folders
     }
-    done = 0
-    pool = Pool("analyses", section, AnalyseShards, (context.storage, store.folder, analyses))
-    for result in run_pool(pool, items):
-        done += result["num_rows"]
-        shown(context, progress, done)
-        for folder in folders:
-            part = {own: sums_from_bytes(data) for own, data in result["sums"][folder].items()}
-            before = [merged[folder]] if folder in merged else []
-            merged[folder] = merge_all(analyses[folder], [*before, part])
-    return merged
+    merged = {folder: MergeTree(len(calls), partial(_both, own)) for folder, own in analyses.items()}
+    pool = Pool("analyses", context.resources.analyses, AnalyseShards, (context.storage, store.folder, analyses))
+    for result in run_pool(pool, calls):
+        shown(context, progress, progress.done + result["num_rows"])
+        for folder, packed in result["sums"].items():
+            merged[folder].add(result["number"], {own: sums_from_bytes(data) for own, data in packed.items()})
+    return {folder: tree.total() for folder, tree in merged.items()}
+
+
+def _both(analyses: Mapping[str, RowAnalysis], a: dict[str, Sums], b: dict[str, Sums]) -> dict[str, Sums]:
+    return merge_all(analyses, [a, b])
 
 
 class AnalyseShards:
@@ -255,7 +249,7 @@ class AnalyseShards:
                 part = analyse(analyses, batches(self.crosscoders[folder], rows))
                 merged[folder] = merge_all(analyses, [merged[folder], part]) if folder in merged else part
         packed = {folder: {name: sums_to_bytes(sums) for name, sums in own.items()} for folder, own in merged.items()}
-        return {"num_rows": num_rows, "sums": packed}
+        return {"number": item["number"], "num_rows": num_rows, "sums": packed}
 
 
 def _publish_latents(
