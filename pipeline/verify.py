@@ -19,7 +19,7 @@ from pipeline.operators.activations import RowOptions, kept_positions
 from pipeline.progress import Progress, Reporter
 from pipeline.schema import Split
 from pipeline.shards import Rows
-from pipeline.stages.extraction import REJECTED_NAME
+from pipeline.stages.extraction import read_rejected
 from pipeline.stages.tables import read_table
 from pipeline.stages.tokens import INDEX_NAME
 from pipeline.storage import Storage
@@ -218,9 +218,7 @@ def _expected_documents(storage: Storage, folder: str, record: Record) -> dict[i
     tokens = f"{_TOKENS}/{record.identity['inputs']['tokens']}"
     index = read_table(storage, f"{tokens}/{INDEX_NAME}").to_pydict()
     is_stream = section.get("mode") == "stream"
-    rejected: set[int] = set()
-    if storage.exists(f"{folder}/{REJECTED_NAME}"):
-        rejected = set(read_table(storage, f"{folder}/{REJECTED_NAME}")["doc_id"].to_pylist())
+    rejected = read_rejected(storage, folder)
     by_part: dict[str, list[int]] = {}
     for place, part in enumerate(index["part"]):
         if index["doc_id"][place] not in rejected and not (is_stream and index["split"][place] == Split.TRAIN):

@@ -6,7 +6,7 @@ dialogues: D numbers from very many more rows, so that it flatters this baseline
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import pyarrow as pa
@@ -32,7 +32,7 @@ from pipeline.sections.analyses import CausalitySection
 from pipeline.sections.data import ActivationsSection
 from pipeline.stages.base import Context, Pool, Step, run_pool, run_task, shown
 from pipeline.stages.crosscoder import fitted
-from pipeline.stages.extraction import read_token_rows
+from pipeline.stages.extraction import read_rejected, read_token_rows
 from pipeline.stages.measurements import LATENTS_NAME
 from pipeline.stages.models import Loading, load_pair
 from pipeline.stages.tables import arrow_schema, numbers_of, read_table, write_frame
@@ -114,13 +114,23 @@ def _interventions(step: Step, context: Context) -> tuple[Intervention, ...]:
 
 
 def _dialogues(step: Step, section: CausalitySection, context: Context) -> pa.Table:
-    """The validation dialogues that are measured, in order of their hash, longest first within the chosen ones."""
+    """Index rows of the validation dialogues that are measured."""
     tokens = step.inputs["tokens"]
-    index = read_table(context.storage, f"{tokens.key.folder}/{INDEX_NAME}")
-    wanted = context.record_of(tokens).counts["dialogue_corpora"]
+    return choose_dialogues(
+        read_table(context.storage, f"{tokens.key.folder}/{INDEX_NAME}"),
+        context.record_of(tokens).counts["dialogue_corpora"],
+        read_rejected(context.storage, step.inputs["activations"].key.folder),
+        section.num_conversations,
+    )
+
+
+def choose_dialogues(
+    index: pa.Table, dialogue_corpora: Sequence[str], rejected: Set[int], num_conversations: int
+) -> pa.Table:
+    """The first validation dialogues in order of their hash; what extraction set aside would fail here as well."""
     frame = index.to_pandas()
-    chosen = frame[(frame["split"] == Split.VALIDATION) & frame["corpus"].isin(wanted)]
-    chosen = chosen.sort_values("doc_id").head(section.num_conversations)
+    chosen = frame[(frame["split"] == Split.VALIDATION) & frame["corpus"].isin(dialogue_corpora)]
+    chosen = chosen[~chosen["doc_id"].isin(rejected)].sort_values("doc_id").head(num_conversations)
     if chosen.empty:
         raise InputError(
             "analyses.causality: expected validation dialogues, got none; add a corpus with messages_column or set "

@@ -162,6 +162,12 @@ def write_rejected(storage: Storage, folder: str, rejected: Sequence[Mapping[str
     write_table(storage, f"{folder}/{REJECTED_NAME}", columns, REJECTED_SCHEMA)
 
 
+def read_rejected(storage: Storage, folder: str) -> set[int]:
+    """Ids of the documents in that table; none where the artifact has no such table."""
+    key = f"{folder}/{REJECTED_NAME}"
+    return set(read_table(storage, key)["doc_id"].to_pylist()) if storage.exists(key) else set()
+
+
 def read_token_rows(storage: Storage, tokens_folder: str, index: pa.Table) -> dict[str, list[Any]]:
     """Token rows of the indexed documents, in the order of the index; each part is read once."""
     parts = index["part"].to_pylist()

@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.stages.activations import plan_shards
+from pipeline.stages.causality import choose_dialogues
 from pipeline.stages.tokens import INDEX_SCHEMA, count_tokens, describe_mix, select
 
 
@@ -108,3 +109,15 @@ def test_each_document_is_in_one_shard_of_about_the_asked_size() -> None:
 def test_a_split_without_documents_is_named() -> None:
     with pytest.raises(InputError, match="expected at least one train document, got none of 1"):
         plan_shards(index({"web": [5]}), 10)
+
+
+def test_causality_measures_other_dialogues_in_place_of_those_that_extraction_set_aside() -> None:
+    table = index({"web": [5] * 20, "chat": [5] * 30}, split="validation")
+    frame = table.to_pandas()
+    first = sorted(frame.loc[frame["corpus"] == "chat", "doc_id"])
+    assert choose_dialogues(table, ["chat"], set(), 4)["doc_id"].to_pylist() == first[:4]
+    rejected = {first[0], first[2], -7}
+    chosen = choose_dialogues(table, ["chat"], rejected, 4)
+    assert chosen["doc_id"].to_pylist() == [first[1], first[3], first[4], first[5]]
+    with pytest.raises(InputError, match=r"analyses.causality: expected validation dialogues, got none"):
+        choose_dialogues(table, ["chat"], set(first), 4)
