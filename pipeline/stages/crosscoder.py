@@ -81,7 +81,6 @@ def run(steps: Sequence[Step], context: Context) -> None:
         "resources": resources,
         "num_steps": num_steps,
         "log_every_steps": context.log_every_steps,
-        "num_threads": max(1, int(resources.cpus or cluster.local_cpus() / (resources.data * resources.latent))),
         "stream": None,
     }
     dataset = None
@@ -193,15 +192,16 @@ def _train(job: dict[str, Any]) -> list[dict[str, Any]]:
     """Read, step, report, checkpoint; rank 0 publishes. Returns each crosscoder's numbers."""
     import ray.train
 
-    torch.set_num_threads(job["num_threads"])
     resources: TrainingResources = job["resources"]
-    num_ranks = ray.train.get_context().get_world_size()  # fewer than asked for while nodes are missing
+    world = ray.train.get_context()
+    cluster.set_worker_threads(resources.cpus or cluster.local_cpus() / world.get_local_world_size())
+    num_ranks = world.get_world_size()  # fewer than asked for while nodes are missing
     mesh = make_mesh(data=num_ranks // resources.latent, latent=resources.latent)
     device = str(ray.train.torch.get_device())
     rows = open_rows(job, mesh, device)
     with _explained(job, first_step=None):
         trainers = [CrosscoderTrainer(spec, device=device, mesh=mesh) for spec in job["specs"]]
-    log = _Log(job, is_first=ray.train.get_context().get_world_rank() == 0)
+    log = _Log(job, is_first=world.get_world_rank() == 0)
     first_step = _restore(trainers, rows, log)
     if first_step == 0:
         x_BMD = rows.warm_up().to(device).float()
