@@ -136,7 +136,7 @@ def write_record(
     `files` limits the checksums to these names, for artifacts whose large files carry checksums in a manifest.
     """
     names = [file for file in storage.files(key.folder) if file != RECORD_NAME] if files is None else files
-    checksums = {file: hashlib.sha256(storage.read_bytes(f"{key.folder}/{file}")).hexdigest() for file in names}
+    checksums = {file: storage.digest(f"{key.folder}/{file}")[1] for file in names}
     record = Record(
         stage=key.stage,
         name=name,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pipeline.artifacts import RECORD_NAME, Record, fingerprint_of, parse_record
+from pipeline.artifacts import FINGERPRINT_LENGTH, RECORD_NAME, Record, fingerprint_of, parse_record
 from pipeline.errors import CrossrayError, InputError
 from pipeline.operators.activations import RowOptions, kept_positions
 from pipeline.progress import Progress, Reporter
@@ -69,7 +69,7 @@ def all_folders(storage: Storage) -> list[str]:
         found += [
             f"{stage}/{name}"
             for name in storage.folders(stage)
-            if len(name) == 16 and all(letter in "0123456789abcdef" for letter in name)
+            if len(name) == FINGERPRINT_LENGTH and all(letter in "0123456789abcdef" for letter in name)
         ]
     return found
 
