@@ -9,7 +9,7 @@ crosscoder and returns sums; the driver merges them, always in the same order.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
@@ -66,13 +66,8 @@ TWIN_SCHEMA = arrow_schema(TWIN_COLUMNS)
 PLANTED_SCHEMA = arrow_schema(PLANTED_COLUMNS)
 
 
-class Question(NamedTuple):
-    """One analysis of one crosscoder."""
-
-    crosscoder: str
-    """Folder of the crosscoder."""
-    name: str
-    analysis: RowAnalysis
+Questions = Mapping[str, Mapping[str, Any]]
+"""Row analyses: by the crosscoder's folder, then by name."""
 
 
 def run(steps: Sequence[Step], context: Context) -> None:
@@ -82,34 +77,27 @@ def run(steps: Sequence[Step], context: Context) -> None:
     by_fit: dict[str, dict[str, Step]] = {}
     for step in steps:
         by_fit.setdefault(step.inputs["crosscoder"].key.folder, {})[step.key.stage] = step
-    first = [question for folder, own in by_fit.items() for question in _first_questions(folder, own, store, context)]
+    first = {folder: _first_questions(folder, own, store, context) for folder, own in by_fit.items()}
     sums = _pass("latents", first, store, context)
     for folder, own in by_fit.items():
         if "latents" in own:
-            _publish_latents(own["latents"], sums[folder], first, context, started)
+            _publish_latents(own["latents"], sums[folder], first[folder], context, started)
     for folder, own in by_fit.items():
         if "controls" in own:
-            analysis = _named(first, folder, "random")
-            controls.publish(own["controls"], analysis, sums.get(folder, {}).get("random"), _latents(context), context)
+            analysis, random = first[folder].get("random"), sums[folder].get("random")
+            controls.publish(own["controls"], analysis, random, _latents(context), context)
     started = time.monotonic()
-    second = [
-        _planted_question(own["planted"], sums[folder], first, store, context)
+    second = {
+        folder: {"planted": _planted_question(own["planted"], sums[folder], first[folder], store, context)}
         for folder, own in by_fit.items()
         if "planted" in own
-    ]
+    }
     scored = _pass("planted", second, store, context)
-    for question in second:
-        step = by_fit[question.crosscoder]["planted"]
-        _publish_planted(step, question, scored[question.crosscoder]["planted"], context, started)
+    for folder, questions in second.items():
+        _publish_planted(by_fit[folder]["planted"], questions["planted"], scored[folder]["planted"], context, started)
     for folder, own in by_fit.items():
         if "examples" in own:
-            _publish_examples(
-                own["examples"], _named(first, folder, "examples"), sums[folder]["examples"], store, context
-            )
-
-
-def _named(questions: Sequence[Question], folder: str, name: str) -> Any:
-    return next((q.analysis for q in questions if q.crosscoder == folder and q.name == name), None)
+            _publish_examples(own["examples"], first[folder]["examples"], sums[folder]["examples"], store, context)
 
 
 def _latents(context: Context) -> Callable[[Step], pd.DataFrame]:
@@ -117,7 +105,7 @@ def _latents(context: Context) -> Callable[[Step], pd.DataFrame]:
     return lambda step: read_table(context.storage, f"{step.key.folder}/{LATENTS_NAME}").to_pandas()
 
 
-def _first_questions(folder: str, own: Mapping[str, Step], store: ActivationStore, context: Context) -> list[Question]:
+def _first_questions(folder: str, own: Mapping[str, Step], store: ActivationStore, context: Context) -> dict[str, Any]:
     """What the missing steps of one crosscoder need of the first pass."""
     with fitted(context.storage, folder) as crosscoder:
         W_dec_FMD = crosscoder.W_dec_FMD.detach()
@@ -128,7 +116,7 @@ def _first_questions(folder: str, own: Mapping[str, Step], store: ActivationStor
             "it belongs to another layer or pair"
         )
     corpora = store.manifest.corpora
-    analyses: dict[str, RowAnalysis] = {}
+    analyses: dict[str, Any] = {}
     if "latents" in own:
         section = own["latents"].section
         assert isinstance(section, LatentScalingSection)
@@ -152,7 +140,7 @@ def _first_questions(folder: str, own: Mapping[str, Step], store: ActivationStor
         analyses["mean_difference"] = MeanDifference(
             activation_dim=width, chat_corpora=_dialogue_corpora(store), first_tokens=planted.first_tokens
         )
-    return [Question(folder, name, analysis) for name, analysis in analyses.items()]
+    return analyses
 
 
 def verdict_analyses(
@@ -198,27 +186,22 @@ def _dialogue_corpora(store: ActivationStore) -> tuple[int, ...]:
     return store.manifest.dialogue_corpora
 
 
-def _pass(
-    name: str, questions: Sequence[Question], store: ActivationStore, context: Context
-) -> dict[str, dict[str, Sums]]:
+def _pass(name: str, questions: Questions, store: ActivationStore, context: Context) -> dict[str, dict[str, Sums]]:
     """Sums of every question over all validation rows: by crosscoder, then by analysis."""
-    if not questions:
-        return {}
+    found: dict[str, dict[str, Sums]] = {folder: {} for folder in questions}
+    asked = {folder: own for folder, own in questions.items() if own}
+    if not asked:
+        return found
     calls = validation_calls(store)
     progress = Progress(f"measure {name}", store.manifest.num_rows(Split.VALIDATION), "rows")
     shown(context, progress, 0)
-    folders = list(dict.fromkeys(question.crosscoder for question in questions))
-    analyses = {
-        folder: {question.name: question.analysis for question in questions if question.crosscoder == folder}
-        for folder in folders
-    }
-    merged = {folder: MergeTree(len(calls), partial(_both, own)) for folder, own in analyses.items()}
-    pool = Pool("analyses", context.resources.analyses, AnalyseShards, (context.storage, store.folder, analyses))
+    merged = {folder: MergeTree(len(calls), partial(_both, own)) for folder, own in asked.items()}
+    pool = Pool("analyses", context.resources.analyses, AnalyseShards, (context.storage, store.folder, asked))
     for result in run_pool(pool, calls):
         shown(context, progress, progress.done + result["num_rows"])
         for folder, packed in result["sums"].items():
             merged[folder].add(result["number"], {own: sums_from_bytes(data) for own, data in packed.items()})
-    return {folder: tree.total() for folder, tree in merged.items()}
+    return found | {folder: tree.total() for folder, tree in merged.items()}
 
 
 def _both(analyses: Mapping[str, RowAnalysis], a: dict[str, Sums], b: dict[str, Sums]) -> dict[str, Sums]:
@@ -253,21 +236,17 @@ class AnalyseShards:
 
 
 def _publish_latents(
-    step: Step, sums: Mapping[str, Sums], questions: Sequence[Question], context: Context, started: float
+    step: Step, sums: Mapping[str, Sums], questions: Mapping[str, Any], context: Context, started: float
 ) -> None:
     section = step.section
     assert isinstance(section, LatentScalingSection)
     tables: dict[str, Any] = {
-        question.name: question.analysis.table(sums[question.name])
-        for question in questions
-        if question.crosscoder == step.inputs["crosscoder"].key.folder
-        and question.name in ("fidelity", "scaling", "templates", "twins")
+        name: questions[name].table(sums[name]) for name in ("fidelity", "scaling", "templates", "twins")
     }
     with fitted(context.storage, step.inputs["crosscoder"].key.folder) as crosscoder:
         table = with_twins(verdict_table(crosscoder, tables, section), tables["twins"])
-    templates: Templates = _named(questions, step.inputs["crosscoder"].key.folder, "templates")
     folder = step.key.folder
-    columns = (*LATENT_COLUMNS, *latent_corpus_columns(templates.corpora))
+    columns = (*LATENT_COLUMNS, *latent_corpus_columns(questions["templates"].corpora))
     write_frame(context.storage, f"{folder}/{LATENTS_NAME}", table, arrow_schema(columns))
     write_frame(context.storage, f"{folder}/{TWINS_NAME}", tables["twins"], TWIN_SCHEMA)
     context.storage.write_json(f"{folder}/{FIDELITY_NAME}", tables["fidelity"])
@@ -285,13 +264,12 @@ def _publish_latents(
 
 
 def _planted_question(
-    step: Step, sums: Mapping[str, Sums], first: Sequence[Question], store: ActivationStore, context: Context
-) -> Question:
-    folder = step.inputs["crosscoder"].key.folder
+    step: Step, sums: Mapping[str, Sums], first: Mapping[str, Any], store: ActivationStore, context: Context
+) -> Planted:
     section = step.section
     assert isinstance(section, PlantedSection)
-    mean_difference: MeanDifference = _named(first, folder, "mean_difference")
-    analysis = Planted(
+    mean_difference: MeanDifference = first["mean_difference"]
+    return Planted(
         num_latents=context.record_of(step.inputs["crosscoder"]).counts["num_latents"],
         labels=store.manifest.labels,
         chat_corpora=_dialogue_corpora(store),
@@ -299,13 +277,11 @@ def _planted_question(
         num_resamples=section.num_resamples,
         seed=section.seed,
     )
-    return Question(folder, "planted", analysis)
 
 
-def _publish_planted(step: Step, question: Question, sums: Sums, context: Context, started: float) -> None:
+def _publish_planted(step: Step, analysis: Planted, sums: Sums, context: Context, started: float) -> None:
     latents = _latents(context)(step.inputs["latents"])
-    assert isinstance(question.analysis, Planted)
-    table = question.analysis.table(sums, latents_with(latents, [Verdict.CHAT_SPECIFIC]))
+    table = analysis.table(sums, latents_with(latents, [Verdict.CHAT_SPECIFIC]))
     write_frame(context.storage, f"{step.key.folder}/{PLANTED_NAME}", table, PLANTED_SCHEMA)
     counts = {"auroc": numbers_of(table, "auroc", by=("behavior", "candidate"))}
     context.finish(step, counts, time.monotonic() - started)
