@@ -230,7 +230,7 @@ def _dictionary_seconds(asked: Asked, read: Reading, shape: ModelShape, speeds: 
     training, num_fits = config.training, len(config.crosscoders)
     num_latents = sum(sizes.dictionary_sizes(config, shape.width))
     if "crosscoder" in asked.missing:
-        num_steps = training.num_rows // training.batch_rows if num_latents else 0
+        num_steps = training.num_steps if num_latents else 0
         logged = num_steps / config.tracking.log_every_steps * num_fits * _LOG_SECONDS * speeds.slowness
         seconds["crosscoder"] = START["crosscoder"] * speeds.slowness + logged
         seconds["crosscoder"] += num_steps * speeds.step_seconds * _TRAINING_OVERHEAD

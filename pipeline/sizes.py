@@ -185,7 +185,7 @@ def checkpoint_bytes(config: RunConfig, width: int) -> int:
     """Disk that checkpoints (weights and both moments, one more while it is written) and the crosscoders take."""
     parameters = sum(2 * size * NUM_MODELS * width for size in dictionary_sizes(config, width))
     kept = config.resources.training.checkpoints_kept + 1
-    num_steps = config.training.num_rows // config.training.batch_rows
+    num_steps = config.training.num_steps
     written = min(kept, (num_steps - 1) // config.resources.training.checkpoint_every_steps)
     return parameters * 4 * (3 * written + 1)
 

@@ -161,3 +161,8 @@ class TrainingSection(Section):
     memory, rows x 2 models x width x 2 bytes."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """Precision of the matrix products over float32 weights; the last two need a GPU."""
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps: as many whole batches as num_rows holds."""
+        return self.num_rows // self.batch_rows

@@ -31,7 +31,7 @@ from pipeline.stages.rows import RowSource, open_rows
 from pipeline.stages.stream import is_streamed, open_stream, place, publish_rejected, stream_config
 from pipeline.stages.tables import read_table, write_table
 from pipeline.storage import Storage
-from pipeline.store import ActivationStore
+from pipeline.store import ActivationStore, Manifest
 from pipeline.tracking import Point
 
 NAME = "crosscoder"
@@ -51,42 +51,18 @@ def run(steps: Sequence[Step], context: Context) -> None:
     activations = steps[0].inputs["activations"]
     training: TrainingSection = steps[0].extra["training"]
     resources = context.resources.training
-    per_rank = max(0.5, cluster.total_cpus() / (resources.data * resources.latent) * _CPU_FRAC)
-    cpus = resources.cpus or min(per_rank, max(0.5, cluster.node_cpus() * _CPU_FRAC))
+    cpus = resources.cpus or _share_of_cpus(resources)
     placement = place(context, cpus) if is_streamed(activations) else None
     cpus = placement.per_trainer if placement else cpus
     fewest = (resources.min_data or resources.data) * resources.latent
     cluster.check_fits("training", cluster.request(resources, cpus), fewest)
-    store = ActivationStore(context.storage, activations.key.folder)
-    num_steps = training.num_rows // training.batch_rows
-    manifest = store.manifest
-    specs = [
-        spec_of(
-            _section(step),
-            training,
-            resources,
-            num_models=manifest.num_models,
-            activation_dim=manifest.activation_dim,
-        )
-        for step in steps
-    ]
+    manifest = ActivationStore(context.storage, activations.key.folder).manifest
     group = f"{CHECKPOINTS}/{fingerprint_of(sorted(step.key.fingerprint for step in steps))}"
-    job: dict[str, Any] = {
-        "storage": context.storage,
-        "activations": activations.key.folder,
-        "folders": [step.key.folder for step in steps],
-        "specs": specs,
-        "names": [_section(step).name for step in steps],
-        "training": training,
-        "resources": resources,
-        "num_steps": num_steps,
-        "log_every_steps": context.log_every_steps,
-        "stream": None,
-    }
+    job = _job(steps, manifest, context) | {"cpus": cpus}
     dataset = None
     if placement is not None:
-        dataset, job["stream"] = open_stream(activations, store.manifest, context, training, placement)
-    progress = Progress(NAME, num_steps * training.batch_rows, "rows")
+        dataset, job["stream"] = open_stream(activations, manifest, context, training, placement)
+    progress = Progress(NAME, training.num_steps * training.batch_rows, "rows")
     shown(context, progress, 0, "starting Ray Train")
 
     def on_event(event: tuple[str, Any]) -> None:
@@ -98,11 +74,36 @@ def run(steps: Sequence[Step], context: Context) -> None:
             shown(context, progress, content["step"] * training.batch_rows, content["note"])
 
     with cluster.listening(on_event) as board:
-        result = _fit(job | {"board": board, "cpus": cpus}, group, context.storage, dataset)
+        result = _fit(job | {"board": board}, group, context.storage, dataset)
     about = publish_rejected(job["stream"], steps, context.storage) if job["stream"] is not None else {}
     for step, counts in zip(steps, result, strict=True):
         context.finish(step, counts | about, time.monotonic() - started)
     context.storage.delete(group)
+
+
+def _share_of_cpus(resources: TrainingResources) -> float:
+    """CPUs of a rank where the user names none: its part of the cluster, and no more than one node has."""
+    per_rank = cluster.total_cpus() / (resources.data * resources.latent)
+    return max(0.5, min(per_rank, cluster.node_cpus()) * _CPU_FRAC)
+
+
+def _job(steps: Sequence[Step], manifest: Manifest, context: Context) -> dict[str, Any]:
+    """What every rank is told."""
+    training: TrainingSection = steps[0].extra["training"]
+    resources = context.resources.training
+    shape = {"num_models": manifest.num_models, "activation_dim": manifest.activation_dim}
+    return {
+        "storage": context.storage,
+        "activations": steps[0].inputs["activations"].key.folder,
+        "folders": [step.key.folder for step in steps],
+        "specs": [spec_of(_section(step), training, resources, **shape) for step in steps],
+        "names": [_section(step).name for step in steps],
+        "training": training,
+        "resources": resources,
+        "num_steps": training.num_steps,
+        "log_every_steps": context.log_every_steps,
+        "stream": None,
+    }
 
 
 def _section(step: Step) -> CrosscoderSection:
@@ -125,7 +126,7 @@ def spec_of(
             num_models=num_models,
             activation_dim=activation_dim,
             num_latents=section.num_latents or (section.expansion or 0) * activation_dim,
-            num_steps=training.num_rows // training.batch_rows,
+            num_steps=training.num_steps,
             precision=training.precision,
             kernels=resources.kernels,
             **settings,

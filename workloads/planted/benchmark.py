@@ -134,7 +134,7 @@ def _try(config: BenchmarkConfig, storage: Storage, jobs: Sequence[Job], reporte
         return
     by_folder = {job.key.folder: job for job in jobs}
     num_fits = sum("recipe" in job.item for job in jobs)
-    total = num_fits * (config.training.num_rows // config.training.batch_rows)
+    total = num_fits * config.training.num_steps
     progress, done = Progress("trials", max(total, 1), "steps"), 0
 
     def on_event(event: tuple[int, str]) -> None:
