@@ -221,14 +221,9 @@ def _measurement_steps(config: RunConfig, fit: Step, data: Mapping[str, Step]) -
         )
     }
     with_latents = {**inputs, "latents": steps["latents"], "tokens": data["tokens"]}
-    if analyses.examples is not None:
-        steps["examples"] = _step(
-            "examples", measurements.VERSION, analyses.examples, name=name, inputs=with_latents, extra=extra
-        )
-    if analyses.planted is not None:
-        steps["planted"] = _step(
-            "planted", measurements.VERSION, analyses.planted, name=name, inputs=with_latents, extra=extra
-        )
+    for stage, section in (("examples", analyses.examples), ("planted", analyses.planted)):
+        if section is not None:
+            steps[stage] = _step(stage, measurements.VERSION, section, name=name, inputs=with_latents, extra=extra)
     if analyses.causality is not None:
         steps["causality"] = _step(
             causality.NAME,
