@@ -8,7 +8,8 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from pipeline.errors import CrossrayError, InputError
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
     from pipeline.jobs import Jobs
+    from pipeline.progress import Console
 
 _DESCRIPTION = "Tells what fine-tuning changed inside a language model, and proves it."
 
@@ -122,18 +124,25 @@ def _plan(parsed: argparse.Namespace) -> int:
 
 def _run(parsed: argparse.Namespace) -> int:
     from pipeline import runner
-    from pipeline.progress import Console, format_seconds
+    from pipeline.progress import format_seconds
 
     config = _config(parsed)
-    # A copy of standard error: the original goes to a log file while Ray works (cluster.connected).
-    with os.fdopen(os.dup(2), "w") as terminal:
-        console = Console(lambda text: print(text, end="", file=terminal, flush=True), is_terminal=terminal.isatty())
+    with _console() as console:
         outcome = runner.run(config, console)
     print(outcome.verdict)
     print(f"report   {outcome.report_path}")
     print(f"mlflow   {outcome.tracking_link or 'unchanged: this run had nothing to log'}")
     print(f"time     {format_seconds(outcome.seconds)}")
     return 0
+
+
+@contextmanager
+def _console() -> Iterator["Console"]:
+    """Progress on a copy of standard error: the original goes to a log file while Ray works (cluster.connected)."""
+    from pipeline.progress import Console
+
+    with os.fdopen(os.dup(2), "w") as terminal:
+        yield Console(lambda text: print(text, end="", file=terminal, flush=True), is_terminal=terminal.isatty())
 
 
 def _report(parsed: argparse.Namespace) -> int:
@@ -148,7 +157,7 @@ def _report(parsed: argparse.Namespace) -> int:
 
 def _benchmark(parsed: argparse.Namespace) -> int:
     from pipeline.config import load_as, read_tree
-    from pipeline.progress import Console, format_seconds
+    from pipeline.progress import format_seconds
     from workloads.planted import benchmark, pair
     from workloads.planted.settings import BenchmarkConfig
 
@@ -159,8 +168,7 @@ def _benchmark(parsed: argparse.Namespace) -> int:
         print(pair.run(_config(parsed)))
         return 0
     config = benchmark.with_checkpoints(load_as(BenchmarkConfig, path, parsed.set), parsed.checkpoint)
-    with os.fdopen(os.dup(2), "w") as terminal:
-        console = Console(lambda text: print(text, end="", file=terminal, flush=True), is_terminal=terminal.isatty())
+    with _console() as console:
         results = benchmark.run(config, console)
     seed, activations = next(iter(results.activations.items()))
     print(results.text)
