@@ -70,8 +70,7 @@ GPUS = {
 }
 """float16 on T4 and V100, which have no bfloat16 units."""
 GPU_SHARE = 0.4
-"""Share of the data sheet's speed that a forward pass or a training step is assumed to reach; an assumption, not a
-measurement: no GPU was at hand when this was written."""
+"""Share of the data sheet's speed that a forward pass or a training step reaches; assumed, not measured."""
 
 
 def matmul_flops(num_threads: int, *, side: int = 1024) -> float:

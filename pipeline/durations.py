@@ -168,10 +168,8 @@ def _model_speeds(
         return layer, max(layer, decode), 2 * shape.width * shape.vocab_size / reached
     threads = max(1, int(config.resources.extraction.cpus))
     length = max(2, min(round(read.tokens_per_document), config.tokens.max_tokens_per_document))
-    budget = config.activations.tokens_per_batch
-    batch_tokens = budget if isinstance(budget, int) else 16_384
     common: dict[str, Any] = {"dtype": config.models.dtype, "num_threads": threads, "flops": flops / 2}
-    layer = layer_seconds(model_config, (max(1, batch_tokens // length), length), **common)
+    layer = layer_seconds(model_config, (max(1, sizes.batch_tokens(config) // length), length), **common)
     decode = layer_seconds(model_config, (num_prompts, 1), **common)
     return layer, decode, 2 * shape.width * shape.vocab_size / (flops * threads / max(1, len(os.sched_getaffinity(0))))
 
@@ -183,9 +181,10 @@ def _training_speed(config: RunConfig, width: int, flops: float, gpu: Gpu) -> fl
     fitted = [section for section in config.crosscoders if section.kind == "fitted"]
     if ranks.gpus > 0:
         speed = {"float32": gpu.float32, "tf32": gpu.tf32, "bfloat16": gpu.bfloat16}[config.training.precision]
-        work = 2 * config.training.batch_rows * NUM_MODELS * width * sum(sizes.dictionary_sizes(config, width))
-        parameters = 2 * NUM_MODELS * width * sum(sizes.dictionary_sizes(config, width)) / ranks.latent
-        update = _ADAM_BYTES * parameters / _GPU_MEMORY_BYTES_PER_SECOND  # every data rank makes all of it
+        parameters = sizes.parameters(config, width)
+        work = config.training.batch_rows * parameters  # of the encoder's product: half the weights, twice
+        own = parameters / ranks.latent  # every data rank updates all of them
+        update = _ADAM_BYTES * own / _GPU_MEMORY_BYTES_PER_SECOND
         return _STEP_FACTOR * work / (GPU_SHARE * speed) / num_ranks + update
     num_threads = max(1, int(ranks.cpus or len(os.sched_getaffinity(0)) / num_ranks))
     specs = [spec_of(s, config.training, ranks, num_models=NUM_MODELS, activation_dim=width) for s in fitted]

@@ -39,16 +39,25 @@ class Estimate(NamedTuple):
 
 def estimate(config: RunConfig, states: Sequence[StepState], storage: Storage, *, gpu: str = "A100") -> Estimate:
     """The prediction for what is not done; `gpu` names the GPU (calibration.GPUS) of stages that ask for one."""
+    return _estimate(_asked(config, states, storage), gpu)
+
+
+def _asked(config: RunConfig, states: Sequence[StepState], storage: Storage) -> Asked:
     steps = {state.step.key.stage: state.step for state in states}
     records = {state.step.key.stage: state.record for state in states if state.record is not None}
     missing = frozenset(state.step.key.stage for state in states if state.state != DONE)
-    read: Reading | None = sizes.reading(config, steps, records, storage)
+    read = sizes.reading(config, steps, records, storage)
     model_config = sizes.model_config(config, steps, records, storage)
     tokenizer = sizes.local_tokenizer(steps, records, storage)
-    seconds = durations(Asked(config, missing, records, read, model_config, tokenizer, storage), gpu=gpu)
+    return Asked(config, missing, records, read, model_config, tokenizer, storage)
+
+
+def _estimate(asked: Asked, gpu: str) -> Estimate:
+    config, read = asked.config, asked.reading
+    seconds = durations(asked, gpu=gpu)
     if read is None:
         return Estimate(None, None, None, None, None, seconds)
-    shape = sizes.shape_of(model_config)
+    shape = sizes.shape_of(asked.model_config)
     return Estimate(
         read,
         sizes.store_bytes(read.stored_rows, shape.width, config.activations.compression),
@@ -61,9 +70,11 @@ def estimate(config: RunConfig, states: Sequence[StepState], storage: Storage, *
 
 def estimate_text(config: RunConfig, states: Sequence[StepState], storage: Storage, *, gpu: str = "A100") -> str:
     """The estimate in a few lines; an InputError where the store cannot fit the free space."""
-    records = {state.step.key.stage: state.record for state in states if state.record is not None}
-    sizes.check_space(config, [state.step for state in states], records, storage)
-    result = estimate(config, states, storage, gpu=gpu)
+    asked = _asked(config, states, storage)
+    if asked.reading is not None and "activations" in asked.missing:
+        activations = next(state.step for state in states if state.step.key.stage == "activations")
+        sizes.require_space(config, asked.reading, sizes.shape_of(asked.model_config), activations, storage)
+    result = _estimate(asked, gpu)
     lines = ["estimate"]
     read = result.reading
     if read is not None:

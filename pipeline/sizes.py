@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.artifacts import Record
 from pipeline.config import RunConfig
 from pipeline.errors import InputError
+from pipeline.operators.memory import CPU_TOKENS_PER_BATCH
 from pipeline.schema import MODEL_NAMES
 from pipeline.stages.activations import finished_shards
 from pipeline.stages.base import Step
@@ -52,7 +53,9 @@ class Reading(NamedTuple):
     tokens_per_document: float
 
 
-def reading(config: RunConfig, steps: Mapping[str, Step], records: Mapping[str, Record], storage: Storage) -> Any:
+def reading(
+    config: RunConfig, steps: Mapping[str, Step], records: Mapping[str, Record], storage: Storage
+) -> Reading | None:
     """The Reading of a run, or None where neither records nor settings say how much there is."""
     if "tokens" in records:
         index = read_table(storage, f"{steps['tokens'].key.folder}/{INDEX_NAME}")
@@ -172,32 +175,40 @@ def dictionary_sizes(config: RunConfig, width: int) -> list[int]:
     ]
 
 
+def parameters(config: RunConfig, width: int) -> int:
+    """Weights of the encoders and decoders of all crosscoders that are fitted; their biases count for nothing."""
+    return 2 * NUM_MODELS * width * sum(dictionary_sizes(config, width))
+
+
 def training_bytes(config: RunConfig, width: int) -> int:
     """Parameters, gradients, Adam's moments and one batch of pre-activations of one rank."""
     ranks = config.resources.training
     sizes = dictionary_sizes(config, width)
     own_rows = config.training.batch_rows / ranks.data
-    parameters = sum(2 * size * NUM_MODELS * width for size in sizes) / ranks.latent
-    return int(parameters * 4 * 4 + 2.5 * own_rows * max(sizes, default=0) / ranks.latent * 4)
+    return int(
+        parameters(config, width) / ranks.latent * 4 * 4 + 2.5 * own_rows * max(sizes, default=0) / ranks.latent * 4
+    )
 
 
 def checkpoint_bytes(config: RunConfig, width: int) -> int:
     """Disk that checkpoints (weights and both moments, one more while it is written) and the crosscoders take."""
-    parameters = sum(2 * size * NUM_MODELS * width for size in dictionary_sizes(config, width))
     kept = config.resources.training.checkpoints_kept + 1
     num_steps = config.training.num_steps
     written = min(kept, (num_steps - 1) // config.resources.training.checkpoint_every_steps)
-    return parameters * 4 * (3 * written + 1)
+    return parameters(config, width) * 4 * (3 * written + 1)
+
+
+def batch_tokens(config: RunConfig) -> int:
+    """Tokens of one forward pass of the extraction; what a GPU would take of itself is not known here."""
+    budget = config.activations.tokens_per_batch
+    return CPU_TOKENS_PER_BATCH if budget == "auto" else budget
 
 
 def extraction_bytes(config: RunConfig, shape: "ModelShape") -> int:
     """Both models up to layer L, a shard's rows twice (made and packed), and one batch's hidden states."""
     weights = NUM_MODELS * (config.activations.layer * shape.layer_parameters + shape.vocab_size * shape.width)
     shard = 2 * config.activations.rows_per_shard * NUM_MODELS * shape.width * 2
-    batch_tokens = (
-        config.activations.tokens_per_batch if isinstance(config.activations.tokens_per_batch, int) else 16_384
-    )
-    hidden = 6 * batch_tokens * shape.width * 4
+    hidden = 6 * batch_tokens(config) * shape.width * 4
     return int(weights * _DTYPE_BYTES[config.models.dtype] + shard + hidden)
 
 
@@ -255,17 +266,21 @@ def check_space(config: RunConfig, steps: Sequence[Step], records: Mapping[str, 
     Shards that a former run has published need no space again. Nothing is known of an object store's space.
     """
     by_stage = {step.key.stage: step for step in steps}
+    if storage.free_bytes() is None or "activations" in records:
+        return
+    read = reading(config, by_stage, records, storage)
+    if read is not None:
+        shape = shape_of(model_config(config, by_stage, records, storage))
+        require_space(config, read, shape, by_stage["activations"], storage)
+
+
+def require_space(config: RunConfig, read: Reading, shape: "ModelShape", activations: Step, storage: Storage) -> None:
+    """As check_space, for what was read and for models of this shape."""
     free = storage.free_bytes()
-    if free is None or "activations" in records:
+    if free is None:
         return
-    read: Reading | None = reading(config, by_stage, records, storage)
-    if read is None:
-        return
-    width = shape_of(model_config(config, by_stage, records, storage)).width
-    compression = config.activations.compression
-    there = sum(
-        int(shard["num_bytes"]) for shard in finished_shards(storage, by_stage["activations"].key.folder).values()
-    )
+    width, compression = shape.width, config.activations.compression
+    there = sum(int(shard["num_bytes"]) for shard in finished_shards(storage, activations.key.folder).values())
     needed = store_bytes(read.stored_rows, width, compression) - there
     if needed <= free:
         return
