@@ -56,7 +56,7 @@ def run(steps: Sequence[Step], context: Context) -> None:
     num_done = sum(item["num_tokens"] for item in plan if item["name"] in done)
     shown(context, progress, num_done, f"{len(done)} of {len(plan)} shards were there" if done else "")
     missing = [item for item in plan if item["name"] not in done]
-    max_rejected = int(section.max_rejected_frac * index.num_rows)
+    max_rejected = int(section.max_rejected_frac * sum(len(item["documents"]) for item in plan))
     rejected = [document for item in plan if item["name"] in done for document in done[item["name"]]["rejected"]]
     check_rejected(rejected, max_rejected)
     if missing:

@@ -226,7 +226,7 @@ def open_stream(
         section=section,
         loading=activations.extra["loading"],
         corpora=manifest.corpora,
-        max_rejected=int(section.max_rejected_frac * index.num_rows),
+        max_rejected=int(section.max_rejected_frac * len(lengths)),
     )
     workers = context.resources.extraction
     pool = Pool(
