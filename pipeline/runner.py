@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline import cluster
-from pipeline.artifacts import Record, nearest_drift, parse_record, read_record
+from pipeline.artifacts import Record, nearest_drift, read_record
 from pipeline.config import RunConfig
 from pipeline.errors import CrossrayError
 from pipeline.flow import Group, build_flow
@@ -174,7 +174,6 @@ def check_inputs(config: RunConfig, flow: Sequence[Group]) -> None:
 
 def _outcome(storage: Storage, report_step: Step, link: str | None, num_made: int, started: float) -> Outcome:
     folder = report_step.key.folder
-    parse_record(storage.read_json(f"{folder}/record.json"), storage.url(folder))
     return Outcome(
         report_path=storage.url(f"{folder}/report.html"),
         verdict=storage.read_bytes(f"{folder}/verdict.txt").decode(),
