@@ -9,7 +9,7 @@ with its curve.
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -289,7 +289,7 @@ class _Log:
         """Take over the curves of a checkpoint and tell the driver about them."""
         self.curves = curves
         if self.is_first:
-            self._send([list(map(_points, own)) for own in curves])
+            self._send([_points(own) for own in curves])
             steps = int(curves[0][-1]["step"]) if curves[0] else 0
             self._last = (time.monotonic(), steps)
             self.job["board"].post.remote(("progress", {"step": steps, "note": "resumed"}))
@@ -304,13 +304,12 @@ class _Log:
         for curve, row in zip(self.curves, rows, strict=True):
             curve.append(row)
         if self.is_first:
-            self._send([[_points(row)] for row in rows])
+            self._send([_points([row]) for row in rows])
             note = "  ".join(f"{own['loss']:.3f}" for own in metrics)
             self.job["board"].post.remote(("progress", {"step": step, "note": f"loss {note}"}))
 
-    def _send(self, points: list[list[list[Point]]]) -> None:
-        flat = [[point for group in own for point in group] for own in points]
-        self.job["board"].post.remote(("points", flat))
+    def _send(self, points: list[list[Point]]) -> None:
+        self.job["board"].post.remote(("points", points))
 
     def publish(self, trainers: Sequence[CrosscoderTrainer]) -> list[dict[str, Any]]:
         """Write every crosscoder and its curve (rank 0); the last value of every metric, for the record."""
@@ -340,17 +339,19 @@ class _Log:
         return counts
 
 
-def _points(row: Mapping[str, float]) -> list[Point]:
-    step, stamp = int(row["step"]), int(row["time_ms"])
+def _points(curve: Iterable[Mapping[str, float]]) -> list[Point]:
     return [
-        Point(f"train/{name}", value, step, stamp) for name, value in row.items() if name not in ("step", "time_ms")
+        Point(f"train/{name}", value, int(row["step"]), int(row["time_ms"]))
+        for row in curve
+        for name, value in row.items()
+        if name not in ("step", "time_ms")
     ]
 
 
 def curve_points(storage: Storage, folder: str) -> list[Point]:
     """The whole curve of a finished crosscoder; empty where it was adopted."""
     curve = read_curve(storage, folder)
-    return [] if curve is None else [point for row in curve.to_pylist() for point in _points(row)]
+    return [] if curve is None else _points(curve.to_pylist())
 
 
 def read_curve(storage: Storage, folder: str) -> pa.Table | None:
