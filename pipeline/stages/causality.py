@@ -32,7 +32,7 @@ from pipeline.sections.analyses import CausalitySection
 from pipeline.sections.data import ActivationsSection
 from pipeline.stages.base import Context, Pool, Step, run_pool, run_task, shown
 from pipeline.stages.crosscoder import fitted
-from pipeline.stages.extraction import read_rejected, read_token_rows
+from pipeline.stages.extraction import read_rejected, read_token_rows, row_options
 from pipeline.stages.measurements import LATENTS_NAME
 from pipeline.stages.models import Loading, load_pair
 from pipeline.stages.tables import arrow_schema, numbers_of, read_table, write_frame
@@ -74,7 +74,9 @@ def run(steps: Sequence[Step], context: Context) -> None:
     activations = steps[0].inputs["activations"].key.folder
     cpus = cluster.worker_cpus(context.resources.analyses.cpus)
     mean_difference_D = run_task(mean_difference, context.storage, activations, num_cpus=cpus)
-    models = (steps[0].extra["loading"], steps[0].extra["layer"], _row_options(steps[0], section))
+    rows = steps[0].inputs["activations"].section
+    assert isinstance(rows, ActivationsSection)
+    models = (steps[0].extra["loading"], steps[0].extra["layer"], row_options(rows, section.tokens_per_batch))
     arguments = (context.storage, tokens.key.folder, models, plans, mean_difference_D)
     pool = Pool("analyses", context.resources.analyses, MeasureDialogues, arguments)
     measures = {folder: _measure(folder, plans, context.storage) for folder in plans}
@@ -160,13 +162,6 @@ def mean_difference(storage: Storage, activations_folder: str) -> torch.Tensor:
             "messages_column or set analyses.causality to null"
         )
     return (total_D / num_rows).float()
-
-
-def _row_options(step: Step, section: CausalitySection) -> RowOptions:
-    """The same rows have codes as in training."""
-    rows = step.inputs["activations"].section
-    assert isinstance(rows, ActivationsSection)
-    return RowOptions(section.tokens_per_batch, rows.drop_first_tokens, rows.drop_bos, rows.norm_cap)
 
 
 def _measure(folder: str, plans: Mapping[str, Sequence[Intervention]], storage: Storage) -> Causality:

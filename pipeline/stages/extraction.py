@@ -81,13 +81,8 @@ class Extractor:
         verification = pair.require_plain_forward(self._first_documents(pair.vocab_size))
         pair.drop_upper()
         asked = self.section.tokens_per_batch
-        options = RowOptions(
-            tokens_per_batch=automatic_tokens_per_batch(pair) if asked == "auto" else asked,
-            drop_first_tokens=self.section.drop_first_tokens,
-            drop_bos=self.section.drop_bos,
-            norm_cap=self.section.norm_cap,
-        )
-        return _Ready(ExtractRows(pair, options), verification)
+        budget = automatic_tokens_per_batch(pair) if asked == "auto" else asked
+        return _Ready(ExtractRows(pair, row_options(self.section, budget)), verification)
 
     @property
     def verification(self) -> Verification:
@@ -147,6 +142,11 @@ class Extractor:
             for doc_id, reason in screened.rejected
         )
         return Extracted(rows, rejected, extracted.real_token_frac, extracted.num_capped, extracted.num_out_of_memory)
+
+
+def row_options(section: ActivationsSection, tokens_per_batch: int) -> RowOptions:
+    """Which tokens become rows, and so have codes wherever the models run."""
+    return RowOptions(tokens_per_batch, section.drop_first_tokens, section.drop_bos, section.norm_cap)
 
 
 def check_rejected(rejected: Sequence[Mapping[str, Any]], max_rejected: int) -> None:
