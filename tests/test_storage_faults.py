@@ -202,6 +202,21 @@ def test_a_missing_bucket_ends_the_command_with_one_line(
     assert "expected a storage root" in one_line(capsys)
 
 
+@pytest.mark.rare
+def test_what_a_real_gateway_refuses_is_one_line(services: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in services.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=r"no such bucket; make it or correct storage\.root"):
+        fresh("s3://no-such-bucket-here/x").check_writable()
+    if services["CROSSRAY_STORE"] != "ceph":
+        pytest.skip("the missing bucket was checked: the smaller server looks at no credentials")
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):  # a wrong signature, then an unknown key
+        monkeypatch.setenv(name, "wrong")
+        for attempt in (Storage.check_writable, lambda storage: storage.exists("a"), lambda storage: storage.files("")):
+            with pytest.raises(InputError, match=r"refused the credentials .*check AWS_ACCESS_KEY_ID"):
+                attempt(fresh("s3://crossray/x"))
+
+
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("crossray: ")
