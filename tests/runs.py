@@ -109,7 +109,7 @@ class Finished:
         return pd.read_parquet(self.root / self.states[step].step.key.folder / name)
 
 
-class _Unwatched:
+class Unwatched:
     def points(self, step: Step, points: object) -> None:
         """Nobody watches."""
 
@@ -117,7 +117,7 @@ class _Unwatched:
 def make(config: RunConfig, *stages: str) -> dict[str, Record]:
     """Run some stages of a run file in this process, on the cluster that it has joined; their records by stage."""
     storage = Storage(config.storage.root)
-    context = Context(storage, config.resources, SilentReporter(), _Unwatched(), config.name, 10)
+    context = Context(storage, config.resources, SilentReporter(), Unwatched(), config.name, 10)
     records = {}
     for group in build_flow(config):
         if group.steps[0].key.stage in stages:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from runs import TINY, Finished, mounted, run_file
+from runs import TINY, Finished, copied, mounted, run_file
 
 from pipeline.cli import main
 
@@ -220,17 +220,16 @@ def test_plan_refuses_a_store_that_does_not_fit(
 
 
 def test_a_damaged_shard_is_named(refused: Refused, finished: Finished, tmp_path: Path) -> None:
-    for stage in ("organism", "corpus", "tokens", "activations"):
-        shutil.copytree(finished.root / stage, tmp_path / "runs" / stage)
-    shard = next((tmp_path / "runs").glob("activations/*/train-00000.safetensors"))
+    root = copied(finished, tmp_path, "organism", "corpus", "tokens", "activations")
+    shard = next(root.glob("activations/*/train-00000.safetensors"))
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(bytes(data))
-    path = run_file(tmp_path, str(tmp_path / "runs"), tracking={"kind": "none"})
+    path = run_file(tmp_path, str(root), tracking={"kind": "none"})
     line = refused("run", str(path))
     assert f"damaged shard {shard}" in line
     assert "only this shard is extracted anew" in line
-    assert not list((tmp_path / "runs").glob("crosscoder/*/*"))
+    assert not list(root.glob("crosscoder/*/*"))
 
 
 @pytest.mark.parametrize(
@@ -244,16 +243,15 @@ def test_a_damaged_shard_is_named(refused: Refused, finished: Finished, tmp_path
 def test_a_training_that_cannot_go_on_says_why(
     refused: Refused, finished: Finished, tmp_path: Path, override: str, expected: str
 ) -> None:
-    for stage in ("organism", "corpus", "tokens", "activations"):
-        shutil.copytree(finished.root / stage, tmp_path / "runs" / stage)
-    path = run_file(tmp_path, str(tmp_path / "runs"), tracking={"kind": "none"})
+    root = copied(finished, tmp_path, "organism", "corpus", "tokens", "activations")
+    path = run_file(tmp_path, str(root), tracking={"kind": "none"})
     assert expected in refused("run", str(path), "--set", override)
-    assert not list((tmp_path / "runs").glob("crosscoder/*/*"))
+    assert not list(root.glob("crosscoder/*/*"))
 
 
 def test_an_artifact_of_another_version_is_refused(refused: Refused, finished: Finished, tmp_path: Path) -> None:
-    shutil.copytree(finished.root / "organism", tmp_path / "runs" / "organism")
-    record = next((tmp_path / "runs").glob("organism/*/record.json"))
+    root = copied(finished, tmp_path, "organism")
+    record = next(root.glob("organism/*/record.json"))
     record.write_text(json.dumps({**json.loads(record.read_text()), "schema_version": 0}))
-    path = run_file(tmp_path, str(tmp_path / "runs"), tracking={"kind": "none"})
+    path = run_file(tmp_path, str(root), tracking={"kind": "none"})
     assert "expected an artifact of schema version 1, got version 0" in refused("run", str(path))

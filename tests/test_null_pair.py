@@ -1,12 +1,11 @@
 """One model as base and as chat: no latent is chat-only, and every analysis says so instead of failing or inventing."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from runs import TINY, Finished, run_file
+from runs import TINY, Finished, copied, run_file
 
 from pipeline import runner
 from pipeline.config import load
@@ -20,9 +19,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.rare]
 
 
 def test_an_empty_chat_only_set_goes_through_every_analysis(finished: Finished, tmp_path: Path) -> None:
-    root = tmp_path / "runs"
-    for stage in ("organism", "corpus"):
-        shutil.copytree(finished.root / stage, root / stage)
+    root = copied(finished, tmp_path, "organism", "corpus")
     models = {**TINY["models"], "chat": TINY["models"]["base"]}
     crosscoders = [{**TINY["crosscoders"][1], "name": f"seed_{seed}", "seed": seed} for seed in range(5)]
     training = {"batch_rows": 256, "num_rows": 12_800}

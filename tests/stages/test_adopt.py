@@ -2,14 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-from runs import Finished, run_file
+from runs import Finished, Unwatched, copied, run_file
 from safetensors.torch import load_file, save_file
 
 from pipeline import runner
@@ -18,10 +17,10 @@ from pipeline.errors import InputError
 from pipeline.progress import SilentReporter
 from pipeline.sections.crosscoder import AdoptedCrosscoderSection
 from pipeline.stages import adopt
-from pipeline.stages.base import Context, Step
+from pipeline.stages.base import Context
 from pipeline.stages.crosscoder import fitted
 from pipeline.storage import Storage
-from pipeline.tracking import Point, RecordingTracker
+from pipeline.tracking import RecordingTracker
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -38,9 +37,7 @@ def published(finished: Finished, tmp_path: Path) -> Path:
 @pytest.fixture
 def rows_only(finished: Finished, tmp_path: Path) -> Path:
     """A root that holds the finished run up to its activations."""
-    for stage in ("organism", "corpus", "tokens", "activations"):
-        shutil.copytree(finished.root / stage, tmp_path / "runs" / stage)
-    return tmp_path / "runs"
+    return copied(finished, tmp_path, "organism", "corpus", "tokens", "activations")
 
 
 def adopting(folder: Path, root: Path, source: Path, **entry: Any) -> Path:
@@ -164,12 +161,7 @@ def test_a_crosscoder_of_other_rows_is_adopted_with_a_warning(published: Path, r
     config = load(adopting(tmp_path, rows_only, published))
     (step,) = [state.step for state in runner.inspect(config, storage) if state.step.key.stage == "crosscoder"]
     reporter = SilentReporter()
-    adopt.run([step], Context(storage, config.resources, reporter, _Unwatched(), config.name, 1))
+    adopt.run([step], Context(storage, config.resources, reporter, Unwatched(), config.name, 1))
     (line,) = reporter.messages
     assert line.startswith("crosscoder theirs: explains -")
     assert "less than the mean row would: it belongs to another layer, pair or scale" in line
-
-
-class _Unwatched:
-    def points(self, step: Step, points: Sequence[Point]) -> None:
-        """Nobody watches."""

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from runs import TINY, Finished, run_file
+from runs import TINY, Finished, Unwatched, run_file
 
 from pipeline.config import load
 from pipeline.flow import build_flow
@@ -12,7 +12,7 @@ from pipeline.progress import SilentReporter
 from pipeline.schema import Verdict
 from pipeline.schema_controls import CONTROL_COLUMNS, SEED_COLUMNS, Control
 from pipeline.stages import controls
-from pipeline.stages.base import Context, Step
+from pipeline.stages.base import Context
 from pipeline.stages.tables import read_table
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -70,7 +70,7 @@ def test_a_second_seed_and_a_null_pair_fill_their_rows(finished: Finished) -> No
     )
     latents = finished.table("latents batch_topk", "latents.parquet")
     latents.loc[latents["frequency"] > 0, "verdict"] = Verdict.CHAT_SPECIFIC
-    context = Context(finished.storage, finished.config.resources, SilentReporter(), _Unwatched(), "tiny", 1)
+    context = Context(finished.storage, finished.config.resources, SilentReporter(), Unwatched(), "tiny", 1)
     controls.publish(again, None, None, lambda _: latents, context)
     table = read_table(finished.storage, f"{again.key.folder}/{controls.TABLE_NAME}").to_pandas().set_index("control")
     seeds = read_table(finished.storage, f"{again.key.folder}/{controls.SEEDS_NAME}").to_pandas()
@@ -83,11 +83,6 @@ def test_a_second_seed_and_a_null_pair_fill_their_rows(finished: Finished) -> No
     assert seeds["other_latent"].tolist() == seeds["latent"].tolist()
     assert seeds["cosine"].min() == pytest.approx(1)
     assert len(seeds) == num_live
-
-
-class _Unwatched:
-    def points(self, step: Step, points: object) -> None:
-        """Nobody watches."""
 
 
 def test_noise_alone_between_two_models_is_told_from_everything_else() -> None:
