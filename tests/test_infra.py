@@ -48,23 +48,23 @@ def test_the_launcher_file_is_valid() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "value"),
+    ("path", "value", "message"),
     [
-        (("head_node_type",), "haed"),
-        (("max_wokers",), 3),
-        (("available_node_types", "gpu", "min_workers"), 99),
-        (("available_node_types", "gpu", "min_wokers"), 1),
-        (("provider", "type"), None),
+        (("head_node_type",), "haed", "head_node_type"),
+        (("max_wokers",), 3, "max_wokers"),
+        (("available_node_types", "gpu", "min_workers"), 99, "sum of `min_workers`"),
+        (("available_node_types", "gpu", "min_wokers"), 1, "min_wokers"),
+        (("provider", "type"), None, "node provider"),
     ],
     ids=["head type", "top-level key", "min above max", "node type key", "no provider"],
 )
-def test_mistakes_in_the_launcher_file_are_caught(path: tuple[str, ...], value: Any) -> None:
+def test_mistakes_in_the_launcher_file_are_caught(path: tuple[str, ...], value: Any, message: str) -> None:
     cluster = launcher()
     place = cluster
     for name in path[:-1]:
         place = place[name]
     place[path[-1]] = value
-    with pytest.raises((AssertionError, Exception)):
+    with pytest.raises(Exception, match=message):
         check_launcher(cluster)
 
 
