@@ -139,7 +139,7 @@ def _brief(error: BaseException) -> str:
     codes = [code for cause in _causes(error) if (code := _answer(cause)[1])]
     message = " ".join(str(error).split())
     named = codes[0] if codes else type(error).__name__
-    return named if not message or message == named else f"{named}: {message}"
+    return named if message in ("", "None", named) else f"{named}: {message}"
 
 
 def _answer(error: BaseException) -> tuple[int | None, str | None]:
