@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from pipeline.report import formatting as fmt
 from pipeline.report.data import CrosscoderReport, ReportData
-from pipeline.report.latents import Context, LatentCard, explanations, number_of, other_cards, visible
+from pipeline.report.latents import CardSources, Context, LatentCard, by_verdict, number_of, other_cards, visible
 from pipeline.report.palette import VERDICT_ROLES
 from pipeline.report.samples import Sample
 from pipeline.report.summary import planted_rows, steering_effects
@@ -50,17 +50,17 @@ class LatentTable(NamedTuple):
     """Shared, dead or beyond MAX_TABLE_ROWS."""
 
 
-def latent_table(data: ReportData, cards: Sequence[Sequence[LatentCard]]) -> LatentTable:
+def latent_table(data: ReportData, cards: Sequence[tuple[CardSources, Sequence[LatentCard]]]) -> LatentTable:
     """The embedded rows of all crosscoders: chat-specific first, then by the order of schema.Verdict.
 
-    `cards` are those on the page, by crosscoder; the cards of other latents are embedded with the rows.
+    `cards` are each crosscoder's sources and cards on the page; the cards of other latents are embedded with the rows.
     """
     total = sum(len(one.latents) for one in data.crosscoders if one.latents is not None)
     rows: list[_TableRow] = []
     embedded: dict[str, Any] = {}
-    for index, (crosscoder, shown) in enumerate(zip(data.crosscoders, cards, strict=True)):
-        others = other_cards(crosscoder, index, [card.latent for card in shown])
-        rows += _table_rows(crosscoder, index, [*shown, *others])
+    for crosscoder, (sources, shown) in zip(data.crosscoders, cards, strict=True):
+        others = other_cards(crosscoder, sources, [card.latent for card in shown])
+        rows += _table_rows(crosscoder, sources, [*shown, *others])
         embedded |= {card.anchor: _card_data(card) for card in others}
     rows = sorted(rows, key=lambda row: row.verdict)[:MAX_TABLE_ROWS]
     content = {
@@ -90,16 +90,15 @@ class _TableRow(NamedTuple):
     """In the order of TABLE_COLUMNS, four digits, None for NaN."""
 
 
-def _table_rows(crosscoder: CrosscoderReport, index: int, shown: Sequence[LatentCard]) -> list[_TableRow]:
+def _table_rows(crosscoder: CrosscoderReport, sources: CardSources, shown: Sequence[LatentCard]) -> list[_TableRow]:
     if crosscoder.latents is None:
         return []
     named = _named_behaviors(crosscoder)
     table = crosscoder.latents
-    explained = explanations(crosscoder)
+    explained = sources.explanations
     cards = {card.latent: card.anchor for card in shown}
     kept = table[~table["verdict"].isin([Verdict.SHARED, Verdict.DEAD]) | table["latent"].isin([*named, *cards])]
-    order = kept["verdict"].map({verdict: number for number, verdict in enumerate(Verdict.ALL)})
-    kept = kept.loc[order.sort_values(kind="stable").index[:MAX_TABLE_ROWS]]
+    kept = by_verdict(kept).head(MAX_TABLE_ROWS)
     intervals = [f"{name}_{end}" for name in ("nu_eps", "nu_r") for end in ("low", "high")]
     kept = kept.assign(
         **{
@@ -111,7 +110,7 @@ def _table_rows(crosscoder: CrosscoderReport, index: int, shown: Sequence[Latent
     values = [key for key, _, _ in TABLE_COLUMNS]
     return [
         _TableRow(
-            crosscoder=index,
+            crosscoder=sources.place,
             verdict=Verdict.ALL.index(str(row["verdict"])),
             is_confident=int(bool(row["is_confident"])),
             card=cards.get(int(row["latent"]), ""),

@@ -16,7 +16,7 @@ from pipeline.report import formatting as fmt
 from pipeline.report.data import CrosscoderReport
 from pipeline.report.palette import VERDICT_ROLES
 from pipeline.report.places import FREQUENCY_PREFIX, corpora_of
-from pipeline.report.samples import Sample, sample_groups
+from pipeline.report.samples import Sample, SampleGroup, sample_groups
 from pipeline.report.summary import CHAT_ONLY_VERDICTS, behaviors_by_latent, steering_effects
 from pipeline.schema import Verdict
 
@@ -84,37 +84,41 @@ def anchor(crosscoder_index: int, latent: int) -> str:
     return f"latent-{crosscoder_index}-{latent}"
 
 
-class _Sources(NamedTuple):
-    """What the cards of one crosscoder are made of, by latent."""
+class CardSources(NamedTuple):
+    """What the cards of one crosscoder are made of: read once from its tables, by latent."""
 
     place: int
     notes: Mapping[int, list[str]]
     explanations: Mapping[int, Explanation]
     contexts: Mapping[int, pd.DataFrame]
+    groups: Sequence[SampleGroup]
+    """Answers under steering, by behaviour."""
     samples: Mapping[int, list[Sample]]
+    """The first of these, by latent."""
     corpora: list[str]
 
 
-def _sources(crosscoder: CrosscoderReport, index: int) -> _Sources:
+def card_sources(crosscoder: CrosscoderReport, index: int) -> CardSources:
+    """The sources of the crosscoder at this position of the report."""
     examples = crosscoder.examples
     grouped = (
         {} if examples is None else {int(str(latent)): rows for latent, rows in examples.groupby("latent", sort=False)}
     )
+    groups = sample_groups(crosscoder)
     samples: dict[int, list[Sample]] = {}
-    for group in sample_groups(crosscoder):
+    for group in groups:
         samples.setdefault(group.latent, []).extend(group.samples[:MAX_CARD_SAMPLES])
     corpora = [] if crosscoder.latents is None else corpora_of(crosscoder.latents)
-    return _Sources(index, _behavior_notes(crosscoder), explanations(crosscoder), grouped, samples, corpora)
+    return CardSources(index, _behavior_notes(crosscoder), explanations(crosscoder), grouped, groups, samples, corpora)
 
 
-def latent_cards(crosscoder: CrosscoderReport, index: int) -> list[LatentCard]:
+def latent_cards(crosscoder: CrosscoderReport, sources: CardSources) -> list[LatentCard]:
     """Cards of the chat-specific latents that have contexts; of other chat-only ones where none is chat-specific.
 
     Order: those that find a planted behaviour, then confident ones, then by activation mass; at most MAX_CARDS.
     """
-    if crosscoder.latents is None or crosscoder.examples is None or crosscoder.examples.empty:
+    if crosscoder.latents is None or not sources.contexts:
         return []
-    sources = _sources(crosscoder, index)
     rows = crosscoder.latents[crosscoder.latents["latent"].isin(list(sources.contexts))]
     specific = rows[rows["verdict"] == Verdict.CHAT_SPECIFIC]
     rows = specific if len(specific) else rows[rows["verdict"].isin(CHAT_ONLY_VERDICTS)]
@@ -124,16 +128,19 @@ def latent_cards(crosscoder: CrosscoderReport, index: int) -> list[LatentCard]:
     return [_card(row, sources) for row in ranked.head(MAX_CARDS).to_dict("records")]
 
 
-def other_cards(crosscoder: CrosscoderReport, index: int, shown: Collection[int]) -> list[LatentCard]:
+def other_cards(crosscoder: CrosscoderReport, sources: CardSources, shown: Collection[int]) -> list[LatentCard]:
     """Cards of further latents with contexts or an explanation, by verdict, then index; at most MAX_OTHER_CARDS."""
     if crosscoder.latents is None:
         return []
-    sources = _sources(crosscoder, index)
     latents = (set(sources.contexts) | set(sources.explanations)) - set(shown)
     rows = crosscoder.latents[crosscoder.latents["latent"].isin(list(latents))]
+    return [_card(row, sources) for row in by_verdict(rows).head(MAX_OTHER_CARDS).to_dict("records")]
+
+
+def by_verdict(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of a latent table in the order of schema.Verdict, otherwise as they stand."""
     order = rows["verdict"].map({verdict: number for number, verdict in enumerate(Verdict.ALL)})
-    rows = rows.loc[order.sort_values(kind="stable").index[:MAX_OTHER_CARDS]]
-    return [_card(row, sources) for row in rows.to_dict("records")]
+    return rows.loc[order.sort_values(kind="stable").index]
 
 
 def explanations(crosscoder: CrosscoderReport) -> dict[int, Explanation]:
@@ -164,7 +171,7 @@ def _behavior_notes(crosscoder: CrosscoderReport) -> dict[int, list[str]]:
     return notes
 
 
-def _card(row: Mapping[object, object], sources: _Sources) -> LatentCard:
+def _card(row: Mapping[object, object], sources: CardSources) -> LatentCard:
     numbers = {str(name): number_of(value) for name, value in row.items()}
     latent, verdict = int(numbers["latent"]), str(row["verdict"])
     shares = [numbers[f"{place}_frac"] for place in ("template", "user", "assistant")]

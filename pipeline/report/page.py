@@ -22,11 +22,10 @@ from pipeline.report.data import CrosscoderReport, ReportData
 from pipeline.report.figures import Figure, figure_list
 from pipeline.report.headlines import Headline, headline
 from pipeline.report.latent_rows import latent_table
-from pipeline.report.latents import LatentCard, anchor, latent_cards, visible
+from pipeline.report.latents import CardSources, LatentCard, anchor, card_sources, latent_cards, visible
 from pipeline.report.lead import lead
 from pipeline.report.palette import VERDICT_ROLES, css_variables, series_colours
 from pipeline.report.places import num_template_latents
-from pipeline.report.samples import sample_groups
 from pipeline.report.summary import (
     CHAT_ONLY_VERDICTS,
     NO_SCORE,
@@ -91,6 +90,7 @@ class View(NamedTuple):
     headline: Headline
     counts: VerdictCounts | None
     segments: list[Segment]
+    sources: CardSources
     cards: list[LatentCard]
     owners: dict[str, int]
     """Live latents by class of Delta_norm; empty where latents were not analysed."""
@@ -115,7 +115,7 @@ def render(data: ReportData) -> str:
     script, style = _asset("report.js"), _asset("report.css")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     views = [_view(crosscoder, index, data) for index, crosscoder in enumerate(data.crosscoders)]
-    table = latent_table(data, [view.cards for view in views])
+    table = latent_table(data, [(view.sources, view.cards) for view in views])
     page = (
         _environment()
         .get_template("report.html")
@@ -129,7 +129,7 @@ def render(data: ReportData) -> str:
             lead=lead(data),
             verdict_rows=verdict_table(data),
             outcomes=_outcomes(views),
-            samples=[group for view in views for group in sample_groups(view.report)],
+            samples=[group for view in views for group in view.sources.groups],
             figures=_figures_by_section(figure_list(data)),
             table=table,
             table_json=Markup(table.json),
@@ -182,6 +182,7 @@ def _is_empty(table: Sequence[object]) -> bool:
 
 def _view(crosscoder: CrosscoderReport, index: int, data: ReportData) -> View:
     counts = None if crosscoder.latents is None else verdict_counts(crosscoder.latents)
+    sources = card_sources(crosscoder, index)
     return View(
         place=index,
         report=crosscoder,
@@ -189,7 +190,8 @@ def _view(crosscoder: CrosscoderReport, index: int, data: ReportData) -> View:
         headline=headline(crosscoder),
         counts=counts,
         segments=[] if counts is None else _segments(counts),
-        cards=latent_cards(crosscoder, index),
+        sources=sources,
+        cards=latent_cards(crosscoder, sources),
         owners={} if crosscoder.latents is None else _owners(crosscoder.latents),
         half_way=half_way(crosscoder.causality_curve),
         differences=_differences(crosscoder.causality_differences),

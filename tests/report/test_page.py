@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline.report.data import ReportData
+from pipeline.report.data import CrosscoderReport, ReportData
 from pipeline.report.headlines import does_sentences
 from pipeline.report.latent_rows import MAX_TABLE_ROWS, script_json
-from pipeline.report.latents import latent_cards, visible
+from pipeline.report.latents import LatentCard, card_sources, latent_cards, visible
 from pipeline.report.lead import lead
 from pipeline.report.page import SECTIONS, flat_settings, render
 from pipeline.report.summary import verdict_counts
@@ -81,6 +81,10 @@ def embedded(page: str) -> dict[str, list[object]]:
     assert found is not None
     content: dict[str, list[object]] = json.loads(found[1])
     return content
+
+
+def cards_of(crosscoder: CrosscoderReport, index: int) -> list[LatentCard]:
+    return latent_cards(crosscoder, card_sources(crosscoder, index))
 
 
 def text_of(page: str) -> str:
@@ -209,7 +213,7 @@ def test_a_run_without_crosscoders_says_so(report: ReportData) -> None:
 
 
 def test_cards_put_planted_finders_first_and_scale_opacity_by_the_strongest(report: ReportData) -> None:
-    cards = latent_cards(report.crosscoders[1], 1)
+    cards = cards_of(report.crosscoders[1], 1)
     assert all(card.verdict == Verdict.CHAT_SPECIFIC for card in cards)
     assert all(card.behaviors for card in cards[:4])
     assert not any(card.behaviors for card in cards[4:])
@@ -222,7 +226,7 @@ def test_cards_fall_back_to_other_chat_only_latents(report: ReportData) -> None:
     one = report.crosscoders[0]
     assert one.latents is not None
     latents = one.latents.assign(verdict=one.latents["verdict"].replace(Verdict.CHAT_SPECIFIC, Verdict.UNDECIDED))
-    cards = latent_cards(dataclasses.replace(one, latents=latents), 0)
+    cards = cards_of(dataclasses.replace(one, latents=latents), 0)
     assert cards
     assert {card.verdict for card in cards} == {Verdict.UNDECIDED}
 
@@ -329,6 +333,6 @@ def test_twins_and_the_ratio_that_decides_stand_on_the_card(report: ReportData) 
     assert one.latents is not None
     latents = one.latents.assign(twin=5, twin_cosine=0.94, twin_divergence=0.31, decoder_norm_base=0.0)
     latents = latents.assign(nu_act_centred=0.12, nu_act_centred_low=0.1, nu_act_centred_high=0.2)
-    facts = dict(latent_cards(dataclasses.replace(one, latents=latents), 1)[0].facts)
+    facts = dict(cards_of(dataclasses.replace(one, latents=latents), 1)[0].facts)
     assert facts["twin"] == "5, cosine 0.94, divergence 0.31"
     assert facts["nu_act, centred"] == "0.12 [0.10, 0.20]"
