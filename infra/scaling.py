@@ -40,7 +40,7 @@ class Constants(NamedTuple):
     driver_seconds_per_shard: float = 0.008
     """Of the driver for one result of a worker: measured (workloads/benchmarks/driver_items.py, 1,220 results)."""
     start_seconds: float = 30.0
-    """Cluster joined, pools started, Ray Train started: measured about 5 + 5 + 12 s, rounded up."""
+    """Cluster joined, pools started, Ray Train started: measured about 5 + 6 + 14 s, rounded up."""
 
 
 class Pair(NamedTuple):

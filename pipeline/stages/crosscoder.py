@@ -41,6 +41,13 @@ CURVES_NAME = "curves.parquet"
 _STATE_NAME = "state.pt"
 _CPU_FRAC = 0.75
 """Of the cluster's CPUs for the ranks where nothing else is asked; the rest is for Ray's own processes."""
+KEEP_FREED_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+}
+"""For glibc in the ranks: a step frees and takes blocks of the same few MB over and over, which would go back to the
+kernel each time; the fresh pages cost more than the arithmetic on them (workloads/benchmarks/workers_notes.md)."""
 CHECKPOINTS = "training"
 """Folder of the storage root for checkpoints; removed when their crosscoders are published."""
 
@@ -156,6 +163,7 @@ def _fit(job: Mapping[str, Any], group: str, storage: Storage, dataset: Any | No
             storage_path=parent,
             failure_config=FailureConfig(max_failures=resources.max_restarts),
             checkpoint_config=CheckpointConfig(num_to_keep=resources.checkpoints_kept),
+            worker_runtime_env={} if resources.gpus else {"env_vars": KEEP_FREED_MEMORY},
         ),
         datasets={"train": dataset} if dataset is not None else None,
         dataset_config=stream_config(data=resources.data, latent=resources.latent) if dataset is not None else None,

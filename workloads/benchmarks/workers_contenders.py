@@ -1,0 +1,198 @@
+"""The contenders of the workers benchmark, each run in a process of its own: `workers.py` starts them.
+
+Two are the pipeline's own stages on a fresh local Ray cluster of two CPUs. Their throughput is taken where the work is
+done, so that start-up is not in it: shards by the extraction worker's own clock, training steps by the time stamps of
+the curve. The others are the same code without Ray and without any exchange, for a fixed time: what the machine gives
+to one process, and to two at once.
+"""
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import cluster
+from pipeline.sections.data import ActivationsSection
+from pipeline.stages import activations, crosscoder
+from pipeline.stages.extraction import Extractor
+from pipeline.stages.tables import read_table
+from pipeline.stages.tokens import INDEX_NAME
+from pipeline.store import ActivationStore
+from pipeline.training_rows import ReadOptions, TrainingRows
+from workloads.benchmarks.processes import Watch
+from workloads.benchmarks.staged import Stage, stage_of
+
+_TIMES = "times"
+"""Folder of the storage root where workers leave their clocks."""
+
+
+class TimedShard(activations.ExtractShard):
+    """The extraction worker, and when it was built and busy."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.built = time.time()
+
+    def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        """A shard, its times beside it."""
+        began = time.time()
+        description = super().__call__(item)
+        times = {"worker": f"{id(self)}-{self.built}", "built": self.built, "began": began, "ended": time.time()}
+        self.storage.write_json(f"{_TIMES}/{item['name']}.json", {**times, "tokens": description["num_tokens"]})
+        return description
+
+
+def own_rates(shards: list[dict[str, Any]]) -> dict[str, float]:
+    """Tokens per second of every worker together, each from the end of its first shard to the end of its last.
+
+    The first shard of a worker holds the loading of the models and their check. Idle time between shards counts.
+    """
+    by_worker = defaultdict(list)
+    for shard in shards:
+        by_worker[shard["worker"]].append(shard)
+    rate = 0.0
+    for own in by_worker.values():
+        own.sort(key=lambda shard: shard["ended"])
+        if len(own) > 1:
+            rate += sum(shard["tokens"] for shard in own[1:]) / (own[-1]["ended"] - own[0]["ended"])
+    return {"rate": rate, "workers": len(by_worker)}
+
+
+def curve_rate(curve: list[dict[str, float]], batch_rows: int) -> dict[str, float]:
+    """Rows per second from the first to the last point of a curve, and when its first step began."""
+    first, last = curve[0], curve[-1]
+    seconds = (last["time_ms"] - first["time_ms"]) / 1000
+    per_step = seconds / (last["step"] - first["step"])
+    return {"rate": batch_rows / per_step, "first_step": first["time_ms"] / 1000 - first["step"] * per_step}
+
+
+def run_stage(path: Path, name: str, after: Callable[[Stage, float], dict[str, float]]) -> dict[str, Any]:
+    """One stage on a fresh cluster; its seconds and processor time by role, and what `after` finds."""
+    for module in ("ray.data", "ray.train.torch"):
+        import_module(module)  # seconds that are no part of the cluster's start
+    stage = stage_of(path, name)
+    began = time.time()
+    with cluster.connected(stage.config.resources.cluster, path.with_suffix(".log")):
+        connected = time.time()
+        with Watch() as watch:
+            stage.run()
+        ended = time.time()
+        found = {"ray_init": connected - began, "wall": ended - connected, **after(stage, connected)}
+    stage.context.storage.delete(stage.step.key.folder)
+    return {**found, "cpu": watch.cpu_seconds()}
+
+
+def run_extraction(path: Path) -> dict[str, Any]:
+    """The activations stage; `pool` is the time from its call until the first worker is built."""
+
+    def after(stage: Stage, called: float) -> dict[str, float]:
+        storage = stage.context.storage
+        shards = [storage.read_json(f"{_TIMES}/{name}") for name in storage.files(_TIMES)]
+        storage.delete(_TIMES)
+        tokens = sum(shard["tokens"] for shard in shards)
+        first_shards = min(shard["ended"] for shard in shards)
+        built = min(shard["built"] for shard in shards)
+        return {**own_rates(shards), "pool": built - called, "first_shard": first_shards - called, "items": tokens}
+
+    activations.ExtractShard = TimedShard  # type: ignore[misc]
+    return run_stage(path, activations.NAME, after)
+
+
+def run_training(path: Path) -> dict[str, Any]:
+    """The crosscoder stage; `pool` is the time from its call until the first step begins."""
+
+    def after(stage: Stage, called: float) -> dict[str, float]:
+        curve = read_table(stage.context.storage, f"{stage.step.key.folder}/{crosscoder.CURVES_NAME}").to_pylist()
+        training = stage.config.training
+        found = curve_rate(curve, training.batch_rows)
+        return {"rate": found["rate"], "pool": found["first_step"] - called, "items": training.num_rows}
+
+    return run_stage(path, crosscoder.NAME, after)
+
+
+def wait_for_start() -> None:
+    """Tell the benchmark that everything is loaded, and wait until all contenders are."""
+    print("ready", flush=True)
+    sys.stdin.readline()
+
+
+def bare_extraction(path: Path, seconds: float) -> dict[str, Any]:
+    """The extraction worker's own code in this process."""
+    torch.set_num_threads(1)
+    stage = stage_of(path, activations.NAME)
+    section, tokens = stage.step.section, stage.step.inputs["tokens"].key.folder
+    assert isinstance(section, ActivationsSection)
+    index = read_table(stage.context.storage, f"{tokens}/{INDEX_NAME}")
+    extractor = Extractor(
+        stage.context.storage,
+        tokens,
+        section=section,
+        loading=stage.step.extra["loading"],
+        corpora=sorted(set(index["corpus"].to_pylist())),
+        max_rejected=0,
+    )
+    plan = activations.plan_shards(index, section.rows_per_shard)
+    worker = activations.ExtractShard(stage.context.storage, f"bare-{time.time_ns()}", extractor)
+    worker(plan[0])
+    wait_for_start()
+    began, done, number = time.monotonic(), 0, 0
+    while time.monotonic() - began < seconds:
+        number += 1
+        done += worker(plan[number % len(plan)])["num_tokens"]
+    seconds = time.monotonic() - began
+    stage.context.storage.delete(worker.folder)
+    return {"rate": done / seconds}
+
+
+def bare_training(path: Path, seconds: float, *, rows_share: int = 1, latents_share: int = 1) -> dict[str, Any]:
+    """The training loop's own code in this process, on a share of the rows of a batch or of the latents."""
+    from dataclasses import replace
+
+    from pipeline.numerics.trainer import CrosscoderTrainer
+
+    torch.set_num_threads(1)
+    stage = stage_of(path, crosscoder.NAME)
+    store = ActivationStore(stage.context.storage, stage.step.inputs["activations"].key.folder)
+    training = stage.config.training
+    spec = crosscoder.spec_of(
+        stage.step.section,  # type: ignore[arg-type]
+        training,
+        stage.config.resources.training,
+        num_models=store.manifest.num_models,
+        activation_dim=store.manifest.activation_dim,
+    )
+    # Half the latents keep half the pairs, as the ranks of a mesh do together.
+    spec = replace(spec, num_latents=spec.num_latents // latents_share, k=max(1, (spec.k or 1) // latents_share))
+    rows = TrainingRows(
+        store,
+        seed=0,
+        batch_rows=training.batch_rows,
+        rank=0,
+        num_ranks=rows_share,
+        options=ReadOptions(dtype=torch.float32),
+    )
+    trainer = CrosscoderTrainer(spec)
+    batches = rows.batches(0, spec.num_steps)
+    for _ in range(2):
+        trainer.step(next(batches))
+    wait_for_start()
+    began, done = time.monotonic(), 0
+    for x_BMD in batches:
+        trainer.step(x_BMD)
+        done += len(x_BMD)
+        if time.monotonic() - began >= seconds:
+            break
+    return {"rate": done / (time.monotonic() - began)}
+
+
+def make_stages(path: Path, names: list[str]) -> dict[str, Any]:
+    """What the measured stage reads; no contender."""
+    with cluster.connected(stage_of(path, names[0]).config.resources.cluster, path.with_suffix(".log")):
+        for name in names:
+            stage_of(path, name).run()
+    return {}
