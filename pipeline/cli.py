@@ -6,6 +6,7 @@ found faults (one line each), 1 anything else.
 
 import argparse
 import os
+import select
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -29,13 +30,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     _quieten()
     try:
-        return int(_COMMANDS[parsed.command](parsed))
+        code = int(_COMMANDS[parsed.command](parsed))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _is_output_closed():
+            raise
+        return 1
     except CrossrayError as error:
         print(f"crossray: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("crossray: interrupted; run the same command to continue", file=sys.stderr)
         return 1
+
+
+def _is_output_closed() -> bool:
+    """True where whoever read standard output, like `head`, has left; then nothing more is written to it."""
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # the interpreter flushes once more at its end
+    return True
 
 
 def _parser() -> argparse.ArgumentParser:
