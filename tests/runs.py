@@ -142,6 +142,13 @@ def checksums(root: Path, stage: str) -> dict[str, Any]:
     }
 
 
+def assert_same(root: Path, reference: Path, *stages: str) -> None:
+    """What was made for these stages has the reference's bytes; the reference may hold more, of other runs."""
+    for stage in stages:
+        ours = checksums(root, stage)
+        assert ours and ours.items() <= checksums(reference, stage).items(), stage
+
+
 @contextmanager
 def mounted(folder: Path, size: str) -> Iterator[Path]:
     """A real file system of some size at `folder`, for the length of the block; skips where nothing can be mounted."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import Finished, checksums, copied, make, run_file
+from runs import Finished, assert_same, copied, make, run_file
 
 from pipeline.config import load
 from pipeline.stages.merging import MergeTree
@@ -64,5 +64,4 @@ def test_the_number_of_workers_does_not_change_a_bit_of_the_tables(finished: Fin
     root = copied(finished, tmp_path, "organism", "corpus", "tokens", "activations", "crosscoder")
     config = load(run_file(tmp_path, str(root), resources={"analyses": {"workers": 1}}, tracking={"kind": "none"}))
     make(config, "latents", "causality")
-    for stage in ("latents", "examples", "planted", "controls", "causality"):
-        assert checksums(root, stage) == checksums(finished.root, stage), stage
+    assert_same(root, finished.root, "latents", "examples", "planted", "controls", "causality")
