@@ -36,11 +36,11 @@ from pipeline.storage import Storage
 
 START = {
     "start": 6.0,
-    "corpus": 5.0,
+    "corpus": 2.0,
     "tokens": 3.0,
     "activations": 9.0,
     "crosscoder": 12.0,
-    "measurements": 9.0,
+    "measurements": 2.5,
     "causality": 8.0,
     "steering": 9.0,
     "report": 1.0,
@@ -53,7 +53,7 @@ _TOKENS_PER_SECOND = 300_000.0
 """Of a fast tokenizer in one process, where the run's own is not on this machine."""
 _MASKING = 0.25
 """Share of the tokenizer's speed that is left when dialogues are rendered, masked and written too."""
-_ROW_PASSES = 4.0
+_ROW_PASSES = 2.0
 """Cost of the analyses of a validation row, in training steps' shares of a row: two passes and Latent Scaling."""
 _LOG_SECONDS = 0.004
 """Of one logged point: the metrics' wait for the device."""
