@@ -14,12 +14,16 @@ import pytest
 import s3fs
 from clusters import Nodes
 from playwright.sync_api import sync_playwright
-from runs import TINY, Finished, run_file
+from runs import TINY, run_file
 from servers import free_port
 
 from pipeline.config import load
 from pipeline.errors import InputError
 from pipeline.jobs import Jobs, pack
+from pipeline.stages.crosscoder import CURVES_NAME
+from pipeline.storage import Storage
+
+DEMO = str(Path(__file__).parent.parent / "workloads" / "demo.yaml")
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -103,8 +107,8 @@ def test_a_wrong_address_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.rare
-def test_a_submitted_run_gives_the_same_verdict_from_the_object_store(
-    finished: Finished,
+@pytest.mark.timeout(2400)  # the demo twice
+def test_the_demo_as_a_job_gives_the_local_verdict_from_the_object_store(
     services: dict[str, str],
     job_cluster: str,
     tmp_path: Path,
@@ -113,23 +117,31 @@ def test_a_submitted_run_gives_the_same_verdict_from_the_object_store(
 ) -> None:
     record_property("store", services["CROSSRAY_STORE"])
     record_property("database", services["CROSSRAY_DATABASE"])
+    local = (DEMO, "--set", f"storage.root={tmp_path}", "--set", "tracking.kind=none")
+    alone = command("run", *local)
+    assert alone.returncode == 0, alone.stderr[-3000:]
+
     for name, value in services.items():
         monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()  # another test's credentials
     root, server = "s3://crossray/jobs", services["MLFLOW_TRACKING_URI"]
-    path = run_file(tmp_path, root, tracking={"uri": server, "experiment": "jobs"})
-    done = command("submit", str(path), "--address", job_cluster, "--name", "one")
+    places = ("--set", f"storage.root={root}", "--set", f"tracking.uri={server}", "--set", "tracking.experiment=jobs")
+    done = command("submit", DEMO, *places, "--address", job_cluster, "--name", "one")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.startswith(f"job      one on {job_cluster}\n")
     assert "job      one SUCCEEDED" in done.stdout
     assert f"tracking: {server}/#/experiments/" in done.stdout
 
-    for name in ("latents l1", "latents batch_topk"):
-        table = pd.read_parquet(f"{root}/{finished.states[name].step.key.folder}/latents.parquet")
-        pd.testing.assert_frame_equal(table, finished.table(name, "latents.parquet"))
-    assert command("verify", str(path)).returncode == 0
+    assert verdict(done.stdout) == verdict(alone.stdout)
+    store = Storage(root)
+    for table in (path.relative_to(tmp_path) for path in tmp_path.rglob("*.parquet")):
+        if table.name != CURVES_NAME:  # which tell the time
+            pd.testing.assert_frame_equal(pd.read_parquet(f"{root}/{table}"), pd.read_parquet(tmp_path / table))
+    for record in (path.relative_to(tmp_path) for path in tmp_path.rglob("record.json")):
+        assert store.exists(str(record)), record
+    assert command("verify", DEMO, *places).returncode == 0
     _check_tracked(server, tmp_path)
-    _check_refusals(path, job_cluster)
+    _check_refusals(places, job_cluster)
 
     listed = command("status", "--address", job_cluster)
     assert {tuple(line.split()[:2]) for line in listed.stdout.splitlines()} == {
@@ -142,6 +154,15 @@ def test_a_submitted_run_gives_the_same_verdict_from_the_object_store(
     assert stopped.stdout == "one: had ended already; run it again to continue\n"
     missing = command("logs", "nope", "--address", job_cluster)
     assert missing.returncode == 2 and "expected the name of a job, got 'nope'" in missing.stderr
+
+
+def verdict(output: str) -> list[str]:
+    """The lines of the verdict's two tables."""
+    lines = output.splitlines()
+    (first,) = [number for number, line in enumerate(lines) if line.startswith("demo: ")]
+    (last,) = [number for number, line in enumerate(lines) if line.startswith("report ")]
+    assert last - first > 15
+    return lines[first:last]
 
 
 def _check_tracked(server: str, folder: Path) -> None:
@@ -164,20 +185,20 @@ def _check_tracked(server: str, folder: Path) -> None:
     with sync_playwright() as playwright:
         page = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page()
         page.goto(f"{server}/#/experiments/{experiment.experiment_id}/runs/{parent.info.run_id}")
-        page.get_by_text("tiny", exact=True).first.wait_for(timeout=60_000)
+        page.get_by_text("demo", exact=True).first.wait_for(timeout=60_000)
         page.screenshot(path=folder / "mlflow.png")
         page.context.browser.close()  # type: ignore[union-attr]
     assert (folder / "mlflow.png").stat().st_size > 20_000
 
 
-def _check_refusals(path: Path, address: str) -> None:
-    again = command("submit", str(path), "--address", address, "--name", "one")
+def _check_refusals(places: tuple[str, ...], address: str) -> None:
+    again = command("submit", DEMO, *places, "--address", address, "--name", "one")
     assert again.returncode == 2 and "--name: expected a new name, got 'one', which is taken" in again.stderr
-    asked = command("submit", str(path), "--address", address, "--env", "AWS_SECRET_ACCESS_KEY=x")
+    asked = command("submit", DEMO, *places, "--address", address, "--env", "AWS_SECRET_ACCESS_KEY=x")
     assert asked.returncode == 2 and "a job's environment is readable in the dashboard" in asked.stderr
     unable = command(
-        *("submit", str(path), "--address", address, "--name", "gpus", "--set", "resources.extraction.gpus=1"),
-        *("--set", "activations.layer=1"),
+        *("submit", DEMO, *places, "--address", address, "--name", "gpus"),
+        *("--set", "resources.extraction.gpus=1", "--set", "activations.layer=1"),
     )
     assert unable.returncode == 2
     assert unable.stderr.startswith(
