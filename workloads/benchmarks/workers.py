@@ -59,6 +59,14 @@ class Contender(NamedTuple):
     """Whether the rates of the processes add up; latent ranks work on the same rows."""
 
 
+MESHES: dict[str, dict[str, Any]] = {
+    "1 rank": {"data": 1, "latent": 1},
+    "2 data ranks": {"data": 2, "latent": 1},
+    "2 latent ranks": {"data": 1, "latent": 2},
+}
+"""Ways to train, by contender."""
+
+
 def contenders(case: Case) -> dict[str, list[Contender]]:
     """By part; the first of a part is what the others are compared with, bare ones with the first bare one."""
     seconds = {"seconds": case.bare_seconds}
@@ -70,14 +78,12 @@ def contenders(case: Case) -> dict[str, list[Contender]]:
             Contender("bare: 2 processes", "bare_extraction", "extraction-1", 2, seconds),
         ],
         "training": [
-            Contender("1 rank", "run_training", "training-1-1"),
-            Contender("2 data ranks", "run_training", "training-2-1"),
-            Contender("2 latent ranks", "run_training", "training-1-2"),
-            Contender("bare: 1 process", "bare_training", "training-1-1", 1, seconds),
-            Contender("bare: 2 processes", "bare_training", "training-1-1", 2, seconds),
-            Contender("bare: 2, half the rows", "bare_training", "training-1-1", 2, {**seconds, "rows_share": 2}),
+            *(Contender(name, "run_training", name) for name in MESHES),
+            Contender("bare: 1 process", "bare_training", "1 rank", 1, seconds),
+            Contender("bare: 2 processes", "bare_training", "1 rank", 2, seconds),
+            Contender("bare: 2, half the rows", "bare_training", "1 rank", 2, {**seconds, "rows_share": 2}),
             Contender(
-                "bare: 2, half the latents", "bare_training", "training-1-1", 2, {**seconds, "latents_share": 2}, False
+                "bare: 2, half the latents", "bare_training", "1 rank", 2, {**seconds, "latents_share": 2}, False
             ),
         ],
     }
@@ -100,10 +106,9 @@ def prepare(folder: Path, case: Case, parts: Sequence[str]) -> dict[str, Path]:
         in_process("make_stages", files["extraction-1"], {"names": ["corpus", "tokens"]})
     if "training" in parts:
         build_inputs(folder / "training", width=case.training_width, copies=case.copies)
-        for data, latent in ((1, 1), (2, 1), (1, 2)):
-            name = f"training-{data}-{latent}"
+        for name, ranks in MESHES.items():
             sparsity = {"kind": "batch_topk", "k": case.k}
-            training = {"data": data, "latent": latent, "cpus": 1, "checkpoint_every_steps": 1_000_000}
+            training = {**ranks, "cpus": 1, "checkpoint_every_steps": 1_000_000}
             settings = {
                 "tokens": {"num_tokens": case.stored_rows},
                 "activations": {"layer": 1, "rows_per_shard": max(1, case.stored_rows // 4)},
@@ -111,8 +116,9 @@ def prepare(folder: Path, case: Case, parts: Sequence[str]) -> dict[str, Path]:
                 "training": {"batch_rows": case.batch_rows, "num_rows": case.steps * case.batch_rows},
                 "resources": {**resources, "training": training},
             }
-            files[name] = write_run_file(folder / "training", name, settings)
-        in_process("make_stages", files["training-1-1"], {"names": ["corpus", "tokens", "activations"]})
+            file = name.replace(",", "").replace(" ", "-")
+            files[name] = write_run_file(folder / "training", file, settings)
+        in_process("make_stages", files["1 rank"], {"names": ["corpus", "tokens", "activations"]})
     return files
 
 
@@ -161,8 +167,14 @@ def reading_of(contender: Contender, files: dict[str, Path]) -> dict[str, Any]:
     return {**found[0], "rate": sum(rates) if contender.adds_up else sum(rates) / len(rates)}
 
 
-def run(case: Case, parts: Sequence[str], repeats: int, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Every reading by part and contender; printed at the end of every part."""
+def run(
+    case: Case,
+    parts: Sequence[str],
+    repeats: int,
+    say: Callable[[str], None] = print,
+    only: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Every reading by part and contender, of all or of those named `only`; printed at the end of every part."""
     readings: dict[str, dict[str, list[dict[str, Any]]]] = {}
     with tempfile.TemporaryDirectory(prefix="crossray-workers-") as name:
         files = prepare(Path(name), case, parts)
@@ -170,6 +182,8 @@ def run(case: Case, parts: Sequence[str], repeats: int, say: Callable[[str], Non
             own = readings[part] = defaultdict(list)
             for number in range(repeats):
                 for contender in contenders(case)[part]:
+                    if only is not None and contender.name not in only:
+                        continue
                     own[contender.name].append(reading_of(contender, files))
                     say(f"{part}, round {number + 1}: {contender.name} {own[contender.name][-1]['rate']:.1f}/s")
             say(table(part, own))
@@ -190,7 +204,7 @@ def ratio(readings: dict[str, list[dict[str, Any]]], name: str, to: str) -> floa
 def table(part: str, readings: dict[str, list[dict[str, Any]]]) -> str:
     """Medians over the rounds, as Markdown."""
     unit = {"extraction": "tokens", "training": "rows"}[part]
-    first, bare = (next(name for name in readings if name.startswith("bare") == is_bare) for is_bare in (False, True))
+    first, bare = (next((n for n in readings if n.startswith("bare") == is_bare), "") for is_bare in (False, True))
     lines = [
         f"\n| {part} | {unit}/s | ratio | ray.init | until the first {'call' if part == 'extraction' else 'step'} "
         f"| wall clock | {unit}/s with start-up | processor seconds: {', '.join(ROLES)} |",
@@ -213,11 +227,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=("extraction", "training"), default=["extraction", "training"])
     parser.add_argument("--repeats", type=int, default=3)
+    names = sorted({contender.name for part in contenders(Case()).values() for contender in part})
+    parser.add_argument("--only", nargs="+", choices=names, help="of a part; the first is what others are compared to")
     for name, default in Case._field_defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     given = vars(parser.parse_args())
-    parts, repeats = given.pop("parts"), given.pop("repeats")
-    run(Case(**given), parts, repeats, lambda line: print(line, flush=True))
+    parts, repeats, only = given.pop("parts"), given.pop("repeats"), given.pop("only")
+    run(Case(**given), parts, repeats, lambda line: print(line, flush=True), only)
 
 
 if __name__ == "__main__":
