@@ -37,6 +37,12 @@ def test_ratios_are_taken_within_rounds_and_bare_contenders_have_their_own_yards
     assert "| bare: 2 processes | 9 | 1.80 |" in table
 
 
+def test_contenders_are_chosen_by_name() -> None:
+    chosen = workers.contenders(workers.Case(), ["2 workers", "bare: 2 processes"])
+    names = {part: [contender.name for contender in own] for part, own in chosen.items()}
+    assert names == {"extraction": ["2 workers", "bare: 2 processes"], "training": ["bare: 2 processes"]}
+
+
 def test_the_processor_time_and_memory_of_a_child_process_are_seen() -> None:
     code = "import time; held = bytearray(b'1') * 50_000_000; end = time.process_time() + 0.3\n"
     code += "while time.process_time() < end: pass\n"
@@ -55,7 +61,7 @@ def test_the_processor_time_and_memory_of_a_child_process_are_seen() -> None:
 
 @pytest.mark.rare
 @pytest.mark.ray
-def test_stages_and_bare_processes_give_readings_at_a_tiny_size() -> None:
+def test_every_contender_gives_a_reading_at_a_tiny_size() -> None:
     case = workers.Case(
         extraction_width=32,
         layers=2,
@@ -71,10 +77,9 @@ def test_stages_and_bare_processes_give_readings_at_a_tiny_size() -> None:
         copies=1,
     )
     said: list[str] = []
-    only = ("2 workers", "bare: 2 processes", "2 latent ranks")
-    readings = workers.run(case, ("extraction", "training"), 1, said.append, only)
-    assert {name for own in readings.values() for name in own} == set(only)
-    for own in readings.values():
+    readings = workers.run(case, ("extraction", "training"), 1, said.append)
+    for part, own in readings.items():
+        assert list(own) == [contender.name for contender in workers.contenders(case)[part]]
         for name, (reading,) in own.items():
             assert reading["rate"] > 0, name
             if not name.startswith("bare"):

@@ -59,18 +59,13 @@ class Contender(NamedTuple):
     """Whether the rates of the processes add up; latent ranks work on the same rows."""
 
 
-MESHES: dict[str, dict[str, Any]] = {
-    "1 rank": {"data": 1, "latent": 1},
-    "2 data ranks": {"data": 2, "latent": 1},
-    "2 latent ranks": {"data": 1, "latent": 2},
-}
-"""Ways to train, by contender."""
+def contenders(case: Case, only: Sequence[str] | None = None) -> dict[str, list[Contender]]:
+    """By part, all or those named `only`.
 
-
-def contenders(case: Case) -> dict[str, list[Contender]]:
-    """By part; the first of a part is what the others are compared with, bare ones with the first bare one."""
+    The first of a part is what the others are compared with, bare ones with the first bare one.
+    """
     seconds = {"seconds": case.bare_seconds}
-    return {
+    every = {
         "extraction": [
             Contender("1 worker", "run_extraction", "extraction-1"),
             Contender("2 workers", "run_extraction", "extraction-2"),
@@ -78,15 +73,18 @@ def contenders(case: Case) -> dict[str, list[Contender]]:
             Contender("bare: 2 processes", "bare_extraction", "extraction-1", 2, seconds),
         ],
         "training": [
-            *(Contender(name, "run_training", name) for name in MESHES),
-            Contender("bare: 1 process", "bare_training", "1 rank", 1, seconds),
-            Contender("bare: 2 processes", "bare_training", "1 rank", 2, seconds),
-            Contender("bare: 2, half the rows", "bare_training", "1 rank", 2, {**seconds, "rows_share": 2}),
+            Contender("1 rank", "run_training", "training-1-1"),
+            Contender("2 data ranks", "run_training", "training-2-1"),
+            Contender("2 latent ranks", "run_training", "training-1-2"),
+            Contender("bare: 1 process", "bare_training", "training-1-1", 1, seconds),
+            Contender("bare: 2 processes", "bare_training", "training-1-1", 2, seconds),
+            Contender("bare: 2, half the rows", "bare_training", "training-1-1", 2, {**seconds, "rows_share": 2}),
             Contender(
-                "bare: 2, half the latents", "bare_training", "1 rank", 2, {**seconds, "latents_share": 2}, False
+                "bare: 2, half the latents", "bare_training", "training-1-1", 2, {**seconds, "latents_share": 2}, False
             ),
         ],
     }
+    return {part: [own for own in of_part if only is None or own.name in only] for part, of_part in every.items()}
 
 
 def prepare(folder: Path, case: Case, parts: Sequence[str]) -> dict[str, Path]:
@@ -106,9 +104,10 @@ def prepare(folder: Path, case: Case, parts: Sequence[str]) -> dict[str, Path]:
         in_process("make_stages", files["extraction-1"], {"names": ["corpus", "tokens"]})
     if "training" in parts:
         build_inputs(folder / "training", width=case.training_width, copies=case.copies)
-        for name, ranks in MESHES.items():
+        for data, latent in ((1, 1), (2, 1), (1, 2)):
+            name = f"training-{data}-{latent}"
             sparsity = {"kind": "batch_topk", "k": case.k}
-            training = {**ranks, "cpus": 1, "checkpoint_every_steps": 1_000_000}
+            training = {"data": data, "latent": latent, "cpus": 1, "checkpoint_every_steps": 1_000_000}
             settings = {
                 "tokens": {"num_tokens": case.stored_rows},
                 "activations": {"layer": 1, "rows_per_shard": max(1, case.stored_rows // 4)},
@@ -116,9 +115,8 @@ def prepare(folder: Path, case: Case, parts: Sequence[str]) -> dict[str, Path]:
                 "training": {"batch_rows": case.batch_rows, "num_rows": case.steps * case.batch_rows},
                 "resources": {**resources, "training": training},
             }
-            file = name.replace(",", "").replace(" ", "-")
-            files[name] = write_run_file(folder / "training", file, settings)
-        in_process("make_stages", files["1 rank"], {"names": ["corpus", "tokens", "activations"]})
+            files[name] = write_run_file(folder / "training", name, settings)
+        in_process("make_stages", files["training-1-1"], {"names": ["corpus", "tokens", "activations"]})
     return files
 
 
@@ -181,9 +179,7 @@ def run(
         for part in parts:
             own = readings[part] = defaultdict(list)
             for number in range(repeats):
-                for contender in contenders(case)[part]:
-                    if only is not None and contender.name not in only:
-                        continue
+                for contender in contenders(case, only)[part]:
                     own[contender.name].append(reading_of(contender, files))
                     say(f"{part}, round {number + 1}: {contender.name} {own[contender.name][-1]['rate']:.1f}/s")
             say(table(part, own))
