@@ -3,9 +3,8 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import mlflow
@@ -15,6 +14,7 @@ import s3fs
 from clusters import Nodes
 from playwright.sync_api import sync_playwright
 from runs import TINY, run_file
+from runs import command as command_in
 from servers import free_port
 
 from pipeline.config import load
@@ -23,17 +23,9 @@ from pipeline.jobs import Jobs, pack
 from pipeline.stages.crosscoder import CURVES_NAME
 from pipeline.storage import Storage
 
-DEMO = str(Path(__file__).parent.parent / "workloads" / "demo.yaml")
-
-
-def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pipeline", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        cwd=Path(__file__).parent.parent,
-    )
+ROOT = Path(__file__).parent.parent
+DEMO = str(ROOT / "workloads" / "demo.yaml")
+command = partial(command_in, cwd=ROOT)
 
 
 @pytest.fixture
@@ -117,8 +109,7 @@ def test_the_demo_as_a_job_gives_the_local_verdict_from_the_object_store(
 ) -> None:
     record_property("store", services["CROSSRAY_STORE"])
     record_property("database", services["CROSSRAY_DATABASE"])
-    local = (DEMO, "--set", f"storage.root={tmp_path}", "--set", "tracking.kind=none")
-    alone = command("run", *local)
+    alone = command("run", DEMO, "--set", f"storage.root={tmp_path}", "--set", "tracking.kind=none")
     assert alone.returncode == 0, alone.stderr[-3000:]
 
     for name, value in services.items():
