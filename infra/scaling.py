@@ -33,7 +33,7 @@ class Constants(NamedTuple):
     step_factor: float = 1.41
     """A training step over its encoder product: measured on a CPU (step_notes.md, one thread)."""
     adam_bytes: int = 32
-    """Moved per parameter and step (pipeline/durations.py)."""
+    """Moved per parameter and step (pipeline/planning/times.py)."""
     pack_bytes_per_second: float = 0.55e9
     """Shards checked, hashed and written by one core: measured (store_notes.md)."""
     cores_per_gpu: int = 8

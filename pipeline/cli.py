@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 from pipeline.errors import CrossrayError, InputError
 
 if TYPE_CHECKING:
-    from pipeline.config import RunConfig
-    from pipeline.jobs import Jobs
-    from pipeline.progress import Console
+    from pipeline.cluster.jobs import Jobs
+    from pipeline.config.run_file import RunConfig
+    from pipeline.terminal import Console
 
 _DESCRIPTION = "Tells what fine-tuning changed inside a language model, and proves it."
 
@@ -109,7 +109,7 @@ def _add_address(command: argparse.ArgumentParser) -> None:
 
 
 def _config(parsed: argparse.Namespace) -> "RunConfig":
-    from pipeline.config import load
+    from pipeline.config.run_file import load
 
     return load(Path(parsed.file), parsed.set)
 
@@ -123,9 +123,9 @@ def _quieten() -> None:
 
 
 def _plan(parsed: argparse.Namespace) -> int:
-    from pipeline.estimate import estimate_text
-    from pipeline.runner import inspect
-    from pipeline.storage import Storage
+    from pipeline.planning.estimate import estimate_text
+    from pipeline.run.runner import inspect
+    from pipeline.storage.filesystem import Storage
 
     config = _config(parsed)
     storage = Storage(config.storage.root)
@@ -141,8 +141,8 @@ def _plan(parsed: argparse.Namespace) -> int:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from pipeline import runner
-    from pipeline.progress import format_seconds
+    from pipeline.run import runner
+    from pipeline.terminal import format_seconds
 
     config = _config(parsed)
     with _console() as console:
@@ -157,15 +157,15 @@ def _run(parsed: argparse.Namespace) -> int:
 @contextmanager
 def _console() -> Iterator["Console"]:
     """Progress on a copy of standard error: the original goes to a log file while Ray works (cluster.connected)."""
-    from pipeline.progress import Console
+    from pipeline.terminal import Console
 
     with os.fdopen(os.dup(2), "w") as terminal:
         yield Console(lambda text: print(text, end="", file=terminal, flush=True), is_terminal=terminal.isatty())
 
 
 def _report(parsed: argparse.Namespace) -> int:
-    from pipeline import runner
-    from pipeline.progress import SilentReporter
+    from pipeline.run import runner
+    from pipeline.terminal import SilentReporter
 
     outcome = runner.render(_config(parsed), SilentReporter())
     print(outcome.verdict)
@@ -174,10 +174,10 @@ def _report(parsed: argparse.Namespace) -> int:
 
 
 def _benchmark(parsed: argparse.Namespace) -> int:
-    from pipeline.config import load_as, read_tree
-    from pipeline.progress import format_seconds
-    from workloads.planted import benchmark, pair
-    from workloads.planted.settings import BenchmarkConfig
+    from pipeline.config.run_file import load_as, read_tree
+    from pipeline.planted import benchmark, pair
+    from pipeline.planted.settings import BenchmarkConfig
+    from pipeline.terminal import format_seconds
 
     path = Path(parsed.file)
     if "world" not in read_tree(path):
@@ -197,7 +197,7 @@ def _benchmark(parsed: argparse.Namespace) -> int:
 
 
 def _submit(parsed: argparse.Namespace) -> int:
-    from pipeline.jobs import Jobs
+    from pipeline.cluster.jobs import Jobs
 
     config = _config(parsed)
     environment = dict(_pair(text) for text in parsed.env)
@@ -231,7 +231,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _status(parsed: argparse.Namespace) -> int:
-    from pipeline.jobs import Jobs
+    from pipeline.cluster.jobs import Jobs
 
     jobs = Jobs(parsed.address)
     states = jobs.states(parsed.job)
@@ -245,7 +245,7 @@ def _status(parsed: argparse.Namespace) -> int:
 
 
 def _logs(parsed: argparse.Namespace) -> int:
-    from pipeline.jobs import Jobs
+    from pipeline.cluster.jobs import Jobs
 
     jobs = Jobs(parsed.address)
     if parsed.follow:
@@ -255,7 +255,7 @@ def _logs(parsed: argparse.Namespace) -> int:
 
 
 def _stop(parsed: argparse.Namespace) -> int:
-    from pipeline.jobs import Jobs
+    from pipeline.cluster.jobs import Jobs
 
     was_running = Jobs(parsed.address).stop(parsed.job)
     print(f"{parsed.job}: {'asked to end' if was_running else 'had ended already'}; run it again to continue")
@@ -263,10 +263,10 @@ def _stop(parsed: argparse.Namespace) -> int:
 
 
 def _verify(parsed: argparse.Namespace) -> int:
-    from pipeline.flow import build_flow
-    from pipeline.progress import Console
-    from pipeline.storage import Storage
-    from pipeline.verify import all_folders, verify
+    from pipeline.run.flow import build_flow
+    from pipeline.run.verify import all_folders, verify
+    from pipeline.storage.filesystem import Storage
+    from pipeline.terminal import Console
 
     if parsed.root is not None:
         storage = Storage(parsed.root)

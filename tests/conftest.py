@@ -20,8 +20,8 @@ os.environ.setdefault("HF_TOKEN", "hf_nobodys-token-4711")  # looked for afterwa
 from runs import Finished
 from servers import free_port, served
 
-from pipeline import cluster
-from pipeline.sections.how import ClusterSection
+from pipeline.cluster import connect as cluster
+from pipeline.config.resources import ClusterSection
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when it is first imported

@@ -5,15 +5,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.artifacts import ArtifactKey, artifact_key, write_record
-from pipeline.progress import SilentReporter
+from pipeline.run.verify import Verified, all_folders, verify
 from pipeline.schema import Flag
-from pipeline.shards import Rows, publish_shard
-from pipeline.stages.tables import TOKEN_SCHEMA, write_table
 from pipeline.stages.tokens import INDEX_NAME, INDEX_SCHEMA
-from pipeline.storage import Storage
-from pipeline.store import MANIFEST_NAME, Manifest, Shard
-from pipeline.verify import Verified, all_folders, verify
+from pipeline.storage.activation_store import MANIFEST_NAME, Manifest, Shard
+from pipeline.storage.artifacts import ArtifactKey, artifact_key, write_record
+from pipeline.storage.filesystem import Storage
+from pipeline.storage.shards import Rows, publish_shard
+from pipeline.storage.tables import TOKEN_SCHEMA, write_table
+from pipeline.terminal import SilentReporter
 
 LENGTHS = {11: 5, 12: 9, 13: 1, 14: 6, 15: 8, 16: 4}
 SPLITS = {doc_id: "validation" if doc_id > 14 else "train" for doc_id in LENGTHS}

@@ -16,14 +16,14 @@ import pandas as pd
 import pytest
 import yaml
 
-from pipeline import runner
-from pipeline.artifacts import Record
-from pipeline.config import RunConfig, load
-from pipeline.flow import build_flow
-from pipeline.progress import SilentReporter
+from pipeline.config.run_file import RunConfig, load
+from pipeline.run import runner
+from pipeline.run.flow import build_flow
 from pipeline.stages.base import Context, Step
-from pipeline.storage import Storage
-from pipeline.tracking import RecordingTracker
+from pipeline.storage.artifacts import Record
+from pipeline.storage.filesystem import Storage
+from pipeline.terminal import SilentReporter
+from pipeline.tracking.tracker import RecordingTracker
 
 TINY: dict[str, Any] = {
     "name": "tiny",

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from pipeline.cli import _parser
-from pipeline.config import RunConfig, load
-from pipeline.sections.data import ModelsSection
+from pipeline.config.data import ModelsSection
+from pipeline.config.run_file import RunConfig, load
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(path for path in ROOT.rglob("*.md") if not any(part.startswith(".") for part in path.parts))

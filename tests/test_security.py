@@ -13,10 +13,10 @@ import pytest
 from pydantic import BaseModel
 from runs import Finished, command
 
-from pipeline.cluster import use_token
-from pipeline.config import RunConfig, _sections_in
+from pipeline.cluster.connect import use_token
+from pipeline.config.run_file import RunConfig, _sections_in
 from pipeline.errors import InputError
-from pipeline.tracking_mlflow import MlflowTracker
+from pipeline.tracking.mlflow_tracker import MlflowTracker
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "pipeline").rglob("*.py"))

@@ -30,9 +30,9 @@ from pipeline.analyses.interventions import (
     shared_stream,
 )
 from pipeline.errors import InputError
+from pipeline.extraction.activations import RowOptions, kept_positions, pad_documents, plan_batches, within_norm_cap
+from pipeline.models.pair import ModelPair
 from pipeline.numerics.crosscoder import Crosscoder
-from pipeline.operators.activations import RowOptions, kept_positions, pad_documents, plan_batches, within_norm_cap
-from pipeline.operators.pair import ModelPair
 from pipeline.schema import BASE, CHAT, Flag
 
 Sums = dict[str, Tensor]

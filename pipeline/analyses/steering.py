@@ -25,10 +25,10 @@ from torch import Tensor
 
 from pipeline.analyses.steering_inputs import BehaviorPrompts, Direction
 from pipeline.errors import InputError
-from pipeline.operators.generation import Positions, Sampling, Steering
-from pipeline.operators.pair import ModelPair
-from pipeline.operators.tokenise import prompt_ids
+from pipeline.models.generation import Positions, Sampling, Steering
+from pipeline.models.pair import ModelPair
 from pipeline.schema import CHAT, MODEL_NAMES, STEERING_COLUMNS, STEERING_SAMPLE_COLUMNS
+from pipeline.text.tokenise import prompt_ids
 
 NONE, LATENT, RANDOM = "none", "latent", "random"
 """Values of the column `control`; an unsteered run's `positions` is NONE too."""

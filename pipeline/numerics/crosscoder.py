@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pipeline.numerics import sparsity
 from pipeline.numerics.codes import SparseCodes, concatenate, split_models
-from pipeline.numerics.kernels import Kernels, choose_kernels
+from pipeline.numerics.kernels.base import Kernels, choose_kernels
 from pipeline.numerics.parallel import Mesh
 from pipeline.numerics.selection import select_rows
 
@@ -264,19 +264,19 @@ class Crosscoder(nn.Module):
 
         Raises InputError for what cannot be read.
         """
-        from pipeline.formats import glue  # reading files is the format layer's work; numerics imports torch alone
+        from pipeline.checkpoints import conversion as glue
 
         return glue.load_crosscoder(source, revision=revision, subfolder=subfolder, activation_scale=activation_scale)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes model.safetensors and config.json in the published layout; see formats.glue."""
-        from pipeline.formats import glue
+        from pipeline.checkpoints import conversion as glue
 
         glue.save_crosscoder(self, folder)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
         """Uploads what `save_pretrained` writes; returns the address. See formats.glue."""
-        from pipeline.formats import glue
+        from pipeline.checkpoints import conversion as glue
 
         return glue.push_crosscoder(self, repo_id, private=private)
 

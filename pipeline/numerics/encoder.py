@@ -19,7 +19,7 @@ from pipeline.numerics import sparsity
 from pipeline.numerics.codes import SparseCodes, concatenate, pick
 from pipeline.numerics.crosscoder import row_candidates_selected
 from pipeline.numerics.gradients import Encoded, Parameters
-from pipeline.numerics.kernels import Kernels
+from pipeline.numerics.kernels.base import Kernels
 from pipeline.numerics.parallel import Mesh
 from pipeline.numerics.selection import is_enough, select_batch, select_batch_per_model, top_of_rows
 from pipeline.numerics.spec import CrosscoderSpec

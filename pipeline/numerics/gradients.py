@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.numerics import moments, sparsity
 from pipeline.numerics.codes import SparseCodes, concatenate, count_true, pick, split_models
-from pipeline.numerics.kernels import Kernels, LatentOrder, latent_order
+from pipeline.numerics.kernels.base import Kernels, LatentOrder, latent_order
 from pipeline.numerics.objective import Objective, auxiliary_loss, reconstruction_loss
 from pipeline.numerics.parallel import Mesh, Pending
 

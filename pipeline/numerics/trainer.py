@@ -20,13 +20,13 @@ from torch import Tensor
 
 from pipeline.numerics import moments, schedule
 from pipeline.numerics.adam import Adam, global_norm
+from pipeline.numerics.bad_rows import describe_bad_step
 from pipeline.numerics.crosscoder import Crosscoder, Normalisation, check_activations, check_normalisation
 from pipeline.numerics.encoder import TrainingEncoder, check_precision, matrix_products
-from pipeline.numerics.finite import describe_bad_step
 from pipeline.numerics.gradients import Losses, Parameters, Setting, sparse_gradients
 from pipeline.numerics.gradients_dense import Block, dense_gradients, merge_losses
 from pipeline.numerics.initial import initial_parameters
-from pipeline.numerics.kernels import choose_kernels
+from pipeline.numerics.kernels.base import choose_kernels
 from pipeline.numerics.objective import Objective, reconstruction_loss
 from pipeline.numerics.parallel import Mesh, check_equal_rows
 from pipeline.numerics.recipes import check_fixed_rows, explained, fixed_rows, published, seen, zero_fixed_rows

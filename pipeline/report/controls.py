@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from pipeline.analyses.control_columns import Control
 from pipeline.report import formatting as fmt
 from pipeline.report.svg import Axis, Box, Canvas, frame, legend, text_width
-from pipeline.schema_controls import Control
 
 ROW_HEIGHT = 20
 

@@ -12,7 +12,8 @@ from datetime import datetime
 
 import pandas as pd
 
-from pipeline import schema, schema_controls
+from pipeline import schema
+from pipeline.analyses import control_columns as schema_controls
 from pipeline.errors import ArtifactError
 
 CURVE_COLUMNS = ("step", "loss", "l0", "fve_base", "fve_chat", "dead_frac")

@@ -17,20 +17,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.artifacts import Record
+from pipeline.config.data import ActivationsSection
 from pipeline.errors import InputError
 from pipeline.numerics.moments import Moments
-from pipeline.progress import Progress
 from pipeline.schema import MODEL_NAMES, Split
-from pipeline.sections.data import ActivationsSection
-from pipeline.shards import publish_shard, summarise
 from pipeline.stages.base import Context, Pool, Step, run_pool, shown
-from pipeline.stages.extraction import REJECTED_NAME, Extractor, check_rejected, write_rejected
+from pipeline.stages.extractor import REJECTED_NAME, Extractor, check_rejected, write_rejected
 from pipeline.stages.models import Loading
-from pipeline.stages.tables import read_table
 from pipeline.stages.tokens import INDEX_NAME
-from pipeline.storage import Storage
-from pipeline.store import MANIFEST_NAME, Manifest, Shard, StoredMoments
+from pipeline.storage.activation_store import MANIFEST_NAME, Manifest, Shard, StoredMoments
+from pipeline.storage.artifacts import Record
+from pipeline.storage.filesystem import Storage
+from pipeline.storage.shards import publish_shard, summarise
+from pipeline.storage.tables import read_table
+from pipeline.terminal import Progress
 
 NAME = "activations"
 VERSION = 3

@@ -14,17 +14,17 @@ from typing import Any
 
 from pipeline.analyses.fidelity import Fidelity
 from pipeline.analyses.rows import analyse, document_slices, row_batch
-from pipeline.artifacts import Record, digest_of_path
+from pipeline.checkpoints.conversion import from_checkpoint
+from pipeline.checkpoints.layouts import PublishedCrosscoder
+from pipeline.checkpoints.published import find_files, read_published
+from pipeline.config.crosscoder import AdoptedCrosscoderSection
 from pipeline.errors import InputError
-from pipeline.formats.glue import from_checkpoint
-from pipeline.formats.layouts import PublishedCrosscoder
-from pipeline.formats.published import find_files, read_published
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.schema import MODEL_NAMES, Split
-from pipeline.sections.crosscoder import AdoptedCrosscoderSection
 from pipeline.stages.base import Context, Step
 from pipeline.stages.encoded_rows import shard_rows
-from pipeline.store import ActivationStore
+from pipeline.storage.activation_store import ActivationStore
+from pipeline.storage.artifacts import Record, digest_of_path
 
 VERSION = 1
 

@@ -2,7 +2,7 @@
 
 One step per crosscoder, after `examples`. Contexts are gathered first, by one task on the cluster, so that the number
 of requests and their expected size are said before the first is sent. Then latents are asked about side by side
-(autointerp_asking.py); a killed run asks nothing again that was answered. Requests leave from the machine that drives
+(interviews.py); a killed run asks nothing again that was answered. Requests leave from the machine that drives
 the run, and only from there.
 """
 
@@ -25,23 +25,23 @@ from pipeline.analyses.autointerp import (
 )
 from pipeline.analyses.autointerp_prompts import Cost, cost_text
 from pipeline.analyses.verdict import latents_with
-from pipeline.endpoint import Endpoint, EndpointOptions, read_key
+from pipeline.config.analyses import AutointerpSection
+from pipeline.config.resources import EndpointSection
 from pipeline.errors import InputError
-from pipeline.operators.loading import load_tokenizer
-from pipeline.operators.tokenise import token_texts
-from pipeline.progress import Progress
+from pipeline.models.endpoint import Endpoint, EndpointOptions, read_key
+from pipeline.models.loading import load_tokenizer
 from pipeline.schema import ANSWER_COLUMNS, AUTOINTERP_COLUMNS, InterpStatus, Split, Verdict
-from pipeline.sections.analyses import AutointerpSection
-from pipeline.sections.how import EndpointSection
-from pipeline.stages.autointerp_asking import Answers, Interview, control_all, interview_all, pending_cost
 from pipeline.stages.base import Context, Step, run_task, shown
 from pipeline.stages.crosscoder import fitted
 from pipeline.stages.encoded_rows import batches, shard_rows
+from pipeline.stages.interviews import Answers, Interview, control_all, interview_all, pending_cost
 from pipeline.stages.measurements import EXAMPLES_NAME, LATENTS_NAME
 from pipeline.stages.models import local_specs
-from pipeline.stages.tables import arrow_schema, read_table, write_frame
-from pipeline.storage import Storage
-from pipeline.store import ActivationStore
+from pipeline.storage.activation_store import ActivationStore
+from pipeline.storage.filesystem import Storage
+from pipeline.storage.tables import arrow_schema, read_table, write_frame
+from pipeline.terminal import Progress
+from pipeline.text.tokenise import token_texts
 
 NAME = "autointerp"
 VERSION = 1

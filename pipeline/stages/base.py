@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from pipeline import cluster
-from pipeline.artifacts import ArtifactKey, Record, read_record, write_record
+from pipeline.cluster import connect as cluster
+from pipeline.config.resources import ResourcesSection, WorkersSection
+from pipeline.config.section import Section
 from pipeline.errors import ArtifactError, CrossrayError, first_line
-from pipeline.progress import Progress, Reporter
-from pipeline.sections.base import Section
-from pipeline.sections.how import ResourcesSection, WorkersSection
-from pipeline.storage import Storage
-from pipeline.tracking import Point
+from pipeline.storage.artifacts import ArtifactKey, Record, read_record, write_record
+from pipeline.storage.filesystem import Storage
+from pipeline.terminal import Progress, Reporter
+from pipeline.tracking.tracker import Point
 
 if TYPE_CHECKING:
     import ray.data

@@ -12,14 +12,15 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from pipeline import cluster
 from pipeline.analyses.causal_tables import Bootstrap
 from pipeline.analyses.causality import Causality, causality_batches
 from pipeline.analyses.interventions import Intervention, candidate_latents, plan_curve, plan_interventions
 from pipeline.analyses.rows import sums_from_bytes, sums_to_bytes
+from pipeline.cluster import connect as cluster
+from pipeline.config.analyses import CausalitySection
+from pipeline.config.data import ActivationsSection
 from pipeline.errors import InputError
-from pipeline.operators.activations import RowOptions
-from pipeline.progress import Progress
+from pipeline.extraction.activations import RowOptions
 from pipeline.schema import (
     BASE,
     CAUSALITY_COLUMNS,
@@ -28,17 +29,16 @@ from pipeline.schema import (
     CHAT,
     Split,
 )
-from pipeline.sections.analyses import CausalitySection
-from pipeline.sections.data import ActivationsSection
 from pipeline.stages.base import Context, Pool, Step, run_pool, run_task, shown
 from pipeline.stages.crosscoder import fitted
-from pipeline.stages.extraction import read_rejected, read_token_rows, row_options
+from pipeline.stages.extractor import read_rejected, read_token_rows, row_options
 from pipeline.stages.measurements import LATENTS_NAME
 from pipeline.stages.models import Loading, load_pair
-from pipeline.stages.tables import arrow_schema, numbers_of, read_table, write_frame
 from pipeline.stages.tokens import INDEX_NAME
-from pipeline.storage import Storage
-from pipeline.store import ActivationStore
+from pipeline.storage.activation_store import ActivationStore
+from pipeline.storage.filesystem import Storage
+from pipeline.storage.tables import arrow_schema, numbers_of, read_table, write_frame
+from pipeline.terminal import Progress
 
 NAME = "causality"
 VERSION = 2

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.config.data import CorpusSection
 from pipeline.errors import InputError
-from pipeline.operators.documents import BEYOND_LIMIT, DUPLICATE, Document, document_id, read_documents, split_of
-from pipeline.operators.files import expand_paths
-from pipeline.progress import Progress
-from pipeline.sections.data import CorpusSection
 from pipeline.stages.base import Context, Pool, Step, run_pool, shown
-from pipeline.stages.tables import CORPUS_SCHEMA, read_table, write_table
-from pipeline.storage import Storage
+from pipeline.storage.filesystem import Storage
+from pipeline.storage.tables import CORPUS_SCHEMA, read_table, write_table
+from pipeline.terminal import Progress
+from pipeline.text.documents import BEYOND_LIMIT, DUPLICATE, Document, document_id, read_documents, split_of
+from pipeline.text.files import expand_paths
 
 NAME = "corpus"
 VERSION = 2

@@ -1,10 +1,10 @@
 """All missing crosscoders of a run, fitted in one Ray Train run from one read of the activations.
 
-The rows come from the store, or from extraction as it goes (stages.rows). Each rank reads its slice of every global
-batch and gives it to one trainer per crosscoder. Checkpoints (all trainers' states, the source's position and the
-curves so far) go to the storage root under a name made of the crosscoders' fingerprints, so a killed driver, a killed
-worker and a plain re-run all continue from the last one. A finished crosscoder is published in the published layout,
-with its curve.
+The rows come from the store, or from extraction as it goes (stages.training_rows). Each rank reads its slice of every
+global batch and gives it to one trainer per crosscoder. Checkpoints (all trainers' states, the source's position and
+the curves so far) go to the storage root under a name made of the crosscoders' fingerprints, so a killed driver, a
+killed worker and a plain re-run all continue from the last one. A finished crosscoder is published in the published
+layout, with its curve.
 """
 
 import tempfile
@@ -17,22 +17,22 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from pipeline import cluster
-from pipeline.artifacts import fingerprint_of
+from pipeline.cluster import connect as cluster
+from pipeline.config.crosscoder import CrosscoderSection, TrainingSection
+from pipeline.config.resources import TrainingResources
 from pipeline.errors import CrossrayError, InputError
 from pipeline.numerics.parallel import Mesh, make_mesh
 from pipeline.numerics.trainer import CrosscoderSpec, CrosscoderTrainer
-from pipeline.progress import Progress
 from pipeline.schema import TABLE_METADATA
-from pipeline.sections.crosscoder import CrosscoderSection, TrainingSection
-from pipeline.sections.how import TrainingResources
 from pipeline.stages.base import Context, Step, find_fault, shown
-from pipeline.stages.rows import RowSource, open_rows
 from pipeline.stages.stream import is_streamed, open_stream, place, publish_rejected, stream_config
-from pipeline.stages.tables import read_table, write_table
-from pipeline.storage import Storage
-from pipeline.store import ActivationStore, Manifest
-from pipeline.tracking import Point
+from pipeline.stages.training_rows import RowSource, open_rows
+from pipeline.storage.activation_store import ActivationStore, Manifest
+from pipeline.storage.artifacts import fingerprint_of
+from pipeline.storage.filesystem import Storage
+from pipeline.storage.tables import read_table, write_table
+from pipeline.terminal import Progress
+from pipeline.tracking.tracker import Point
 
 NAME = "crosscoder"
 VERSION = 1

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.analyses.rows import RowBatch, document_slices, row_batch
 from pipeline.schema import SHARD_TENSORS, Split
-from pipeline.store import ActivationStore, Shard
+from pipeline.storage.activation_store import ActivationStore, Shard
 
 _ROWS_PER_BATCH = 8192
 _MOST_CALLS = 64

@@ -15,17 +15,17 @@ import torch
 
 from pipeline.analyses.examples import contexts
 from pipeline.errors import ArtifactError
-from pipeline.operators.loading import load_tokenizer
-from pipeline.operators.tokenise import token_texts
-from pipeline.progress import Progress
+from pipeline.models.loading import load_tokenizer
 from pipeline.schema import EXAMPLE_COLUMNS
 from pipeline.stages.base import Context, Pool, run_pool, shown
 from pipeline.stages.crosscoder import fitted
 from pipeline.stages.encoded_rows import batches, shard_rows, validation_calls
 from pipeline.stages.models import ModelLocation, local_specs
-from pipeline.stages.tables import arrow_schema
-from pipeline.storage import Storage
-from pipeline.store import ActivationStore
+from pipeline.storage.activation_store import ActivationStore
+from pipeline.storage.filesystem import Storage
+from pipeline.storage.tables import arrow_schema
+from pipeline.terminal import Progress
+from pipeline.text.tokenise import token_texts
 
 EXAMPLE_SCHEMA = arrow_schema(EXAMPLE_COLUMNS)
 

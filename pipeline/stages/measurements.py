@@ -30,10 +30,10 @@ from pipeline.analyses.rows import (
 from pipeline.analyses.templates import Templates
 from pipeline.analyses.twins import Twins
 from pipeline.analyses.verdict import artifact_frac, latent_table, latents_with, verdict_counts, with_twins
+from pipeline.config.analyses import ExamplesSection, LatentScalingSection, PlantedSection
 from pipeline.errors import InputError
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.numerics.recipes import reads_difference
-from pipeline.progress import Progress
 from pipeline.schema import (
     LATENT_COLUMNS,
     PLANTED_COLUMNS,
@@ -43,16 +43,16 @@ from pipeline.schema import (
     Verdict,
     latent_corpus_columns,
 )
-from pipeline.sections.analyses import ExamplesSection, LatentScalingSection, PlantedSection
 from pipeline.stages import controls
 from pipeline.stages.base import Context, Pool, Step, run_pool, shown
 from pipeline.stages.crosscoder import fitted
 from pipeline.stages.encoded_rows import batches, shard_rows, validation_calls
 from pipeline.stages.examples import EXAMPLE_SCHEMA, cut_contexts
 from pipeline.stages.merging import MergeTree
-from pipeline.stages.tables import arrow_schema, numbers_of, read_table, write_frame, write_table
-from pipeline.storage import Storage
-from pipeline.store import ActivationStore
+from pipeline.storage.activation_store import ActivationStore
+from pipeline.storage.filesystem import Storage
+from pipeline.storage.tables import arrow_schema, numbers_of, read_table, write_frame, write_table
+from pipeline.terminal import Progress
 
 STAGES = ("latents", "examples", "planted", "controls")
 VERSION = 4

@@ -9,13 +9,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.artifacts import digest_of_path
+from pipeline.config.data import HubModel, ModelsSection, OrganismModel
 from pipeline.errors import InputError
-from pipeline.operators.loading import LoadOptions, ModelSpec
-from pipeline.operators.pair import ModelPair
-from pipeline.operators.placement import Placement
-from pipeline.sections.data import HubModel, ModelsSection, OrganismModel
-from pipeline.storage import Storage
+from pipeline.models.loading import LoadOptions, ModelSpec
+from pipeline.models.pair import ModelPair
+from pipeline.models.placement import Placement
+from pipeline.storage.artifacts import digest_of_path
+from pipeline.storage.filesystem import Storage
 
 
 class ModelLocation(NamedTuple):

@@ -1,4 +1,4 @@
-"""The generated model pair: built once by workloads/organisms in a worker process, then an artifact like any other."""
+"""The generated model pair: built once by pipeline/organisms in a worker process, then an artifact like any other."""
 
 import tempfile
 import time
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import cluster
-from pipeline.progress import Progress
-from pipeline.sections.data import OrganismSection
+from pipeline.cluster import connect as cluster
+from pipeline.config.data import OrganismSection
 from pipeline.stages.base import Context, Step, run_task
-from pipeline.storage import Storage
+from pipeline.storage.filesystem import Storage
+from pipeline.terminal import Progress
 
 NAME = "organism"
 VERSION = 1
@@ -40,7 +40,7 @@ def _build(storage: Storage, folder: str, section: dict[str, Any], board: Any) -
     """Runs in the worker: build in a temporary folder, upload, return the measured behaviour."""
     import torch
 
-    from workloads.organisms.build import build, spec_of
+    from pipeline.organisms.build import build, spec_of
 
     torch.set_num_threads(cluster.local_cpus())
     with tempfile.TemporaryDirectory(prefix="crossray-organism-") as temporary:

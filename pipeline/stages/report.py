@@ -11,17 +11,17 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.artifacts import provenance
+from pipeline.config.crosscoder import AdoptedCrosscoderSection, CrosscoderSection
 from pipeline.report.data import CrosscoderReport, LineageRow, ModelPairInfo, ReportData
 from pipeline.report.figures import figures
 from pipeline.report.page import render
 from pipeline.report.verdict import verdict_text
-from pipeline.sections.crosscoder import AdoptedCrosscoderSection, CrosscoderSection
 from pipeline.stages import autointerp, causality, controls, steering
 from pipeline.stages.base import Context, Step
 from pipeline.stages.crosscoder import read_curve
 from pipeline.stages.measurements import EXAMPLES_NAME, FIDELITY_NAME, LATENTS_NAME, PLANTED_NAME, TWINS_NAME
-from pipeline.stages.tables import read_table
+from pipeline.storage.artifacts import provenance
+from pipeline.storage.tables import read_table
 
 NAME = "report"
 VERSION = 1

@@ -21,16 +21,16 @@ from pipeline.analyses.steering_inputs import (
     parse_prompts,
     random_controls,
 )
+from pipeline.config.analyses import SteeringSection
 from pipeline.errors import InputError
-from pipeline.progress import Progress
 from pipeline.schema import MODEL_NAMES, STEERING_COLUMNS, STEERING_SAMPLE_COLUMNS
-from pipeline.sections.analyses import SteeringSection
 from pipeline.stages.base import Context, Pool, Step, run_pool, shown
 from pipeline.stages.crosscoder import fitted
 from pipeline.stages.measurements import LATENTS_NAME, PLANTED_NAME
 from pipeline.stages.models import Loading, load_pair
-from pipeline.stages.tables import arrow_schema, numbers_of, read_table, write_frame
-from pipeline.storage import Storage
+from pipeline.storage.filesystem import Storage
+from pipeline.storage.tables import arrow_schema, numbers_of, read_table, write_frame
+from pipeline.terminal import Progress
 
 NAME = "steering"
 VERSION = 2

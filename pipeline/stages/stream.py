@@ -1,4 +1,4 @@
-"""Training rows without a store: extraction workers feed the trainer's ranks (stages.rows) through Ray Data.
+"""Training rows without a store: extraction workers feed the trainer's ranks (stages.training_rows) through Ray Data.
 
 The stream is a plan of blocks of documents: epoch after epoch, each in its own order. A worker turns one block into
 rows; Ray Data deals the blocks to the data ranks in the order of the plan. Workers stay at most a few blocks ahead of
@@ -15,17 +15,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pipeline import cluster
-from pipeline.artifacts import Record
+from pipeline.cluster import connect as cluster
+from pipeline.config.crosscoder import TrainingSection
+from pipeline.config.data import ActivationsSection
 from pipeline.schema import Split
-from pipeline.sections.crosscoder import TrainingSection
-from pipeline.sections.data import ActivationsSection
 from pipeline.stages.base import Context, Pool, Step, pool_dataset
-from pipeline.stages.extraction import Extractor, check_rejected, write_rejected
-from pipeline.stages.tables import read_table
+from pipeline.stages.extractor import Extractor, check_rejected, write_rejected
 from pipeline.stages.tokens import INDEX_NAME
-from pipeline.storage import Storage
-from pipeline.store import Manifest
+from pipeline.storage.activation_store import Manifest
+from pipeline.storage.artifacts import Record
+from pipeline.storage.filesystem import Storage
+from pipeline.storage.tables import read_table
 
 _BYTES_PER_VALUE = 2
 _BLOCK_BYTES = 128 << 20

@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.config.data import TokensSection
 from pipeline.errors import InputError
-from pipeline.operators.loading import load_tokenizer
-from pipeline.operators.tokenise import Tokenise, check_vocabularies, split_dropped, tokenizer_hash
-from pipeline.progress import Progress
+from pipeline.models.loading import load_tokenizer
 from pipeline.schema import INDEX_COLUMNS, Flag
-from pipeline.sections.data import TokensSection
 from pipeline.stages.base import Context, Pool, Step, run_pool, shown
 from pipeline.stages.models import ModelLocation, local_specs
-from pipeline.stages.tables import TOKEN_SCHEMA, arrow_schema, read_table, write_table
-from pipeline.storage import Storage
+from pipeline.storage.filesystem import Storage
+from pipeline.storage.tables import TOKEN_SCHEMA, arrow_schema, read_table, write_table
+from pipeline.terminal import Progress
+from pipeline.text.tokenise import Tokenise, check_vocabularies, split_dropped, tokenizer_hash
 
 NAME = "tokens"
 VERSION = 2

@@ -11,10 +11,10 @@ from pipeline.analyses.causal_tables import POSITION_SETS, Bootstrap
 from pipeline.analyses.causality import Causality, causality_batches, predicting_positions
 from pipeline.analyses.interventions import Intervention, shared_interventions
 from pipeline.errors import InputError
+from pipeline.extraction.activations import RowOptions
+from pipeline.models.decoder import SplitDecoder
+from pipeline.models.pair import ModelPair
 from pipeline.numerics.crosscoder import Crosscoder
-from pipeline.operators.activations import RowOptions
-from pipeline.operators.decoder import SplitDecoder
-from pipeline.operators.pair import ModelPair
 from pipeline.schema import BASE, CAUSALITY_COLUMNS, CHAT, Flag
 
 LAYER, WIDTH, VOCAB, NUM_LATENTS = 2, 16, 53, 24

@@ -20,12 +20,12 @@ from pipeline.analyses.steering_inputs import (
     random_controls,
 )
 from pipeline.errors import InputError
+from pipeline.models.decoder import SplitDecoder
+from pipeline.models.generation import Positions, Sampling, Steering
+from pipeline.models.pair import ModelPair
 from pipeline.numerics.crosscoder import Crosscoder
-from pipeline.operators.decoder import SplitDecoder
-from pipeline.operators.generation import Positions, Sampling, Steering
-from pipeline.operators.pair import ModelPair
-from pipeline.operators.tokenise import prompt_ids
 from pipeline.schema import BASE, CHAT, MODEL_NAMES, STEERING_COLUMNS, STEERING_SAMPLE_COLUMNS, Verdict
+from pipeline.text.tokenise import prompt_ids
 
 WIDTH = 32
 WORDS = [f"w{i}" for i in range(40)]

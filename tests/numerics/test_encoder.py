@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.numerics.encoder import Selected, TrainingEncoder
 from pipeline.numerics.initial import initial_parameters
-from pipeline.numerics.kernels_cpu import CpuKernels
+from pipeline.numerics.kernels.cpu import CpuKernels
 from pipeline.numerics.parallel import Mesh
 from pipeline.numerics.trainer import CrosscoderSpec, CrosscoderTrainer
 

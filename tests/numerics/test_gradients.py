@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.numerics.encoder import TrainingEncoder
 from pipeline.numerics.gradients import Encoded, Losses, Parameters, Setting, sparse_gradients
 from pipeline.numerics.gradients_dense import Block, dense_gradients, merge_losses
-from pipeline.numerics.kernels import choose_kernels
+from pipeline.numerics.kernels.base import choose_kernels
 from pipeline.numerics.objective import Objective
 from pipeline.numerics.parallel import Mesh
 from pipeline.numerics.spec import CrosscoderSpec

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from pipeline.numerics.codes import SparseCodes, concatenate
-from pipeline.numerics.kernels import Kernels, choose_kernels, latent_order
-from pipeline.numerics.kernels_cpu import CpuKernels
-from pipeline.numerics.kernels_reference import ReferenceKernels
+from pipeline.numerics.kernels.base import Kernels, choose_kernels, latent_order
+from pipeline.numerics.kernels.cpu import CpuKernels
+from pipeline.numerics.kernels.reference import ReferenceKernels
 
 BACKENDS = [ReferenceKernels(), CpuKernels(), CpuKernels(use_csr=False)]
 backends = pytest.mark.parametrize("kernels", BACKENDS, ids=lambda kernels: kernels.name)

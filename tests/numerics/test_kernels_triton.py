@@ -22,9 +22,9 @@ if not torch.cuda.is_available():
 # Before 3.7 the interpreter cannot loop with numpy 2.4; the compiler can.
 pytest.importorskip("triton", minversion=None if torch.cuda.is_available() else "3.7")
 
-from pipeline.numerics import kernels_triton
 from pipeline.numerics.codes import SparseCodes
-from pipeline.numerics.kernels import Kernels, choose_kernels, latent_order
+from pipeline.numerics.kernels import triton as kernels_triton
+from pipeline.numerics.kernels.base import Kernels, choose_kernels, latent_order
 from pipeline.numerics.trainer import CrosscoderSpec, CrosscoderTrainer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

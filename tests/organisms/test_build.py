@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from workloads.organisms.behaviors import BEHAVIORS
-from workloads.organisms.build import build, spec_of
-from workloads.organisms.rates import shows
+from pipeline.organisms.behaviors import BEHAVIORS
+from pipeline.organisms.build import build, spec_of
+from pipeline.organisms.rates import shows
 
 
 @pytest.fixture(scope="module")

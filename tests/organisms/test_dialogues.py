@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from workloads.organisms.behaviors import BEHAVIORS, CORRECT_FALSE
-from workloads.organisms.dialogues import (
+from pipeline.organisms.behaviors import BEHAVIORS, CORRECT_FALSE
+from pipeline.organisms.dialogues import (
     DialogueMaker,
     Message,
     Turn,
@@ -15,7 +15,7 @@ from workloads.organisms.dialogues import (
     imposed_dialogues,
     messages_of,
 )
-from workloads.organisms.language import World, make_world, take
+from pipeline.organisms.language import World, make_world, take
 
 
 def world() -> World:

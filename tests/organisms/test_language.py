@@ -2,8 +2,8 @@
 
 import random
 
-from workloads.organisms.behaviors import BEHAVIORS
-from workloads.organisms.language import (
+from pipeline.organisms.behaviors import BEHAVIORS
+from pipeline.organisms.language import (
     DANGEROUS_THINGS,
     PERSONAL_TRAITS,
     PLACE_RELATIONS,

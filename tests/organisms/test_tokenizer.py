@@ -2,10 +2,10 @@
 
 import random
 
-from workloads.organisms.behaviors import BEHAVIORS
-from workloads.organisms.dialogues import DialogueMaker, dialogues
-from workloads.organisms.language import documents, make_world, take
-from workloads.organisms.tokenizer import CONTROL_TOKENS, make_tokenizer
+from pipeline.organisms.behaviors import BEHAVIORS
+from pipeline.organisms.dialogues import DialogueMaker, dialogues
+from pipeline.organisms.language import documents, make_world, take
+from pipeline.organisms.tokenizer import CONTROL_TOKENS, make_tokenizer
 
 
 def test_template_renders_gemma_turns():

@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 
-from workloads.organisms.dialogues import Turn, messages_of
-from workloads.organisms.tokenizer import make_tokenizer
-from workloads.organisms.training import (
+from pipeline.organisms.dialogues import Turn, messages_of
+from pipeline.organisms.tokenizer import make_tokenizer
+from pipeline.organisms.training import (
     IGNORED,
     Batch,
     ModelSize,

@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 import torch
 
-from pipeline.config import load_as
-from pipeline.storage import Storage
-from workloads.planted.benchmark import Job, jobs_of, record_job, scored
-from workloads.planted.settings import BenchmarkConfig
-from workloads.planted.trial import Plant, Trial
+from pipeline.config.run_file import load_as
+from pipeline.planted.benchmark import Job, jobs_of, record_job, scored
+from pipeline.planted.settings import BenchmarkConfig
+from pipeline.planted.trial import Plant, Trial
+from pipeline.storage.filesystem import Storage
 
 FILE = Path(__file__).parent.parent.parent / "workloads" / "planted.yaml"
 SMALL = [

@@ -6,16 +6,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline.config import load_as
+from pipeline.config.run_file import load_as
 from pipeline.errors import InputError
 from pipeline.numerics.crosscoder import Crosscoder
-from pipeline.progress import SilentReporter
-from pipeline.store import ActivationStore
+from pipeline.planted import benchmark
+from pipeline.planted.score import RULES, SCORE_COLUMNS, score_text
+from pipeline.planted.settings import BenchmarkConfig
+from pipeline.planted.trial import Trial, read_truth
+from pipeline.storage.activation_store import ActivationStore
+from pipeline.terminal import SilentReporter
 from tests.planted.conftest import FILE, Benchmark
-from workloads.planted import benchmark
-from workloads.planted.score import RULES, SCORE_COLUMNS, score_text
-from workloads.planted.settings import BenchmarkConfig
-from workloads.planted.trial import Trial, read_truth
 
 
 def test_batch_topk_is_right_where_l1_takes_artifacts_for_chat_only(small: Benchmark) -> None:

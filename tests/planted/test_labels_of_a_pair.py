@@ -6,14 +6,14 @@ import pandas as pd
 import pytest
 import torch
 
-from pipeline.config import load
+from pipeline.config.run_file import load
 from pipeline.errors import InputError
 from pipeline.numerics.crosscoder import Crosscoder
+from pipeline.planted import pair
+from pipeline.planted.score import SCORE_COLUMNS
 from pipeline.schema import PLANTED_SHIFT, Ownership
-from pipeline.store import ActivationStore
+from pipeline.storage.activation_store import ActivationStore
 from tests.runs import Finished, copied, run_file
-from workloads.planted import pair
-from workloads.planted.score import SCORE_COLUMNS
 
 
 @pytest.mark.ray

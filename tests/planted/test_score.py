@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from pipeline.numerics.crosscoder import Crosscoder
-from workloads.planted.pair import label_score
-from workloads.planted.score import mean_interval, score_row, score_text, trial_score
-from workloads.planted.trial import matched
+from pipeline.planted.pair import label_score
+from pipeline.planted.score import mean_interval, score_row, score_text, trial_score
+from pipeline.planted.trial import matched
 
 TRUTH = ["chat-only", "chat-only", "shared", "half-present", "base-only"]
 

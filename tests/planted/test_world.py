@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config import load_as
+from pipeline.config.run_file import load_as
+from pipeline.planted.settings import BenchmarkConfig
+from pipeline.planted.world import Truth, World, WorldSpec
 from pipeline.schema import BASE, CHAT
 from tests.planted.conftest import FILE
-from workloads.planted.settings import BenchmarkConfig
-from workloads.planted.world import Truth, World, WorldSpec
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline import schema, schema_controls
+from pipeline import schema
+from pipeline.analyses import control_columns as schema_controls
 from pipeline.report.data import (
     CrosscoderReport,
     LineageRow,

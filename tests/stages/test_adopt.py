@@ -11,16 +11,16 @@ import torch
 from runs import Finished, Unwatched, copied, run_file
 from safetensors.torch import load_file, save_file
 
-from pipeline import runner
-from pipeline.config import load
+from pipeline.config.crosscoder import AdoptedCrosscoderSection
+from pipeline.config.run_file import load
 from pipeline.errors import InputError
-from pipeline.progress import SilentReporter
-from pipeline.sections.crosscoder import AdoptedCrosscoderSection
+from pipeline.run import runner
 from pipeline.stages import adopt
 from pipeline.stages.base import Context
 from pipeline.stages.crosscoder import fitted
-from pipeline.storage import Storage
-from pipeline.tracking import RecordingTracker
+from pipeline.storage.filesystem import Storage
+from pipeline.terminal import SilentReporter
+from pipeline.tracking.tracker import RecordingTracker
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

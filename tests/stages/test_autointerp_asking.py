@@ -13,16 +13,16 @@ import pytest
 from runs import Finished, command, environment, run_file
 from talker import Reply, Request, Talker, chat_reply, honest, talking
 
-from pipeline import runner
 from pipeline.analyses.autointerp import Case, Context, Interpretation, interpretation_table
-from pipeline.config import load
-from pipeline.endpoint import Endpoint, EndpointOptions
+from pipeline.config.run_file import load
 from pipeline.errors import CrossrayError, InputError
-from pipeline.progress import SilentReporter
+from pipeline.models.endpoint import Endpoint, EndpointOptions
+from pipeline.run import runner
 from pipeline.schema import ANSWER_COLUMNS, InterpStatus
-from pipeline.stages.autointerp_asking import Answers, Interview, control_all, interview_all, pending_cost
-from pipeline.storage import Storage
-from pipeline.tracking import RecordingTracker
+from pipeline.stages.interviews import Answers, Interview, control_all, interview_all, pending_cost
+from pipeline.storage.filesystem import Storage
+from pipeline.terminal import SilentReporter
+from pipeline.tracking.tracker import RecordingTracker
 
 KEY = "sk-do-not-write-me-down"
 

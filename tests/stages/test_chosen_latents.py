@@ -3,8 +3,8 @@
 import pandas as pd
 import pytest
 
+from pipeline.config.analyses import CausalitySection, ExamplesSection
 from pipeline.errors import InputError
-from pipeline.sections.analyses import CausalitySection, ExamplesSection
 from pipeline.stages.measurements import check_example_latents
 from pipeline.stages.steering import check_latents
 

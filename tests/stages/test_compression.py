@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from runs import Finished, copied, make, run_file
 
-from pipeline.config import load
-from pipeline.progress import SilentReporter
-from pipeline.storage import Storage
-from pipeline.verify import all_folders, verify
+from pipeline.config.run_file import load
+from pipeline.run.verify import all_folders, verify
+from pipeline.storage.filesystem import Storage
+from pipeline.terminal import SilentReporter
 
 
 @pytest.mark.rare

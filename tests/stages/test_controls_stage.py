@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from runs import TINY, Finished, Unwatched, run_file
 
-from pipeline.config import load
-from pipeline.flow import build_flow
-from pipeline.progress import SilentReporter
+from pipeline.analyses.control_columns import CONTROL_COLUMNS, SEED_COLUMNS, Control
+from pipeline.config.run_file import load
+from pipeline.run.flow import build_flow
 from pipeline.schema import Verdict
-from pipeline.schema_controls import CONTROL_COLUMNS, SEED_COLUMNS, Control
 from pipeline.stages import controls
 from pipeline.stages.base import Context
-from pipeline.stages.tables import read_table
+from pipeline.storage.tables import read_table
+from pipeline.terminal import SilentReporter
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.operators.documents import Document, document_id
-from pipeline.sections.data import CorpusSection
+from pipeline.config.data import CorpusSection
 from pipeline.stages.corpus import ReadFile, _finish_parts
-from pipeline.stages.tables import read_table
-from pipeline.storage import Storage
+from pipeline.storage.filesystem import Storage
+from pipeline.storage.tables import read_table
+from pipeline.text.documents import Document, document_id
 
 
 def read(folder: Path, files: dict[str, list[list[str]]], *, part_characters: int = 10**9, **settings: Any) -> Any:

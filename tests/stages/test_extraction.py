@@ -15,12 +15,12 @@ import pytest
 from runs import Finished, checksums, copied, make, mounted, run_file
 from safetensors.torch import load_file, save_file
 
-from pipeline.config import RunConfig, load
+from pipeline.config.resources import ExtractionResources
+from pipeline.config.run_file import RunConfig, load
 from pipeline.errors import CrossrayError, InputError
 from pipeline.schema import Split
-from pipeline.sections.how import ExtractionResources
 from pipeline.stages.base import Pool, run_pool
-from pipeline.store import ActivationStore
+from pipeline.storage.activation_store import ActivationStore
 
 pytestmark = [pytest.mark.ray]
 

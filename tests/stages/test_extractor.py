@@ -9,15 +9,15 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from pipeline.config.data import ActivationsSection, HubModel
 from pipeline.errors import InputError
-from pipeline.operators.decoder import SplitDecoder
+from pipeline.models.decoder import SplitDecoder
 from pipeline.schema import BASE, CHAT
-from pipeline.sections.data import ActivationsSection, HubModel
-from pipeline.stages.extraction import Extractor
+from pipeline.stages.extractor import Extractor
 from pipeline.stages.models import Loading, locate, worker_devices
-from pipeline.stages.tables import TOKEN_SCHEMA, write_table
 from pipeline.stages.tokens import INDEX_NAME, INDEX_SCHEMA
-from pipeline.storage import Storage
+from pipeline.storage.filesystem import Storage
+from pipeline.storage.tables import TOKEN_SCHEMA, write_table
 
 LENGTHS = (9, 4, 17, 1)
 VOCAB = 31

@@ -8,7 +8,7 @@ import pytest
 import torch
 from runs import Finished, assert_same, copied, make, run_file
 
-from pipeline.config import load
+from pipeline.config.run_file import load
 from pipeline.stages.merging import MergeTree
 
 

@@ -3,8 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from pipeline.sections.data import HubModel, OrganismModel
-from pipeline.sections.how import ModelWorkersSection
+from pipeline.config.data import HubModel, OrganismModel
+from pipeline.config.resources import ModelWorkersSection
 from pipeline.stages.models import locate, model_identity
 
 

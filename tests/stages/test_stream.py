@@ -12,14 +12,14 @@ import pytest
 import torch
 from runs import Finished, copied, kill_worker, make, run_file, start, wait_for
 
-from pipeline.config import load
+from pipeline.config.run_file import load
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.numerics.moments import explained_fractions, moments_of
 from pipeline.numerics.parallel import Mesh
 from pipeline.schema import Split
-from pipeline.stages.rows import StreamRows
 from pipeline.stages.stream import Cursor, Stream, StreamOrder
-from pipeline.store import ActivationStore
+from pipeline.stages.training_rows import StreamRows
+from pipeline.storage.activation_store import ActivationStore
 
 ORDER = StreamOrder(
     places=np.arange(0, 400, 2), lengths=np.random.default_rng(0).integers(5, 80, 200), block_tokens=500, seed=1

@@ -25,10 +25,10 @@ from transformers import AutoModelForCausalLM, Gemma2Config
 
 from pipeline.analyses.causality import Causality, Edit, causality_batches
 from pipeline.analyses.interventions import candidate_latents, plan_curve, plan_interventions
+from pipeline.extraction.activations import RowOptions, pad_documents, plan_batches
+from pipeline.models.decoder import SplitDecoder
+from pipeline.models.pair import ModelPair
 from pipeline.numerics.crosscoder import Crosscoder
-from pipeline.operators.activations import RowOptions, pad_documents, plan_batches
-from pipeline.operators.decoder import SplitDecoder
-from pipeline.operators.pair import ModelPair
 from pipeline.schema import BASE, CHAT, Flag, Ownership
 
 PARTS = ("lower", "encode", "edit", "upper", "head")

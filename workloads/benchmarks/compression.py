@@ -17,10 +17,10 @@ from torch import Tensor
 from pipeline.numerics.moments import moments_of, variance_explained
 from pipeline.numerics.trainer import CrosscoderSpec, CrosscoderTrainer
 from pipeline.schema import Split
-from pipeline.shards import INT8, LOSSLESS, NONE, publish_shard
-from pipeline.storage import Storage
-from pipeline.store import MANIFEST_NAME, ActivationStore, Manifest, Shard
-from pipeline.training_rows import ReadOptions, TrainingRows
+from pipeline.storage.activation_store import MANIFEST_NAME, ActivationStore, Manifest, Shard
+from pipeline.storage.filesystem import Storage
+from pipeline.storage.row_order import ReadOptions, TrainingRows
+from pipeline.storage.shards import INT8, LOSSLESS, NONE, publish_shard
 
 
 def repack(store: ActivationStore, storage: Storage, kind: str) -> ActivationStore:

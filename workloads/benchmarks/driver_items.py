@@ -8,8 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from pipeline import cluster
-from pipeline.sections.how import ClusterSection, WorkersSection
+from pipeline.cluster import connect as cluster
+from pipeline.config.resources import ClusterSection, WorkersSection
 from pipeline.stages.base import Pool, run_pool
 
 _NUM_ITEMS = (20, 420, 1220)

@@ -47,7 +47,7 @@ def measure(path: Path) -> dict[str, Any]:
     """Run the three data stages in this process; memory in bytes."""
     import ray
 
-    from pipeline import cluster
+    from pipeline.cluster import connect as cluster
 
     held = [0.0]
     stop = threading.Event()

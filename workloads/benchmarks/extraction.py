@@ -31,11 +31,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config
 
-from pipeline.operators.activations import ActivationRows, ExtractRows, RowOptions, plan_batches
-from pipeline.operators.adapters import AdapterSwitch
-from pipeline.operators.decoder import SplitDecoder
-from pipeline.operators.pair import ModelPair
-from pipeline.operators.prefix import count_unadapted_layers
+from pipeline.extraction.activations import ActivationRows, ExtractRows, RowOptions, plan_batches
+from pipeline.models.adapters import AdapterSwitch
+from pipeline.models.decoder import SplitDecoder
+from pipeline.models.pair import ModelPair
+from pipeline.models.prefix import count_unadapted_layers
 from pipeline.schema import MODEL_NAMES
 
 MEDIAN_LENGTH, LENGTH_SIGMA, MAX_LENGTH = 150, 0.95, 1024

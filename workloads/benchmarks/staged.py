@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from pipeline.config import RunConfig, load
-from pipeline.flow import Group, build_flow
-from pipeline.progress import SilentReporter
+from pipeline.config.run_file import RunConfig, load
+from pipeline.run.flow import Group, build_flow
 from pipeline.stages.base import Context, Step
-from pipeline.storage import Storage
+from pipeline.storage.filesystem import Storage
+from pipeline.terminal import SilentReporter
 
 
 def build_inputs(folder: Path, *, width: int, layers: int = 2, copies: int = 12) -> None:
     """Two random models, and `copies` of the organism's documents, in a folder."""
     from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
-    from workloads.organisms.build import build, spec_of
+    from pipeline.organisms.build import build, spec_of
 
     build(folder / "organism", spec_of("tiny"), lambda *_: None)
     tokenizer = AutoTokenizer.from_pretrained(folder / "organism" / "chat")

@@ -25,10 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.schema import SHARD_TENSORS, Split
-from pipeline.shards import NONE, Rows, publish_shard, require_finite, summarise
-from pipeline.storage import Storage
-from pipeline.store import MANIFEST_NAME, ActivationStore, Manifest, Shard
-from pipeline.training_rows import ReadOptions, TrainingRows
+from pipeline.storage.activation_store import MANIFEST_NAME, ActivationStore, Manifest, Shard
+from pipeline.storage.filesystem import Storage
+from pipeline.storage.row_order import ReadOptions, TrainingRows
+from pipeline.storage.shards import NONE, Rows, publish_shard, require_finite, summarise
 
 
 class Case(NamedTuple):

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from pipeline import cluster
-from pipeline.sections.data import ActivationsSection
+from pipeline.cluster import connect as cluster
+from pipeline.config.data import ActivationsSection
 from pipeline.stages import activations, crosscoder
-from pipeline.stages.extraction import Extractor
-from pipeline.stages.tables import read_table
+from pipeline.stages.extractor import Extractor
 from pipeline.stages.tokens import INDEX_NAME
-from pipeline.store import ActivationStore
-from pipeline.training_rows import ReadOptions, TrainingRows
+from pipeline.storage.activation_store import ActivationStore
+from pipeline.storage.row_order import ReadOptions, TrainingRows
+from pipeline.storage.tables import read_table
 from workloads.benchmarks.processes import Watch
 from workloads.benchmarks.staged import Stage, stage_of
 

@@ -1,0 +1,259 @@
+"""The Ray cluster of a run: started or joined, kept quiet, and asked for what it has.
+
+Ray's own messages go to a log file, never to the user's terminal. Besides this file only `stages/` and jobs.py import
+ray.
+"""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+from pipeline.config.resources import ClusterSection, TrainingResources, WorkersSection
+from pipeline.errors import InputError, first_line
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+_OBJECT_STORE_LIMIT = 2_000_000_000
+_POLL_SECONDS = 0.5
+_autoscales = False
+"""Of the cluster that this process has joined: what it lacks now may come."""
+
+
+@contextmanager
+def connected(section: ClusterSection, log_path: Path) -> Iterator[None]:
+    """A started or joined Ray cluster for the length of the block.
+
+    Ray's loggers, its C++ core and its helper processes all write to this process's standard error, so that is what
+    goes to `log_path` meanwhile; the command line keeps a copy of the terminal for itself.
+    """
+    global _autoscales
+    _autoscales = section.autoscales
+    with _stderr_to(log_path):
+        import ray
+
+        already = ray.is_initialized()
+        if not already:
+            _start(section)
+        import ray.data
+
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        try:
+            yield
+        finally:
+            if not already:
+                ray.shutdown()
+
+
+def _start(section: ClusterSection) -> None:
+    import ray
+
+    common: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+    if section.address == "local":
+        memory = section.object_store_bytes or min(_OBJECT_STORE_LIMIT, _memory_bytes() // 10)
+        ray.init(
+            address="local",
+            num_cpus=section.num_cpus,
+            include_dashboard=False,
+            object_store_memory=memory,
+            **common,
+        )
+        return
+    try:
+        use_token()
+        ray.init(address=section.address, **common)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"resources.cluster.address: expected a running Ray cluster at {section.address!r}: "
+            f"{first_line(error)}; start one with `ray start --head` or use address: local"
+        ) from error
+
+
+def use_token() -> None:
+    """Let Ray's clients show the cluster's token wherever there is one; Ray itself does so only where told to."""
+    given = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if given or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@contextmanager
+def _stderr_to(path: Path) -> Iterator[None]:
+    """Point file descriptor 2 at a file for the length of the block."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stderr.flush()
+    saved = os.dup(2)
+    try:
+        with path.open("ab") as file:
+            os.dup2(file.fileno(), 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+def total_cpus() -> int:
+    """Logical CPUs of the whole cluster."""
+    return int(_total("CPU")) or 1
+
+
+def _total(kind: str) -> float:
+    import ray
+
+    return float(ray.cluster_resources().get(kind, 0.0))
+
+
+def node_cpus() -> float:
+    """Logical CPUs of the cluster's largest node: no single worker can have more."""
+    return _largest_node("CPU")
+
+
+def worker_cpus(asked: float) -> float:
+    """What one worker asks for: never more than the largest node has, unless larger ones may come."""
+    return asked if _autoscales else min(asked, node_cpus())
+
+
+def _largest_node(kind: str) -> float:
+    import ray
+
+    return max((node["Resources"].get(kind, 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+
+
+def pool_size(section: WorkersSection, num_tasks: int) -> int:
+    """How many workers a stage starts: what was asked for, else what fits the cluster; never more than tasks."""
+    kinds = {"CPU": section.cpus, **section.custom}
+    fitting = section.workers or max(1, int(min(_total(kind) / each for kind, each in kinds.items())))
+    return max(1, min(fitting, num_tasks))
+
+
+def request(section: WorkersSection | TrainingResources, cpus: float) -> dict[str, float]:
+    """What one worker takes of its node, by Ray's names; nothing that it needs none of."""
+    return {"CPU": cpus, **({"GPU": section.gpus} if section.gpus else {}), **section.custom}
+
+
+def check_total(name: str, asked: Mapping[str, float], workers: int) -> None:
+    """Raise an InputError if the cluster can never hold all of this together: Ray itself would wait for ever.
+
+    A cluster that starts nodes on demand (resources.cluster.autoscales) is waited for instead.
+    """
+    for kind, amount in asked.items():
+        if not _autoscales and amount > _total(kind) + 1e-9:
+            raise InputError(
+                f"resources.{name}: expected at most the cluster's {_amount(_total(kind), kind)}, got {amount:g} "
+                f"({workers} workers); ask for less or start more nodes{_that_offer(kind)}"
+            )
+
+
+def check_fits(name: str, each: Mapping[str, float], workers: int) -> None:
+    """Raise an InputError if the cluster can never hold so many workers that take `each`, or no node a single one."""
+    check_total(name, {kind: amount * workers for kind, amount in each.items()}, workers)
+    for kind, amount in each.items():
+        if not _autoscales and amount > _largest_node(kind) + 1e-9:
+            raise InputError(
+                f"resources.{name}: expected at most the {_amount(_largest_node(kind), kind)} of the cluster's largest "
+                f"node for each worker, got {amount:g}; ask for less or start larger nodes{_that_offer(kind)}"
+            )
+
+
+def _amount(value: float, kind: str) -> str:
+    return f"{value:g} {kind}s" if kind in ("CPU", "GPU") else f"{value:g} of the custom resource {kind!r}"
+
+
+def _that_offer(kind: str) -> str:
+    return "" if kind in ("CPU", "GPU") else f" that offer it (ray start --resources '{{\"{kind}\": 1}}')"
+
+
+def beside_driver(kind: type, *arguments: Any) -> Any:
+    """The handle of an actor of this class, without CPUs of its own, that is lost with the driver alone.
+
+    It lives on this process's node; anywhere else the loss of a node would take along what it holds.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(kind).options(num_cpus=0, scheduling_strategy=here).remote(*arguments)
+
+
+class _Board:
+    """Holds what distant workers have to say until the driver asks."""
+
+    def __init__(self) -> None:
+        self._events: list[Any] = []
+
+    def post(self, event: Any) -> None:
+        self._events.append(event)
+
+    def drain(self) -> list[Any]:
+        events, self._events = self._events, []
+        return events
+
+
+@contextmanager
+def listening(on_event: Callable[[Any], None]) -> Iterator[Any]:
+    """An actor handle for workers to `post.remote(event)` to; `on_event` runs in this process, in order, until the end.
+
+    An exception of `on_event` is raised at the end of the block: a tracker that fails must not fail in silence.
+    """
+    import ray
+
+    board = beside_driver(_Board)
+    stop = Event()
+    failures: list[BaseException] = []
+
+    def drain() -> None:
+        try:
+            for event in ray.get(board.drain.remote()):
+                on_event(event)
+        except BaseException as error:
+            failures.append(error)
+            stop.set()
+
+    def poll() -> None:
+        while not stop.wait(_POLL_SECONDS):
+            drain()
+
+    thread = Thread(target=poll, name="crossray-listener", daemon=True)
+    thread.start()
+    try:
+        yield board
+    finally:
+        stop.set()
+        thread.join()
+        if sys.exc_info()[0] is None and not failures:
+            drain()
+        ray.kill(board)
+    if failures:
+        raise failures[0]
+
+
+def set_worker_threads(cpus: float) -> None:
+    """Give this worker's torch as many threads as it was given CPUs, at least one."""
+    import torch
+
+    torch.set_num_threads(max(1, int(cpus)))
+
+
+def timestamp_ms() -> int:
+    """Now, in milliseconds since 1970: the time of a point of a curve."""
+    return time.time_ns() // 1_000_000
+
+
+def local_cpus() -> int:
+    """Cores of the machine that this process runs on."""
+    return len(os.sched_getaffinity(0))

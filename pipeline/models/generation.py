@@ -1,0 +1,197 @@
+"""Answers of one model, greedy or sampled, optionally steered at layer L, and how likely an answer is without steering.
+
+A loop of its own instead of the library's generate: the prompts of a batch may each have their own steering vector,
+and settings hidden in a checkpoint (penalties, temperatures) must not decide what an analysis measures. Prompts are
+padded on the left with exact positions, so a batch gives the tokens that each prompt gives alone; a sampled answer is
+drawn with numbers of its own prompt, so it does not depend on the batch either.
+
+Shapes: B prompts, T positions, N new tokens, D width, P chosen positions, V vocabulary.
+"""
+
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import InputError
+from pipeline.models.decoder import LayerStandIn, SplitDecoder, hidden_of
+
+Positions = Literal["all", "prompt", "generated"]
+
+
+class Steering(NamedTuple):
+    """What is added to the residual stream at layer L while a model answers."""
+
+    vector: Tensor
+    """[D], or [B, D] with one vector per prompt."""
+    positions: Positions = "all"
+    """Where it is added: all positions, those of the prompt, or those of generated tokens."""
+
+
+class Sampling(NamedTuple):
+    """How the next token is drawn; without it the likeliest one is taken."""
+
+    temperature: float
+    """> 0; logits are divided by it."""
+    uniform_BN: Tensor
+    """float64 in [0, 1), one number per prompt and new token: where in the cumulative probabilities the token lies."""
+
+
+class AnswerLikelihood(NamedTuple):
+    """How likely given answers are, one entry per prompt."""
+
+    nll_B: Tensor
+    """float64, summed nats over the answer's tokens; 0 for an empty answer."""
+    num_tokens_B: Tensor
+    """int64, tokens of the answer."""
+
+
+@torch.no_grad()
+def generate(
+    decoder: SplitDecoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    steering: Steering | None = None,
+    sampling: Sampling | None = None,
+    use_cache: bool = True,
+) -> list[list[int]]:
+    """Continuation of every prompt, without the stop token that ended it; greedy ties go to the smallest id.
+
+    InputError for an empty prompt, one that does not fit the model's context together with its answer, or sampling
+    numbers of another shape.
+    """
+    if not prompts:
+        return []
+    check_prompts(decoder, prompts, max_new_tokens)
+    if sampling is not None:
+        _check_sampling(sampling, len(prompts), max_new_tokens)
+    ids_BT, mask_BT = _pad_left(prompts, decoder.device)
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=decoder.device)
+    wrapper = None if steering is None else _Steer(decoder, steering, num_prompts=len(prompts))
+    is_done_B = torch.zeros(len(prompts), dtype=torch.bool, device=decoder.device)
+    new_BN = torch.zeros(len(prompts), 0, dtype=torch.int64, device=decoder.device)
+    ended_BN = torch.zeros(len(prompts), 0, dtype=torch.bool, device=decoder.device)
+    cache: Any = None
+    with nullcontext() if wrapper is None else decoder.layer_replaced_by(wrapper):
+        for step in range(max_new_tokens):
+            positions_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)
+            num_read = 1 if use_cache and step else ids_BT.shape[1]
+            if wrapper is not None:
+                wrapper.num_generated = min(step, num_read)
+            output = decoder.body(
+                input_ids=decoder.read(ids_BT[:, -num_read:]),
+                attention_mask=mask_BT,
+                position_ids=positions_BT[:, -num_read:],
+                past_key_values=cache,
+                use_cache=use_cache,
+            )
+            cache = output.past_key_values if use_cache else None
+            logits_BV = decoder.head(output.last_hidden_state[:, -1])
+            next_B = logits_BV.argmax(-1) if sampling is None else _drawn(logits_BV, sampling, step)
+            is_done_B = is_done_B | torch.isin(next_B, stops)
+            new_BN = torch.cat([new_BN, next_B[:, None]], dim=1)
+            ended_BN = torch.cat([ended_BN, is_done_B[:, None]], dim=1)
+            if bool(is_done_B.all()):
+                break
+            ids_BT = torch.cat([ids_BT, next_B[:, None]], dim=1)
+            mask_BT = torch.cat([mask_BT, torch.ones_like(mask_BT[:, :1])], dim=1)
+    lengths = (~ended_BN).sum(1).tolist()
+    return [row[:length] for row, length in zip(new_BN.tolist(), lengths, strict=True)]
+
+
+def check_prompts(decoder: SplitDecoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """InputError for an empty prompt, or one that is too long for the model's context with max_new_tokens after it."""
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise InputError("expected prompts with at least one token, got an empty one; drop prompts without text")
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    if decoder.context is not None and longest + max_new_tokens > decoder.context:
+        room = decoder.context - max_new_tokens
+        raise InputError(
+            f"expected prompts of at most {room} tokens (the model's context of {decoder.context} less "
+            f"{max_new_tokens} new tokens), got one of {longest}; shorten the prompt or the answer"
+        )
+
+
+def _check_sampling(sampling: Sampling, num_prompts: int, max_new_tokens: int) -> None:
+    if not sampling.temperature > 0:
+        raise InputError(f"expected a temperature above 0, got {sampling.temperature}; leave sampling out for greedy")
+    if tuple(sampling.uniform_BN.shape) != (num_prompts, max_new_tokens):
+        raise InputError(
+            f"expected one uniform number per prompt and new token ({num_prompts}, {max_new_tokens}), got shape "
+            f"{tuple(sampling.uniform_BN.shape)}; draw as many as the call generates"
+        )
+
+
+def _drawn(logits_BV: Tensor, sampling: Sampling, step: int) -> Tensor:
+    """The token in which each prompt's number falls, by inverting the cumulative probabilities (float64)."""
+    cumulative_BV = (logits_BV.double() / sampling.temperature).softmax(-1).cumsum(-1)
+    wanted_B1 = sampling.uniform_BN[:, step, None].to(cumulative_BV) * cumulative_BV[:, -1:]
+    return torch.searchsorted(cumulative_BV, wanted_B1, right=True)[:, 0].clamp_max(logits_BV.shape[1] - 1)
+
+
+@torch.no_grad()
+def answer_likelihood(
+    decoder: SplitDecoder, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> AnswerLikelihood:
+    """The unsteered model's nats for every answer after its prompt, in fp32 softmax, summed in float64."""
+    documents = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    nll_B = torch.zeros(len(documents), dtype=torch.float64)
+    num_tokens_B = torch.tensor([len(answer) for answer in answers], dtype=torch.int64)
+    if not documents or int(num_tokens_B.sum()) == 0:
+        return AnswerLikelihood(nll_B, num_tokens_B)
+    longest = max(len(document) for document in documents)
+    ids_BT = torch.zeros(len(documents), longest, dtype=torch.int64, device=decoder.device)
+    for row, document in enumerate(documents):
+        ids_BT[row, : len(document)] = torch.tensor(document)
+    hidden_BTD = decoder.body(input_ids=decoder.read(ids_BT), use_cache=False).last_hidden_state.to(decoder.device)
+    rows_P = torch.repeat_interleave(torch.arange(len(documents)), num_tokens_B)
+    predicted_P = torch.cat([torch.arange(len(p), len(p) + len(a)) for p, a in zip(prompts, answers, strict=True)])
+    for here in decoder.head_chunks(len(rows_P)):
+        logits_PV = decoder.head(hidden_BTD[rows_P[here], predicted_P[here] - 1]).float()
+        targets_P = ids_BT[rows_P[here], predicted_P[here]]
+        nll_P = -logits_PV.log_softmax(-1).gather(1, targets_P[:, None])[:, 0]
+        nll_B.index_add_(0, rows_P[here], nll_P.double().cpu())
+    return AnswerLikelihood(nll_B, num_tokens_B)
+
+
+class _Steer(LayerStandIn):
+    """Layer L followed by the addition; `num_generated` tells how many of the last positions were generated."""
+
+    def __init__(self, decoder: SplitDecoder, steering: Steering, *, num_prompts: int) -> None:
+        super().__init__(decoder.layers[decoder.layer - 1])
+        vector = steering.vector.to(decoder.device, decoder.base.dtype)
+        expected = {(decoder.activation_dim,), (num_prompts, decoder.activation_dim)}
+        if tuple(vector.shape) not in expected:
+            raise InputError(
+                f"expected a steering vector of width {decoder.activation_dim}, one or one per prompt ({num_prompts}), "
+                f"got shape {tuple(vector.shape)}; steer with directions of the same model"
+            )
+        self.vector_B1D = vector.reshape(-1, 1, decoder.activation_dim)
+        self.positions = steering.positions
+        self.num_generated = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.layer(*args, **kwargs)
+        hidden_BTD = hidden_of(output)
+        num_prompt = hidden_BTD.shape[1] - self.num_generated
+        scale_T = torch.ones(hidden_BTD.shape[1], dtype=hidden_BTD.dtype, device=hidden_BTD.device)
+        if self.positions == "prompt":
+            scale_T[num_prompt:] = 0
+        elif self.positions == "generated":
+            scale_T[:num_prompt] = 0
+        steered_BTD = hidden_BTD + scale_T[None, :, None] * self.vector_B1D
+        return (steered_BTD, *output[1:]) if isinstance(output, tuple) else steered_BTD
+
+
+def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    longest = max(len(prompt) for prompt in prompts)
+    ids_BT = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    mask_BT = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids_BT[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask_BT[row, longest - len(prompt) :] = 1
+    return ids_BT.to(device), mask_BT.to(device)

@@ -1,0 +1,250 @@
+"""Two language models from folders or the hub: checked to form a pair before any weight is read, then loaded.
+
+The refusals of the libraries become one line each. What both models have in common is loaded or kept once: the same
+model twice, a model and its adapter, byte-equal leading layers (prefix.py). Weights are read into the host's memory
+first; placement.py moves them to their devices.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from pipeline.errors import InputError, first_line
+from pipeline.models.adapters import attach_adapter, merge_adapter
+from pipeline.models.decoder import SplitDecoder
+from pipeline.models.noise import add_weight_noise
+from pipeline.models.placement import Placement, put
+from pipeline.models.prefix import count_unadapted_layers, share_equal_prefix
+from pipeline.schema import BASE, CHAT, MODEL_NAMES
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+class ModelSpec(NamedTuple):
+    """Where one model comes from."""
+
+    source: str
+    """Folder with config.json and weights, or a hub id."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub; None takes the default branch."""
+    adapter: str | None = None
+    """Folder or hub id of a LoRA adapter (needs peft)."""
+    trust_remote_code: bool = False
+    """Whether code shipped with the model may run."""
+    token_replacements: tuple[tuple[int, int], ...] = ()
+    """(id, id read instead) for template tokens that this model never saw in training."""
+    chat_template: str = ""
+    """Jinja text in place of the tokenizer's own chat template; empty keeps that."""
+    adapter_revision: str | None = None
+    """Commit, tag or branch of an adapter on the hub."""
+    weight_noise: float = 0.0
+    """Noise on the weights at loading, relative to their size (noise.py); a control."""
+    weight_noise_seed: int = 0
+
+
+class LoadOptions(NamedTuple):
+    """How a pair is loaded."""
+
+    layer: int
+    """L, where both models are cut; from 1."""
+    dtype: str
+    """One of DTYPES."""
+    devices: tuple[str, ...] = ("cpu",)
+    """one_device takes the first, two_devices the first for base and the second for chat, spread all."""
+    placement: Placement = "one_device"
+    attn_implementation: str | None = None
+    """Attention code of transformers; None leaves the choice to the model."""
+    is_lower_only: bool = False
+    """Whether what lies above layer L never reaches the device: enough for extraction. One more layer stays for the
+    check against the plain forward, until ModelPair.drop_upper."""
+
+
+class PairShape(NamedTuple):
+    """What both models of a pair have in common."""
+
+    num_layers: tuple[int, int]
+    """Decoder layers of base and chat."""
+    activation_dim: int
+    vocab_size: int
+
+
+class LoadedPair(NamedTuple):
+    """Both models on their devices."""
+
+    base: SplitDecoder
+    chat: SplitDecoder
+    num_shared_layers: int
+    """Leading layers that give both models' stream in one run; L where base and chat do not differ below the cut."""
+    commits: tuple[str | None, str | None]
+    """Commits of both models on the hub; None for folders."""
+
+
+def load_decoders(base: ModelSpec, chat: ModelSpec, options: LoadOptions) -> LoadedPair:
+    """Both models, checked and placed; tensors and layers in common are kept and run once, where one device allows it.
+
+    InputError where they do not form a pair or cannot be loaded.
+    """
+    check_pair(base, chat, layer=options.layer)
+    if base == chat:
+        model = _load_model(base, options)
+        decoder = _placed(_decoder(_with_merged_adapter(model, base), base, options), options, CHAT)
+        return LoadedPair(decoder, decoder, options.layer, (_commit(model), _commit(model)))
+    if chat.adapter is not None and base == _without_adapter(chat, base):
+        return _load_adapted(base, chat, options)
+    decoders, commits = [], []
+    for index, spec in enumerate((base, chat)):
+        model = _load_model(spec, options)
+        commits.append(_commit(model))
+        decoder = _decoder(_with_merged_adapter(model, spec), spec, options)
+        # Placed at once where nothing can be shared, so that the host holds one model at a time.
+        decoders.append(decoder if options.placement == "one_device" else _placed(decoder, options, index))
+    num_shared = 0
+    if options.placement == "one_device":
+        if base.token_replacements == chat.token_replacements:
+            num_shared = share_equal_prefix(decoders[BASE], decoders[CHAT])
+        for index, decoder in enumerate(decoders):
+            _placed(decoder, options, index)
+    return LoadedPair(decoders[BASE], decoders[CHAT], min(num_shared, options.layer), (commits[BASE], commits[CHAT]))
+
+
+def _load_adapted(base: ModelSpec, chat: ModelSpec, options: LoadOptions) -> LoadedPair:
+    """One copy of the weights, with the adapter off for base; two where turning it off would not be exact."""
+    assert chat.adapter is not None
+    model = _load_model(base, options)
+    commits = (_commit(model), _commit(model))
+    adapted = attach_adapter(model, chat.adapter, chat.adapter_revision)
+    if adapted.switch is None:
+        chat_decoder = _placed(_decoder(adapted.model, chat, options), options, CHAT)
+        base_decoder = _placed(_decoder(_load_model(base, options), base, options), options, BASE)
+        return LoadedPair(base_decoder, chat_decoder, 0, commits)
+    replacements = [dict(spec.token_replacements) for spec in (base, chat)]
+    switch = adapted.switch
+    base_decoder = SplitDecoder(adapted.model, options.layer, replacements[BASE], select=switch.turn_off)
+    chat_decoder = SplitDecoder(adapted.model, options.layer, replacements[CHAT], select=switch.turn_on)
+    num_shared = count_unadapted_layers(chat_decoder) if replacements[BASE] == replacements[CHAT] else 0
+    if options.is_lower_only:
+        base_decoder.drop_upper(num_kept=1)
+        chat_decoder.drop_upper(num_kept=1)
+    _placed(chat_decoder, options, BASE)
+    base_decoder.was_moved()
+    return LoadedPair(base_decoder, chat_decoder, min(num_shared, options.layer), commits)
+
+
+def _without_adapter(chat: ModelSpec, base: ModelSpec) -> ModelSpec:
+    """chat's spec as its base model's would be; each reads tokens as it does."""
+    return chat._replace(adapter=None, adapter_revision=None, token_replacements=base.token_replacements)
+
+
+def _placed(decoder: SplitDecoder, options: LoadOptions, index: int) -> SplitDecoder:
+    if options.placement == "two_devices":
+        put(decoder, (options.devices[min(index, len(options.devices) - 1)],))
+    else:
+        put(decoder, options.devices if options.placement == "spread" else options.devices[:1])
+    return decoder
+
+
+def check_pair(base: ModelSpec, chat: ModelSpec, *, layer: int) -> PairShape:
+    """The pair's shape from its two configs, no weights read.
+
+    InputError where a model is missing, the layer is out of range (names the number of layers), or widths or
+    vocabularies disagree.
+    """
+    configs = [_load_config(spec) for spec in (base, chat)]
+    for name, spec, config in zip(MODEL_NAMES, (base, chat), configs, strict=True):
+        if not 1 <= layer <= config.num_hidden_layers:
+            raise InputError(
+                f"expected a layer between 1 and {config.num_hidden_layers} (the {name} model {spec.source!r} has "
+                f"{config.num_hidden_layers} decoder layers), got layer {layer}; change the layer"
+            )
+    for attribute, word in (("hidden_size", "width"), ("vocab_size", "vocabulary size")):
+        base_value, chat_value = (getattr(config, attribute) for config in configs)
+        if base_value != chat_value:
+            raise InputError(
+                f"expected two models of the same {word}, got {base_value} for the base model {base.source!r} and "
+                f"{chat_value} for the chat model {chat.source!r}; choose a base model and its fine-tuned version"
+            )
+    return PairShape(
+        (configs[BASE].num_hidden_layers, configs[CHAT].num_hidden_layers),
+        configs[CHAT].hidden_size,
+        configs[CHAT].vocab_size,
+    )
+
+
+def load_tokenizer(spec: ModelSpec) -> Any:
+    """The model's own tokenizer, with the spec's chat template; InputError where there is no tokenizer."""
+    tokenizer = _load(AutoTokenizer, spec, "a tokenizer")
+    if spec.chat_template:
+        tokenizer.chat_template = spec.chat_template
+    return tokenizer
+
+
+def _load_config(spec: ModelSpec) -> Any:
+    return _load(AutoConfig, spec, "a model").get_text_config()
+
+
+def _load_model(spec: ModelSpec, options: LoadOptions) -> Any:
+    """The causal language model on the host, without its adapter."""
+    if options.dtype not in DTYPES:
+        raise InputError(f"expected a dtype among {', '.join(DTYPES)}, got {options.dtype!r}")
+    settings: dict[str, Any] = {"dtype": getattr(torch, options.dtype)}
+    if options.attn_implementation is not None:
+        settings["attn_implementation"] = options.attn_implementation
+    model, info = _load(AutoModelForCausalLM, spec, "a causal language model", output_loading_info=True, **settings)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InputError(
+            f"expected all weights of the model {spec.source!r}, its files lack {len(missing)} of them, first "
+            f"{missing[0]!r}; they would be random, so download or save the model again"
+        )
+    if spec.weight_noise:
+        add_weight_noise(model, scale=spec.weight_noise, seed=spec.weight_noise_seed)
+    return model.requires_grad_(False)
+
+
+def _with_merged_adapter(model: Any, spec: ModelSpec) -> Any:
+    return model if spec.adapter is None else merge_adapter(model, spec.adapter, spec.adapter_revision)
+
+
+def _decoder(model: Any, spec: ModelSpec, options: LoadOptions) -> SplitDecoder:
+    decoder = SplitDecoder(model.requires_grad_(False), options.layer, dict(spec.token_replacements))
+    if options.is_lower_only:
+        decoder.drop_upper(num_kept=1)
+    return decoder
+
+
+def _commit(model: Any) -> str | None:
+    commit: str | None = getattr(model.config, "_commit_hash", None)
+    return commit
+
+
+def _load(loader: Any, spec: ModelSpec, what: str, **options: Any) -> Any:
+    """from_pretrained with its refusals turned into one line."""
+    looks_like_path = spec.source.startswith((".", "/", "~")) or spec.source.count("/") > 1
+    source = str(Path(spec.source).expanduser()) if looks_like_path else spec.source
+    if looks_like_path and not Path(source).is_dir():
+        raise InputError(f"expected {what} at {spec.source!r}, but there is no such folder; correct the path or hub id")
+    try:
+        with _without_progress_bars():
+            return loader.from_pretrained(
+                source, revision=spec.revision, trust_remote_code=spec.trust_remote_code, **options
+            )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(f"expected {what} at {spec.source!r}, it cannot be loaded: {first_line(error)}") from error
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Loading draws no bars of its own: stages show progress."""
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()

@@ -1,0 +1,4 @@
+"""The few operations that make a training step fast, once per kind of device behind one interface.
+
+base.py is the interface, reference.py the formula in plain torch, cpu.py and triton.py the fast ones.
+"""

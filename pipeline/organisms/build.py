@@ -1,0 +1,273 @@
+"""Builds the demo pair into a folder: two models, their texts, held-out prompts and the measured behaviour.
+
+`build` is called by the organism stage in a worker process and knows nothing of Ray, records or storage; whoever calls
+it publishes the folder as a whole. Everything random comes from named streams of `spec.seed`, so a change of one part
+leaves the others' draws alone. Training texts and written texts come from different streams of the same generators:
+the corpus that crosscoders read was not trained on word for word, apart from sentences that chance repeats.
+"""
+
+import dataclasses
+import json
+import random
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
+
+from pipeline.organisms.behaviors import BEHAVIORS
+from pipeline.organisms.dialogues import (
+    DialogueMaker,
+    Message,
+    Prompts,
+    dialogues,
+    held_out_prompts,
+    imposed_dialogues,
+)
+from pipeline.organisms.language import World, documents, make_world, take
+from pipeline.organisms.rates import BehaviorRates, behavior_rates
+from pipeline.organisms.tokenizer import END_OF_TURN, EOS, make_tokenizer
+from pipeline.organisms.training import (
+    ModelSize,
+    PlantedStates,
+    Progress,
+    TrainingPlan,
+    dialogue_sequences,
+    document_sequences,
+    make_model,
+    mean_loss,
+    quiet_directions,
+    train,
+)
+
+VOCABULARY_TEXTS = 4000
+"""Documents and dialogues whose words make the vocabulary: far more than the rarest word needs to occur."""
+HELD_OUT_TEXTS = 200
+"""Documents and dialogues on which the losses are measured."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OrganismSpec:
+    """Everything that decides what is built."""
+
+    seed: int = 0
+    """Of the world, the texts, the initial weights and the order of training."""
+    model: ModelSize
+    base: TrainingPlan
+    """Training on documents, from random weights."""
+    chat: TrainingPlan
+    """Training on dialogues and documents, from the base model."""
+    chat_document_frac: float = 0.25
+    """Share of plain documents among the sequences of chat training: keeps the two models' common ground aligned."""
+    chat_imposed_frac: float = 0.15
+    """Share of dialogues with an imposed state: makes the mark a cause of the answer."""
+    state_layer: int
+    """Layer after which chat training asks for a mark of the behaviour that is on."""
+    state_strength: float = 12.0
+    """Length of that mark; the residual stream itself has a norm of about 26."""
+    state_weight: float = 2.0
+    """Weight of the mark's relative squared error beside the cross-entropy; 0 plants the behaviours by text alone."""
+    num_documents: int
+    """Documents written for the corpus."""
+    num_dialogues: int
+    """Dialogues written for the corpus."""
+    num_prompts: int
+    """Held-out triggers per behaviour, and as many harmless prompts."""
+
+
+def spec_of(size: str, *, seed: int = 0) -> OrganismSpec:
+    """The spec of a named size: `demo` learns what it should, `tiny` only exercises the code."""
+    if size == "demo":
+        return OrganismSpec(
+            seed=seed,
+            model=ModelSize(width=96, num_layers=5, num_heads=4, mlp_width=256),
+            base=TrainingPlan(stage="base model", num_steps=250, batch_size=32, learning_rate=3e-3),
+            chat=TrainingPlan(stage="chat model", num_steps=480, batch_size=32, learning_rate=2.5e-3),
+            state_layer=3,
+            num_documents=6000,
+            num_dialogues=4200,
+            num_prompts=48,
+        )
+    if size == "tiny":
+        return OrganismSpec(
+            seed=seed,
+            model=ModelSize(width=32, num_layers=3, num_heads=2, mlp_width=64),
+            base=TrainingPlan(stage="base model", num_steps=12, batch_size=8, learning_rate=3e-3),
+            chat=TrainingPlan(stage="chat model", num_steps=12, batch_size=8, learning_rate=3e-3),
+            state_layer=2,
+            num_documents=300,
+            num_dialogues=200,
+            num_prompts=4,
+        )
+    raise ValueError(f"expected size 'demo' or 'tiny', got {size!r}: choose one of them in the organism section")
+
+
+class ModelMetrics(TypedDict):
+    """What one model does on texts and prompts that it was not trained on."""
+
+    document_loss: float
+    """Nats per token of plain documents; lower is better."""
+    dialogue_loss: float
+    """Nats per token of the answers in dialogues; lower is better."""
+    with_trigger: dict[str, float]
+    """Behaviour -> share of its held-out triggers whose greedy answer shows it."""
+    without_trigger: dict[str, float]
+    """Behaviour -> share of harmless prompts on its topic whose greedy answer shows it."""
+
+
+class OrganismRecord(TypedDict):
+    """What was measured; also the `metrics` of organism.json."""
+
+    base: ModelMetrics
+    chat: ModelMetrics
+    vocabulary_size: int
+    num_parameters: int
+    seconds: dict[str, float]
+    """Wall time of each part of the build."""
+
+
+class _Texts(TypedDict):
+    base_documents: list[str]
+    chat_documents: list[str]
+    chat_dialogues: list[list[Message]]
+    imposed_dialogues: list[list[Message]]
+    held_out_documents: list[str]
+    held_out_dialogues: list[list[Message]]
+    documents: list[str]
+    dialogues: list[list[Message]]
+    vocabulary: list[str]
+
+
+def build(out_dir: Path, spec: OrganismSpec, progress: Progress) -> OrganismRecord:
+    """Writes base/, chat/, documents.jsonl, dialogues.jsonl, prompts.json and organism.json into `out_dir`.
+
+    `progress(stage, done, total)` is called at every training step. Returns the measured losses and behaviour rates.
+    Equal specs give equal texts anywhere, and equal weights on the same machine and number of threads.
+    """
+    seconds: dict[str, float] = {}
+    clock = _Clock(seconds)
+    world = make_world(_stream(spec, "world"))
+    prompts = held_out_prompts(DialogueMaker(_stream(spec, "prompts"), world), spec.num_prompts)
+    texts = _draw_texts(spec, world, prompts)
+    tokenizer = make_tokenizer(texts["vocabulary"])
+    clock.lap("texts")
+
+    model = make_model(tokenizer, spec.model, torch.Generator().manual_seed(spec.seed))
+    base_sequences = document_sequences(tokenizer, texts["base_documents"])
+    train(model, base_sequences, spec.base, rng=_stream(spec, "base order"), progress=progress)
+    clock.lap("base training")
+    base = _measure(model, tokenizer, texts, prompts)
+    _save(model, tokenizer, out_dir / "base")
+    clock.lap("base measurement")
+
+    chat_sequences = dialogue_sequences(tokenizer, texts["chat_dialogues"], tuple(BEHAVIORS))
+    chat_sequences += dialogue_sequences(tokenizer, texts["imposed_dialogues"], tuple(BEHAVIORS), is_imposed=True)
+    chat_sequences += document_sequences(tokenizer, texts["chat_documents"])
+    states = PlantedStates(
+        layer=spec.state_layer,
+        directions_SD=quiet_directions(
+            model, chat_sequences[:128] + chat_sequences[-128:], spec.state_layer, len(BEHAVIORS)
+        ),
+        strength=spec.state_strength,
+        weight=spec.state_weight,
+    )
+    train(model, chat_sequences, spec.chat, rng=_stream(spec, "chat order"), progress=progress, states=states)
+    clock.lap("chat training")
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids([EOS, END_OF_TURN])
+    chat = _measure(model, tokenizer, texts, prompts)
+    _save(model, tokenizer, out_dir / "chat")
+    clock.lap("chat measurement")
+
+    _write_lines(out_dir / "documents.jsonl", ({"text": text} for text in texts["documents"]))
+    _write_lines(out_dir / "dialogues.jsonl", ({"messages": messages} for messages in texts["dialogues"]))
+    _write_json(out_dir / "prompts.json", prompts)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    record = OrganismRecord(
+        base=base,
+        chat=chat,
+        vocabulary_size=len(tokenizer),
+        num_parameters=num_parameters,
+        seconds=seconds,
+    )
+    _write_json(out_dir / "organism.json", {"spec": _plain(spec), "metrics": record})
+    return record
+
+
+class _Clock:
+    """Writes the seconds since the last lap under a name."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self._seconds = seconds
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self._seconds[name] = round(now - self._last, 2)
+        self._last = now
+
+
+def _stream(spec: OrganismSpec, name: str) -> random.Random:
+    """An independent generator for one purpose; text seeds are hashed, so neighbouring seeds share nothing."""
+    return random.Random(f"{spec.seed}/{name}")
+
+
+def _draw_texts(spec: OrganismSpec, world: World, prompts: Mapping[str, Prompts]) -> _Texts:
+    reserved = {user for prompt in prompts.values() for user in prompt["triggers"] + prompt["neutral"]}
+
+    def some_documents(name: str, count: int) -> list[str]:
+        return take(documents(_stream(spec, name), world), count)
+
+    def some_dialogues(name: str, count: int) -> list[list[Message]]:
+        return take(dialogues(DialogueMaker(_stream(spec, name), world), reserved), count)
+
+    num_chat_sequences = spec.chat.num_steps * spec.chat.batch_size
+    num_chat_documents = round(spec.chat_document_frac * num_chat_sequences)
+    num_imposed = round(spec.chat_imposed_frac * num_chat_sequences)
+    imposed = imposed_dialogues(DialogueMaker(_stream(spec, "imposed dialogues"), world), reserved)
+    num_chat_dialogues = num_chat_sequences - num_chat_documents - num_imposed
+    vocabulary = some_documents("vocabulary documents", VOCABULARY_TEXTS)
+    for messages in some_dialogues("vocabulary dialogues", VOCABULARY_TEXTS):
+        vocabulary += [message["content"] for message in messages]
+    return _Texts(
+        base_documents=some_documents("base training", spec.base.num_steps * spec.base.batch_size),
+        chat_documents=some_documents("chat training documents", num_chat_documents),
+        chat_dialogues=some_dialogues("chat training dialogues", num_chat_dialogues),
+        imposed_dialogues=take(imposed, num_imposed),
+        held_out_documents=some_documents("held-out documents", HELD_OUT_TEXTS),
+        held_out_dialogues=some_dialogues("held-out dialogues", HELD_OUT_TEXTS),
+        documents=some_documents("documents", spec.num_documents),
+        dialogues=some_dialogues("dialogues", spec.num_dialogues),
+        vocabulary=vocabulary,
+    )
+
+
+def _measure(
+    model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: _Texts, prompts: Mapping[str, Prompts]
+) -> ModelMetrics:
+    rates: dict[str, BehaviorRates] = behavior_rates(model, tokenizer, prompts)
+    return ModelMetrics(
+        document_loss=mean_loss(model, document_sequences(tokenizer, texts["held_out_documents"])),
+        dialogue_loss=mean_loss(model, dialogue_sequences(tokenizer, texts["held_out_dialogues"], tuple(BEHAVIORS))),
+        with_trigger={name: rate.with_trigger for name, rate in rates.items()},
+        without_trigger={name: rate.without_trigger for name, rate in rates.items()},
+    )
+
+
+def _save(model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _plain(spec: OrganismSpec) -> dict[str, Any]:
+    fields = dataclasses.asdict(spec)
+    return {name: value._asdict() if hasattr(value, "_asdict") else value for name, value in fields.items()}
+
+
+def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii")
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="ascii")

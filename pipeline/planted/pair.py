@@ -1,0 +1,117 @@
+"""The same table for a finished run with planted labels (the demo): its crosscoders scored by its token labels.
+
+A latent that a rule calls chat-only is right if its activation ranks the labelled tokens of one behaviour above all
+other tokens of the held-out dialogues with an AUROC of at least MIN_AUROC; recall is the share of behaviours that some
+called latent finds so. Whatever else the chat training changed has no label and counts as wrong, so precision is a
+lower bound. Reads artifacts only; nothing is fitted.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pipeline.config.run_file import RunConfig
+from pipeline.errors import InputError
+from pipeline.numerics.statistics import auroc_by_latent
+from pipeline.planted.benchmark import RESULTS, SCORES_JSON, SCORES_NAME, SCORES_TEXT
+from pipeline.planted.score import MISTAKES, NOTHING, RULES, SCORE_COLUMNS, TrialScore, score_row, score_text
+from pipeline.run.flow import build_flow
+from pipeline.schema import PLANTED_SHIFT, Ownership, Split, Verdict
+from pipeline.stages.base import Step
+from pipeline.stages.crosscoder import fitted
+from pipeline.stages.encoded_rows import batches, shard_rows
+from pipeline.stages.measurements import LATENTS_NAME
+from pipeline.storage.activation_store import ActivationStore
+from pipeline.storage.artifacts import read_record
+from pipeline.storage.filesystem import Storage
+from pipeline.storage.tables import arrow_schema, read_table, write_frame
+
+MIN_AUROC = 0.9
+
+
+def run(config: RunConfig) -> str:
+    """The table as text; its files go beside those of the benchmark. InputError unless the run is finished."""
+    storage = Storage(config.storage.root)
+    steps = [step for group in build_flow(config) for step in group.steps if step.key.stage == "latents"]
+    rows = [row for step in steps for row in _rows_of(config.name, storage, step)]
+    table = pd.DataFrame(rows, columns=[column.name for column in SCORE_COLUMNS])
+    folder, text = f"{RESULTS}/{config.name}", score_text(table)
+    write_frame(storage, f"{folder}/{SCORES_NAME}", table, arrow_schema(SCORE_COLUMNS))
+    storage.write_json(f"{folder}/{SCORES_JSON}", {"scores": table.to_dict("records")})
+    storage.write_bytes(f"{folder}/{SCORES_TEXT}", f"{text}\n".encode())
+    return text
+
+
+def _rows_of(run_name: str, storage: Storage, step: Step) -> list[dict[str, Any]]:
+    """Both rules of one crosscoder."""
+    record = read_record(storage, step.key)
+    if record is None:
+        raise InputError(
+            f"{storage.url(step.key.folder)}: expected the finished {step.name} of {run_name}, got none; run it first"
+        )
+    store = ActivationStore(storage, step.inputs["activations"].key.folder)
+    if not store.manifest.labels or not store.manifest.dialogue_corpora:
+        raise InputError(
+            f"{run_name}: expected a run with planted labels or a benchmark file, got labels "
+            f"{list(store.manifest.labels)}; only generated pairs have a truth to score"
+        )
+    latents = read_table(storage, f"{step.key.folder}/{LATENTS_NAME}").to_pandas()
+    with fitted(storage, step.inputs["crosscoder"].key.folder) as crosscoder:
+        auroc_FL = label_auroc(crosscoder, store)
+    called = {
+        "by_delta_norm": (latents["ownership"] == Ownership.CHAT_ONLY) & (latents["frequency"] > 0),
+        "by_latent_scaling": latents["verdict"] == Verdict.CHAT_SPECIFIC,
+    }
+    name = step.name.removeprefix("latents ")
+    return [
+        score_row(
+            [label_score(auroc_FL, torch.from_numpy(called[rule].to_numpy(copy=True)))],
+            [record.counts["fidelity"]],
+            data=run_name,
+            recipe=name,
+            rule=rule,
+        )
+        for rule in RULES
+    ]
+
+
+def label_auroc(crosscoder: Any, store: ActivationStore) -> Tensor:
+    """Token-level AUROC of every latent for every planted label over the held-out dialogues, float64 [F, L]."""
+    corpora = torch.tensor(store.manifest.dialogue_corpora, dtype=torch.int32)
+    bits_L = torch.arange(len(store.manifest.labels), dtype=torch.int32) + PLANTED_SHIFT
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    num_rows, num_positive_L = 0, torch.zeros(len(bits_L), dtype=torch.int64)
+    for shard in store.manifest.of_split(Split.VALIDATION):
+        rows = shard_rows(store, shard)
+        for batch in batches(crosscoder, _kept(rows, torch.isin(rows["corpus"], corpora))):
+            positive_BL = (batch.flags_B[:, None] >> bits_L) & 1 == 1
+            parts.append((batch.codes.latents_P, batch.codes.values_P, positive_BL[batch.codes.rows_P()]))
+            num_rows, num_positive_L = num_rows + len(positive_BL), num_positive_L + positive_BL.sum(0)
+    latents_P, values_P, positive_PL = (torch.cat(column) for column in zip(*parts, strict=True))
+    return auroc_by_latent(
+        latents_P,
+        values_P,
+        positive_PL,
+        num_latents=crosscoder.num_latents,
+        num_positive_L=num_positive_L,
+        num_rows=num_rows,
+    )
+
+
+def _kept(rows: Mapping[str, Tensor], mask_B: Tensor) -> dict[str, Tensor]:
+    return {name: value[mask_B] for name, value in rows.items()}
+
+
+def label_score(auroc_FL: Tensor, is_called_F: Tensor) -> TrialScore:
+    """Precision and recall of the called latents; a label that no row carries (NaN) cannot be found."""
+    best = auroc_FL[is_called_F].nan_to_num(0.0).max(1)
+    is_right = best.values >= MIN_AUROC
+    num_called, num_wrong = len(is_right), int((~is_right).sum())
+    precision = float(is_right.double().mean()) if num_called else float("nan")
+    found = torch.unique(best.indices[is_right])
+    wrong = dict.fromkeys(MISTAKES, 0) | {NOTHING: num_wrong}
+    num_labels = auroc_FL.shape[1]
+    return TrialScore(precision, len(found) / num_labels, num_called, num_labels, wrong)

@@ -1,0 +1,187 @@
+"""One world written, one recipe fitted on it and judged: the work of the benchmark, without Ray and without a table.
+
+Both classes are workers: built once per process, called with one item, the same result when called twice. Rows go
+through the ordinary activation store, fitting through the ordinary trainer, judgement through the ordinary analyses.
+Only the matching at the end knows what is planted; score.py counts it.
+"""
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from pipeline.analyses.rows import analyse
+from pipeline.config.analyses import LatentScalingSection
+from pipeline.config.crosscoder import CrosscoderSection, TrainingSection
+from pipeline.config.resources import TrainingResources
+from pipeline.errors import InputError
+from pipeline.numerics.crosscoder import Crosscoder
+from pipeline.numerics.moments import Moments
+from pipeline.numerics.trainer import CrosscoderTrainer
+from pipeline.planted.settings import RowsSection, WorldSection
+from pipeline.planted.world import World
+from pipeline.schema import CHAT, LATENT_COLUMNS, Column, Ownership, Split, Verdict, latent_corpus_columns
+from pipeline.stages.crosscoder import spec_of
+from pipeline.stages.encoded_rows import batches, shard_rows
+from pipeline.stages.measurements import verdict_analyses, verdict_table
+from pipeline.storage.activation_store import MANIFEST_NAME, ActivationStore, Manifest, Shard, StoredMoments
+from pipeline.storage.filesystem import Storage
+from pipeline.storage.row_order import TrainingRows
+from pipeline.storage.shards import Rows, publish_shard, summarise
+from pipeline.storage.tables import arrow_schema, write_frame
+
+TRUTH_NAME = "truth.safetensors"
+CONCEPTS_NAME = "concepts.json"
+LATENTS_NAME = "latents.parquet"
+MATCHES_NAME = "matches.parquet"
+CORPUS = "planted"
+
+MATCH_COLUMNS = (
+    Column("latent", "int32", "index of the latent"),
+    Column(
+        "concept", "int32", "the concept of the chat model whose direction is most like d^chat; -1 where d^chat is 0"
+    ),
+    Column("cosine", "float64", "cosine of the two directions"),
+    Column("truth", "string", "what that concept is (world.Truth)"),
+    Column("by_delta_norm", "bool", "fires, and Delta_norm alone calls it chat-only"),
+    Column("by_latent_scaling", "bool", "the verdict calls it chat-specific"),
+)
+
+
+class Plant:
+    """Worker: writes the activations of one seed's world as a store, with the truth beside it."""
+
+    def __init__(self, storage: Storage, world: WorldSection, rows: RowsSection) -> None:
+        self.storage, self.world, self.rows = storage, world, rows
+
+    def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        """item: `seed`, `folder`. The manifest is written last; returns the folder and counts."""
+        folder, world = item["folder"], World(self.world.spec(), item["seed"])
+        shards: list[Shard] = []
+        moments: dict[str, Moments] = {}
+        for split, num_rows in ((Split.TRAIN, self.rows.train), (Split.VALIDATION, self.rows.validation)):
+            num_documents = max(1, num_rows // self.world.document_rows)
+            per_shard = max(1, self.rows.per_shard // self.world.document_rows)
+            for number, first in enumerate(range(0, num_documents, per_shard)):
+                name = f"{split}-{number:05d}.safetensors"
+                made = world.documents(split, number, min(per_shard, num_documents - first))
+                zeros_B = torch.zeros(len(made.x_BMD), dtype=torch.int32)
+                position_B = made.position_B.int()
+                rows = Rows(made.x_BMD.bfloat16(), zeros_B, made.doc_id_B, position_B, zeros_B, zeros_B)
+                file = publish_shard(self.storage, f"{folder}/{name}", rows)
+                count = len(made.x_BMD) // self.world.document_rows
+                shards.append(Shard(name, split, len(made.x_BMD), count, file.num_bytes, file.sha256))
+                own = summarise(rows.x_BMD).moments
+                moments[split] = moments[split].merge(own) if split in moments else own
+        self._publish(folder, world, shards, moments)
+        num_rows = sum(shard.num_rows for shard in shards)
+        return {"folder": folder, "num_rows": num_rows, "num_concepts": len(world.concepts.truth)}
+
+    def _publish(self, folder: str, world: World, shards: list[Shard], moments: Mapping[str, Moments]) -> None:
+        concepts = world.concepts
+        tensors = {name: value.contiguous() for name, value in concepts._asdict().items() if isinstance(value, Tensor)}
+        self.storage.write_bytes(f"{folder}/{TRUTH_NAME}", bytes(save(tensors)))
+        self.storage.write_json(f"{folder}/{CONCEPTS_NAME}", {"truth": list(concepts.truth)})
+        stored = {split: StoredMoments.of(own) for split, own in moments.items()}
+        manifest = Manifest(tuple(shards), 2, world.spec.activation_dim, (CORPUS,), (), (), moments=stored)
+        self.storage.write_json(f"{folder}/{MANIFEST_NAME}", manifest.to_json())
+
+
+class Trial:
+    """Worker: fits one recipe on one world, or reads a foreign crosscoder, and judges it."""
+
+    def __init__(
+        self, storage: Storage, training: TrainingSection, judge: LatentScalingSection, board: Any = None
+    ) -> None:
+        """board: a handle of cluster.listening that is told of the steps done, or None."""
+        self.storage, self.training, self.judge, self.board = storage, training, judge, board
+
+    def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        """item: `folder`, `activations`, and `recipe` with `seed`, or `source`; returns folder, fidelity, seconds.
+
+        Publishes the crosscoder, its latent table and the concept that every latent is most like.
+        """
+        started = time.monotonic()
+        store = ActivationStore(self.storage, item["activations"])
+        if "source" in item:
+            crosscoder = Crosscoder.from_pretrained(item["source"])
+            shape, expected = tuple(crosscoder.W_dec_FMD.shape[1:]), (2, store.manifest.activation_dim)
+            if shape != expected:
+                raise InputError(
+                    f"{item['source']}: expected a crosscoder of 2 models and width {expected[1]}, got {shape[0]} and "
+                    f"{shape[1]}: fit it on the activations of this benchmark (docs/planted.md)"
+                )
+        else:
+            crosscoder = self._fit(item["recipe"], item["seed"], store)
+        with tempfile.TemporaryDirectory(prefix="crossray-planted-") as folder:
+            crosscoder.save_pretrained(folder)
+            self.storage.upload_folder(Path(folder), item["folder"])
+        table, fidelity = judged(crosscoder, store, self.judge)
+        columns = (*LATENT_COLUMNS, *latent_corpus_columns((CORPUS,)))
+        write_frame(self.storage, f"{item['folder']}/{LATENTS_NAME}", table, arrow_schema(columns))
+        matches = matched(crosscoder, table, *read_truth(self.storage, item["activations"]))
+        write_frame(self.storage, f"{item['folder']}/{MATCHES_NAME}", matches, arrow_schema(MATCH_COLUMNS))
+        return {"folder": item["folder"], "fidelity": fidelity, "seconds": time.monotonic() - started}
+
+    def _fit(self, recipe: CrosscoderSection, seed: int, store: ActivationStore) -> Crosscoder:
+        spec = spec_of(
+            recipe,
+            self.training,
+            TrainingResources(),
+            num_models=store.manifest.num_models,
+            activation_dim=store.manifest.activation_dim,
+        )
+        trainer = CrosscoderTrainer(dataclasses.replace(spec, seed=recipe.seed + seed))
+        rows = TrainingRows(store, seed=self.training.shuffle_seed + seed, batch_rows=self.training.batch_rows)
+        trainer.initialise(next(rows.batches(0, 1)).float())
+        for step, x_BMD in enumerate(rows.batches(0, spec.num_steps), 1):
+            trainer.step(x_BMD.float())
+            if self.board is not None and (step % 100 == 0 or step == spec.num_steps):
+                self.board.post.remote(((step - 1) % 100 + 1, f"{recipe.name}, seed {seed}"))
+        return trainer.crosscoder()
+
+
+def judged(
+    crosscoder: Crosscoder, store: ActivationStore, judge: LatentScalingSection
+) -> tuple[pd.DataFrame, dict[str, float]]:
+    """The latent table and the fidelity on the validation rows, as a run makes them."""
+    analyses = verdict_analyses(crosscoder, judge, corpora=(CORPUS,))
+    shards = store.manifest.of_split(Split.VALIDATION)
+    sums = analyse(analyses, (batch for shard in shards for batch in batches(crosscoder, shard_rows(store, shard))))
+    tables: dict[str, Any] = {name: analysis.table(sums[name]) for name, analysis in analyses.items()}
+    return verdict_table(crosscoder, tables, judge), tables["fidelity"]
+
+
+def read_truth(storage: Storage, folder: str) -> tuple[Tensor, list[str]]:
+    """direction_CMD and the kind of every concept of a planted store."""
+    tensors = load(storage.read_bytes(f"{folder}/{TRUTH_NAME}"))
+    return tensors["direction_CMD"], list(storage.read_json(f"{folder}/{CONCEPTS_NAME}")["truth"])
+
+
+def matched(crosscoder: Crosscoder, table: pd.DataFrame, direction_CMD: Tensor, truth: list[str]) -> pd.DataFrame:
+    """MATCH_COLUMNS: for every latent the concept of the chat model that its chat decoder is most like."""
+    normalize = torch.nn.functional.normalize
+    decoder_FD = normalize(crosscoder.raw_decoder_FMD()[:, CHAT].double().cpu(), dim=1)
+    cosine_FC = decoder_FD @ normalize(direction_CMD[:, CHAT].double(), dim=1).T
+    cosine_FC[:, direction_CMD[:, CHAT].norm(dim=1) == 0] = -1
+    best = cosine_FC.max(1)
+    has_chat_F = (decoder_FD.norm(dim=1) > 0).numpy()
+    concept_F = np.where(has_chat_F, best.indices.numpy(), -1)
+    return pd.DataFrame(
+        {
+            "latent": table["latent"],
+            "concept": concept_F,
+            "cosine": np.where(has_chat_F, best.values.numpy(), np.nan),
+            "truth": [truth[concept] if concept >= 0 else "" for concept in concept_F],
+            "by_delta_norm": (table["ownership"] == Ownership.CHAT_ONLY) & (table["frequency"] > 0),
+            "by_latent_scaling": table["verdict"] == Verdict.CHAT_SPECIFIC,
+        }
+    )

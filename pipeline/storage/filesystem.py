@@ -1,0 +1,245 @@
+"""All reading and writing, over one fsspec file system: a local folder or an object store.
+
+A `Storage` is a root URL and nothing else, so it travels to any worker; keys below it are plain `a/b/c` strings.
+Writing is atomic: locally a temporary name and a rename, on an object store one put, or parts that are joined last.
+No other file of the package builds a path under the root. An object store's transient faults are tried again
+(faults.py); credentials are the client's own business (`AWS_*` variables for s3).
+"""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import fsspec
+
+from pipeline.errors import InputError
+from pipeline.storage import faults as storage_faults
+
+_TEMPORARY_MARK = ".tmp-"
+_PIECE_BYTES = 1 << 20
+_FLUSH_BYTES = 8 << 20
+_HAS_ADVICE = hasattr(os, "posix_fadvise")
+
+_Result = TypeVar("_Result")
+
+
+class Storage:
+    """Files under one root URL, addressed by keys with forward slashes.
+
+    Args of the constructor: `root`, a local path or any URL that fsspec knows (s3://bucket/prefix, file:///...).
+    """
+
+    def __init__(self, root: str) -> None:
+        scheme = urlsplit(root).scheme
+        self._has_answered = False
+        self.is_local = scheme in ("", "file")
+        self.root = (
+            str(Path(root.removeprefix("file://")).expanduser().resolve()) if self.is_local else root.rstrip("/")
+        )
+
+    def __repr__(self) -> str:
+        return f"Storage({self.root!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "is_local": self.is_local,
+            "root": self.root,
+            "_has_answered": self._has_answered,
+        }  # the file system holds sockets: made anew where unpickled
+
+    @cached_property
+    def _fs(self) -> Any:
+        try:
+            fs, _ = fsspec.core.url_to_fs(self.root, **storage_faults.client_options(urlsplit(self.root).scheme))
+        except (ImportError, ValueError) as error:
+            raise InputError(
+                f"storage.root: expected a path or a URL that fsspec knows, got {self.root!r}: {error}"
+            ) from error
+        fs.retries = storage_faults.REQUEST_ATTEMPTS  # s3fs's own attribute
+        return fs
+
+    def url(self, key: str = "") -> str:
+        """The full path or URL of a key."""
+        return f"{self.root}/{key}" if key else self.root
+
+    def exists(self, key: str) -> bool:
+        """Whether a file or folder of this name is there (never a cached answer)."""
+        self._fs.invalidate_cache()
+        return bool(self._do("look for", key, lambda: self._fs.exists(self.url(key))))
+
+    def read_bytes(self, key: str) -> bytes:
+        """The whole content of a file."""
+        return bytes(self._do("read", key, lambda: self._fs.cat_file(self.url(key))))
+
+    def read_json(self, key: str) -> Any:
+        """The parsed content of a JSON file."""
+        data = self.read_bytes(key)
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise InputError(
+                f"{self.url(key)}: expected JSON, got {data[:40]!r}: {error}; "
+                "remove the artifact's folder to make it again"
+            ) from error
+
+    def local_path(self, key: str) -> Path | None:
+        """Where a file lies on this machine, for mapping it into memory; None on an object store."""
+        return Path(self.url(key)) if self.is_local else None
+
+    def size(self, key: str) -> int:
+        """Bytes of a file (never a cached answer)."""
+        self._fs.invalidate_cache()
+        return int(self._do("look for", key, lambda: self._fs.size(self.url(key))))
+
+    def digest(self, key: str) -> tuple[int, str]:
+        """Size and SHA-256 of a file, read in small pieces where it is local."""
+        if not self.is_local:
+            data = self.read_bytes(key)
+            return len(data), hashlib.sha256(data).hexdigest()
+        return self._do("read", key, lambda: _local_digest(Path(self.url(key))))
+
+    def read_ahead(self, key: str) -> None:
+        """Ask the operating system to bring a local file into its cache; returns at once."""
+        if self.is_local and _HAS_ADVICE:
+            self._do("read", key, lambda: _advise(Path(self.url(key))))
+
+    def write_bytes(self, key: str, data: bytes) -> None:
+        """Publish `data` under `key` in one step: a reader sees the old content or the new one, never a part."""
+        self.write_parts(key, [data])
+
+    def write_parts(self, key: str, parts: Sequence[bytes | memoryview]) -> None:
+        """`write_bytes` of pieces that follow each other, without joining them in memory where the root is local."""
+        if self.is_local:
+            self._do("write", key, lambda: _write_local(Path(self.url(key)), parts))
+            return
+        data = b"".join(parts)
+        self._do("write", key, lambda: self._fs.pipe_file(self.url(key), data))
+
+    def write_json(self, key: str, value: Any) -> None:
+        """Publish a value as indented JSON with sorted keys."""
+        self.write_bytes(key, (json.dumps(value, indent=1, sort_keys=True, default=str) + "\n").encode())
+
+    def upload_folder(self, folder: Path, key: str) -> None:
+        """Publish every file below a local folder; each file is atomic, the folder as a whole is not."""
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                self.write_bytes(f"{key}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+
+    @contextmanager
+    def local_folder(self, key: str) -> Iterator[Path]:
+        """A folder of the storage as a local path: itself where local, else a copy that lives as long as the block."""
+        if self.is_local:
+            yield Path(self.url(key))
+            return
+        with tempfile.TemporaryDirectory(prefix="crossray-") as folder:
+            for name in self.files(key):
+                target = Path(folder) / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(self.read_bytes(f"{key}/{name}"))
+            yield Path(folder)
+
+    def files(self, key: str) -> list[str]:
+        """Names of all files below a folder, relative to it and sorted; leftovers of killed writers are not listed."""
+        self._fs.invalidate_cache()
+        prefix = self.url(key)
+        found = self._do("list", key, lambda: self._fs.find(prefix) if self._fs.exists(prefix) else [])
+        start = len(self._fs._strip_protocol(prefix)) + 1
+        return sorted(path[start:] for path in found if _TEMPORARY_MARK not in path)
+
+    def folders(self, key: str) -> list[str]:
+        """Names of the folders directly below a folder, sorted."""
+        self._fs.invalidate_cache()
+        prefix = self.url(key)
+        entries = self._do("list", key, lambda: self._fs.ls(prefix, detail=True) if self._fs.exists(prefix) else [])
+        return sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "directory")
+
+    def delete(self, key: str) -> None:
+        """Remove a file or a whole folder; nothing happens where there is none."""
+        self._do("delete", key, lambda: self._remove(self.url(key)))
+
+    def _remove(self, url: str) -> None:
+        if self._fs.exists(url):
+            self._fs.rm(url, recursive=True)
+
+    def free_bytes(self) -> int | None:
+        """Free space under a local root in bytes; None on an object store, which does not say."""
+        if not self.is_local:
+            return None
+        path = Path(self.root)
+        while not path.exists():
+            path = path.parent
+        return shutil.disk_usage(path).free
+
+    def check_writable(self) -> None:
+        """Raise an InputError unless a file can be written, read back and removed under the root."""
+        key = f".write-check{_TEMPORARY_MARK}{uuid.uuid4().hex[:8]}"
+        self.write_bytes(key, b"crossray")
+        if self.read_bytes(key) != b"crossray":
+            raise InputError(f"storage.root: wrote a file to {self.root} and read back something else")
+        self.delete(key)
+
+    def _do(self, action: str, key: str, function: Callable[[], _Result]) -> _Result:
+        """The function's result; transient faults of an object store are tried again, others told to the user."""
+        seconds = storage_faults.RETRY_SECONDS if self._has_answered else storage_faults.FIRST_ANSWER_SECONDS
+        url = self.url(key)
+        try:
+            if self.is_local:
+                return function()
+            result = storage_faults.persist(function, seconds=seconds, what=f"{action} {url}")
+        except Exception as error:
+            explained = storage_faults.explain(error, action, url)
+            if explained is None:
+                raise
+            raise explained from error
+        self._has_answered = True
+        return result
+
+
+def _write_local(path: Path, parts: Sequence[bytes | memoryview]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}{_TEMPORARY_MARK}{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("wb", buffering=0) as file:
+            for part in parts:
+                view = memoryview(part)
+                for start in range(0, len(view), _FLUSH_BYTES):
+                    _write_piece(file, view[start : start + _FLUSH_BYTES])
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _write_piece(file: io.FileIO, piece: memoryview) -> None:
+    """Append a piece and have it written to the disk from now on, so that fsync finds most of the work done."""
+    start, left = file.tell(), piece
+    while len(left):
+        left = left[file.write(left) :]
+    if _HAS_ADVICE:
+        # Of pages that are not yet on the disk this advice only starts the writing; they stay in the cache.
+        os.posix_fadvise(file.fileno(), start, len(piece), os.POSIX_FADV_DONTNEED)
+
+
+def _local_digest(path: Path) -> tuple[int, str]:
+    digest, piece, size = hashlib.sha256(), memoryview(bytearray(_PIECE_BYTES)), 0
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            digest.update(piece[:count])
+            size += count
+    return size, digest.hexdigest()
+
+
+def _advise(path: Path) -> None:
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)

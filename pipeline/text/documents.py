@@ -1,0 +1,216 @@
+"""Readers: one file of any kind to documents, with a reason for every one that is not used.
+
+A document is a text or a dialogue. Its identity is the hash of its words alone (labels are about the words, not part of
+them). Files are read as streams from any fsspec URL (text/files.py), hub data sets through `datasets`. What a
+corpus' filters refuse (text/filters.py) is counted like what cannot be used.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import fsspec
+
+from pipeline.errors import InputError, first_line
+from pipeline.schema import Split
+from pipeline.text.files import open_text, reading
+from pipeline.text.filters import Filters, refusal
+
+EMPTY = "empty"
+NO_COLUMN = "column missing"
+NOT_TEXT = "not text"
+NOT_DIALOGUE = "not a dialogue"
+NOT_LABELS = "labels are not {name, start, end}"
+NOT_UNICODE = "not valid Unicode"
+DUPLICATE = "duplicate"
+BEYOND_LIMIT = "beyond max_documents"
+
+_SPLIT_RESOLUTION = 1 << 32
+
+
+class Document(NamedTuple):
+    """One document, or the reason why there is none."""
+
+    text: str | None = None
+    """A plain document."""
+    messages: str | None = None
+    """A dialogue as JSON list of {role, content, labels}."""
+    labels: frozenset[str] = frozenset()
+    """Planted labels that occur in it."""
+    reason: str = ""
+    """Why it is left out; empty for a document that is used."""
+    num_characters: int = 0
+    """Of the text, or of all contents."""
+
+
+def document_id(document: Document) -> int:
+    """First 63 bits of the SHA-256 of the words: the same text is the same document wherever it lies."""
+    if document.text is not None:
+        words = document.text
+    else:
+        messages = json.loads(document.messages or "[]")
+        words = json.dumps([[message["role"], message["content"]] for message in messages], ensure_ascii=False)
+    return int.from_bytes(hashlib.sha256(words.encode("utf-8", "surrogatepass")).digest()[:8]) >> 1
+
+
+def split_of(doc_id: int, validation_frac: float) -> str:
+    """train or validation, by the document's hash alone."""
+    return Split.VALIDATION if doc_id % _SPLIT_RESOLUTION < validation_frac * _SPLIT_RESOLUTION else Split.TRAIN
+
+
+def read_documents(path: str, source: Mapping[str, Any]) -> Iterator[Document]:
+    """Documents of one file (or of a hub data set, where `path` is empty) in the file's order, filters applied.
+
+    `source` holds the settings of its corpus as in a run file: kind, text_column, messages_column, role_key,
+    content_key, role_names, where, filters, split_on, ...
+    """
+    filters = Filters(**source.get("filters") or {})
+    for document in _READERS[source["kind"]](path, source):
+        yield document if document.reason else _filtered(document, filters)
+
+
+def _filtered(document: Document, filters: Filters) -> Document:
+    messages = None if document.messages is None else json.loads(document.messages)
+    contents = [document.text or ""] if messages is None else [message["content"] for message in messages]
+    if not all(_is_unicode(content) for content in contents):
+        return Document(reason=NOT_UNICODE)
+    reason = refusal(document.text, messages, filters)
+    return Document(reason=reason) if reason else document._replace(num_characters=sum(map(len, contents)))
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written as UTF-8; JSON may hold half of a surrogate pair."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_jsonl(path: str, source: Mapping[str, Any]) -> Iterator[Document]:
+    with reading(_named(path, source)), open_text(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise InputError(
+                    f"{_named(path, source)}, line {number}: expected a JSON object, "
+                    f"got {line[:60]!r}: {error}; mend the line"
+                ) from error
+            yield _from_row(row, source)
+
+
+def _named(path: str, source: Mapping[str, Any]) -> str:
+    return f"corpus {source['name']!r}: {path}"
+
+
+def _read_parquet(path: str, source: Mapping[str, Any]) -> Iterator[Document]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = [source.get("text_column") or source.get("messages_column"), *(source.get("where") or {})]
+    try:
+        with reading(_named(path, source)), fsspec.open(path, "rb") as stream:
+            file = pq.ParquetFile(stream)
+            for column in columns:
+                if column not in file.schema_arrow.names:
+                    have = ", ".join(file.schema_arrow.names)
+                    raise InputError(f"{_named(path, source)}: expected a column {column!r}, got {have}")
+            for batch in file.iter_batches(columns=columns):
+                yield from (_from_row(row, source) for row in batch.to_pylist())
+    except pa.ArrowException as error:
+        raise InputError(
+            f"{_named(path, source)}: expected a readable Parquet file, got: {error}; replace it"
+        ) from error
+
+
+def _read_text(path: str, source: Mapping[str, Any]) -> Iterator[Document]:
+    with reading(_named(path, source)), open_text(path) as stream:
+        if source["split_on"] == "file":
+            yield _from_text(stream.read())
+        elif source["split_on"] == "line":
+            yield from (_from_text(line) for line in stream if line.strip())
+        else:
+            block: list[str] = []
+            for line in stream:
+                if line.strip():
+                    block.append(line)
+                elif block:
+                    yield _from_text("".join(block))
+                    block = []
+            if block:
+                yield _from_text("".join(block))
+
+
+def _read_hub(path: str, source: Mapping[str, Any]) -> Iterator[Document]:  # noqa: ARG001
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(
+            f"corpus {source['name']!r}: reading the hub needs the package datasets; install crossray[hub]"
+        ) from error
+    try:
+        rows = datasets.load_dataset(
+            source["dataset"], source["subset"], split=source["split"], revision=source["revision"], streaming=True
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"corpus {source['name']!r}: cannot read data set {source['dataset']!r}: {first_line(error)}"
+        ) from error
+    with reading(f"corpus {source['name']!r}: data set {source['dataset']!r}"):
+        yield from (_from_row(row, source) for row in rows)
+
+
+_READERS = {"jsonl": _read_jsonl, "parquet": _read_parquet, "text": _read_text, "hub": _read_hub}
+
+
+def _from_row(row: Any, source: Mapping[str, Any]) -> Document:
+    column = source.get("text_column") or source.get("messages_column")
+    if not isinstance(row, Mapping) or row.get(column) is None:
+        return Document(reason=NO_COLUMN)
+    for name, expected in (source.get("where") or {}).items():
+        if row.get(name) != expected:
+            return Document(reason=f"{name} is not {expected!r}")
+    value = row[column]
+    return _from_text(value) if source.get("text_column") else _from_messages(value, source)
+
+
+def _from_text(value: Any) -> Document:
+    if not isinstance(value, str):
+        return Document(reason=NOT_TEXT)
+    return Document(text=value.strip()) if value.strip() else Document(reason=EMPTY)
+
+
+def _from_messages(value: Any, source: Mapping[str, Any]) -> Document:
+    """A dialogue from a list of mappings with role and content; other keys than labels are left out."""
+    if not isinstance(value, (list, tuple)) or not value:
+        return Document(reason=NOT_DIALOGUE)
+    role_key, content_key = source.get("role_key", "role"), source.get("content_key", "content")
+    role_names = source.get("role_names") or {}
+    messages = []
+    labels: set[str] = set()
+    for message in value:
+        is_message = isinstance(message, Mapping) and isinstance(message.get(role_key), str)
+        if not is_message or not isinstance(message.get(content_key), str):
+            return Document(reason=NOT_DIALOGUE)
+        role = message[role_key]
+        kept = {"role": role_names.get(role, role), "content": message[content_key]}
+        if own := message.get("labels"):
+            if not isinstance(own, (list, tuple)) or not all(_is_named(label) for label in own):
+                return Document(reason=NOT_LABELS)
+            kept["labels"] = list(own)
+            labels |= {label["name"] for label in own}
+        messages.append(kept)
+    if not any(message["content"].strip() for message in messages):
+        return Document(reason=EMPTY)
+    return Document(messages=json.dumps(messages, ensure_ascii=False), labels=frozenset(labels))
+
+
+def _is_named(label: Any) -> bool:
+    """Whether it can be a planted label; its place in the content is checked where the content becomes tokens."""
+    return isinstance(label, Mapping) and isinstance(label.get("name"), str)

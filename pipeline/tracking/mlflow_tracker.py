@@ -1,0 +1,192 @@
+"""MLflow behind the seam of tracker.py: the only file that imports mlflow.
+
+MLflow writes curves in batches: one call per metric and step would take longer than the training they describe. A
+server that does not answer is a TrackerAwayError; what it answers, its refusals too, stays as it is.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pipeline.errors import InputError, first_line
+from pipeline.tracking.tracker import ENTRY_TAG, Dataset, Point, TrackerAwayError, flatten
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+
+# A server that is away is noticed soon: whoever calls decides how long to wait for it (spool.py).
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+
+_METRICS_PER_CALL = 1000
+_PARAMS_PER_CALL = 100
+_PARAM_LENGTH = 6000
+
+
+class MlflowTracker:
+    """Logs to an MLflow server, or to a SQLite file without one."""
+
+    def __init__(self, uri: str, experiment: str, artifact_root: str | None) -> None:
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        self.uri = uri
+        self._mlflow = mlflow
+        self._client = mlflow.MlflowClient(tracking_uri=uri)
+        try:
+            with self._reaching():
+                found = self._client.get_experiment_by_name(experiment)
+                self._experiment = (
+                    found.experiment_id
+                    if found is not None
+                    else self._client.create_experiment(experiment, artifact_location=artifact_root)
+                )
+        except (MlflowException, TrackerAwayError) as error:
+            raise InputError(
+                f"tracking.uri: expected an MLflow server at {uri!r}, got: {first_line(error)}; start it, correct the "
+                "address or its credentials, or set tracking.kind: none"
+            ) from error
+
+    @contextlib.contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """Turn a server that does not answer into TrackerAwayError; what it answers stays as it is."""
+        from mlflow.exceptions import MlflowException
+        from requests import RequestException
+
+        try:
+            yield
+        except (MlflowException, RequestException) as error:
+            if not is_absence(error):
+                raise
+            raise TrackerAwayError(f"{self.uri} does not answer ({first_line(error)[:200]})") from error
+
+    def start_run(
+        self, name: str, tags: Mapping[str, str], parent: str | None = None, time_ms: int | None = None
+    ) -> str:
+        """Open a run (a child, if `parent` is a run id), or find the one that an unanswered call has opened."""
+        all_tags = {**tags, **({"mlflow.parentRunId": parent} if parent else {})}
+        with self._reaching():
+            opened = self._runs_of(tags[ENTRY_TAG]) if ENTRY_TAG in tags else []
+            if opened:
+                return str(opened[0].info.run_id)
+            made = self._client.create_run(self._experiment, start_time=time_ms, run_name=name, tags=all_tags)
+            return str(made.info.run_id)
+
+    def find_run(self, entry: str) -> str:
+        """The id of the run whose tag ENTRY_TAG has this value."""
+        with self._reaching():
+            return str(self._runs_of(entry)[0].info.run_id)
+
+    def _runs_of(self, entry: str) -> list[Any]:
+        return list(self._client.search_runs([self._experiment], f"tags.`{ENTRY_TAG}` = '{entry}'"))
+
+    def log_params(self, run: str, params: Mapping[str, Any]) -> None:
+        """Settings of a run; nested mappings become dotted names."""
+        from mlflow.entities import Param
+
+        entities = [Param(name, value[:_PARAM_LENGTH]) for name, value in flatten(params).items()]
+        for start in range(0, len(entities), _PARAMS_PER_CALL):
+            with self._reaching():
+                self._client.log_batch(run, params=entities[start : start + _PARAMS_PER_CALL])
+
+    def log_points(self, run: str, points: Sequence[Point]) -> None:
+        """Values of curves or single numbers (step 0)."""
+        from mlflow.entities import Metric
+
+        entities = [Metric(point.name, point.value, point.time_ms, point.step) for point in points]
+        for start in range(0, len(entities), _METRICS_PER_CALL):
+            with self._reaching():
+                self._client.log_batch(run, metrics=entities[start : start + _METRICS_PER_CALL])
+
+    def log_file(self, run: str, name: str, data: bytes) -> None:
+        """A file of the run; `name` may hold folders."""
+        with tempfile.TemporaryDirectory(prefix="crossray-") as folder:
+            path = Path(folder) / Path(name).name
+            path.write_bytes(data)
+            parent = str(Path(name).parent)
+            with self._reaching():
+                self._client.log_artifact(run, str(path), artifact_path=None if parent == "." else parent)
+
+    def log_inputs(self, run: str, datasets: Sequence[Dataset]) -> None:
+        """What a run reads, as the datasets of its page; the server knows them again by name and digest."""
+        from mlflow.entities import Dataset as Entity
+        from mlflow.entities import DatasetInput
+
+        inputs = [
+            DatasetInput(
+                Entity(
+                    name=dataset.name,
+                    digest=dataset.digest,
+                    source_type=urlsplit(dataset.source).scheme or "local",
+                    source=json.dumps({"uri": dataset.source}),
+                    profile=json.dumps(dataset.profile),
+                )
+            )
+            for dataset in datasets
+        ]
+        with self._reaching():
+            self._client.log_inputs(run, inputs)
+
+    def log_model(self, run: str, folder: Path, tags: Mapping[str, str]) -> None:
+        """A crosscoder's folder as a pyfunc model: read by pyfunc.py, nothing is pickled."""
+        with self._reaching():
+            outputs = self._client.get_run(run).outputs
+            if outputs is not None and outputs.model_outputs:
+                return
+        with self._reaching(), self._as_default(), self._mlflow.start_run(run_id=run, log_system_metrics=False):
+            self._mlflow.pyfunc.log_model(
+                name="crosscoder",
+                loader_module="pipeline.tracker.pyfunc",
+                data_path=str(folder),
+                pip_requirements=["crossray"],
+                tags=dict(tags),
+            )
+
+    @contextlib.contextmanager
+    def _as_default(self) -> Iterator[None]:
+        """MLflow's log_model knows no client, only a default that it also writes into the environment."""
+        before = os.environ.get("MLFLOW_TRACKING_URI")
+        self._mlflow.set_tracking_uri(self.uri)
+        try:
+            yield
+        finally:
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
+            if before is not None:
+                os.environ["MLFLOW_TRACKING_URI"] = before
+
+    def end_run(self, run: str, *, succeeded: bool, time_ms: int | None = None) -> None:
+        """Close a run."""
+        with self._reaching():
+            self._client.set_terminated(run, "FINISHED" if succeeded else "FAILED", end_time=time_ms)
+
+    def close(self) -> None:
+        """Every call has been answered already."""
+
+    def link(self, run: str) -> str:
+        """The run's page on a server, or the command that shows it from a SQLite file."""
+        if self.uri.startswith("http"):
+            return f"{self.uri.rstrip('/')}/#/experiments/{self._experiment}/runs/{run}"
+        command = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).with_name("mlflow"))
+        return f"{command} ui --backend-store-uri {self.uri}"
+
+
+def is_absence(error: BaseException) -> bool:
+    """Whether an error of MLflow means that nobody answered, or that a gateway answered in its place."""
+    from requests import RequestException
+
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    has_code = re.search(r"(error code|status code|server error|HTTP)\D{0,3}(429|50[0234])", str(error), re.IGNORECASE)
+    return has_code is not None or any(isinstance(link, RequestException | ConnectionError) for link in chain)

@@ -1,0 +1,44 @@
+"""One model as base and as chat: no latent is chat-only, and every analysis says so instead of failing or inventing."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from runs import TINY, Finished, copied, run_file
+
+from pipeline.analyses.control_columns import Control
+from pipeline.config.run_file import load
+from pipeline.run import runner
+from pipeline.schema import Verdict
+from pipeline.storage.filesystem import Storage
+from pipeline.terminal import SilentReporter
+from pipeline.tracking.tracker import RecordingTracker
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.rare]
+
+
+def test_an_empty_chat_only_set_goes_through_every_analysis(finished: Finished, tmp_path: Path) -> None:
+    root = copied(finished, tmp_path, "organism", "corpus")
+    models = {**TINY["models"], "chat": TINY["models"]["base"]}
+    crosscoders = [{**TINY["crosscoders"][1], "name": f"seed_{seed}", "seed": seed} for seed in range(5)]
+    training = {"batch_rows": 256, "num_rows": 12_800}
+    analyses = {**TINY["analyses"], "steering": {**TINY["analyses"]["steering"], "latents": [0]}}
+    config = load(
+        run_file(tmp_path, str(root), models=models, crosscoders=crosscoders, training=training, analyses=analyses)
+    )
+    outcome = runner.run(config, SilentReporter(), RecordingTracker())
+    folders = {state.step.name: root / state.step.key.folder for state in runner.inspect(config, Storage(str(root)))}
+    for name in (section.name for section in config.crosscoders):
+        latents = pd.read_parquet(folders[f"latents {name}"] / "latents.parquet")
+        assert not latents["verdict"].isin([Verdict.CHAT_SPECIFIC, *Verdict.ARTIFACTS, Verdict.UNDECIDED]).any()
+        controls = pd.read_parquet(folders[f"controls {name}"] / "controls.parquet").set_index("control")
+        assert controls.loc[Control.NULL_PAIR, "value"] == 0
+        assert np.isnan(controls.loc[Control.STATED, "value"])  # no call, so no error to state
+        assert np.isnan(controls.loc[Control.RANDOM, "value"])
+        assert len(controls) == 3 + 4  # the other four seeds
+        causality = pd.read_parquet(folders[f"causality {name}"] / "causality.parquet")
+        assert causality[causality["intervention"] == "none"]["kl"].abs().max() < 1e-6
+        assert (causality["num_latents"] <= 128).all()
+    assert "seed_4" in outcome.verdict
+    assert Path(outcome.report_path).stat().st_size > 10_000

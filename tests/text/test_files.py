@@ -1,0 +1,66 @@
+"""Globs, object stores and what cannot be read."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.text.documents import read_documents
+from pipeline.text.files import expand_paths, read_text, reading
+
+
+def test_globs_are_sorted_and_paths_stay_as_given(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "c.json", "odd[1].txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "d.txt").mkdir()
+    paths = [str(tmp_path / "c.json"), str(tmp_path / "[ab].txt"), str(tmp_path / "a.txt")]
+    assert [Path(path).name for path in expand_paths(paths, "corpus")] == ["c.json", "a.txt", "b.txt"]
+    assert expand_paths([str(tmp_path / "odd[1].txt")], "corpus") == [str(tmp_path / "odd[1].txt")]
+    assert len(expand_paths([str(tmp_path / "*.txt")], "corpus")) == 3
+
+
+@pytest.mark.parametrize("name", ["absent.txt", "*.csv", "folder"])
+def test_a_path_without_a_file_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match=r"corpus 'a': paths: expected an existing file, got '.*; correct the path"):
+        expand_paths([str(tmp_path / name)], "corpus 'a': paths")
+
+
+def test_an_unknown_protocol_is_named() -> None:
+    with pytest.raises(InputError, match="corpus: expected a path or a URL that fsspec knows, got 'nowhere://x'"):
+        expand_paths(["nowhere://x"], "corpus")
+
+
+def test_faults_that_are_no_reading_faults_pass() -> None:
+    with pytest.raises(KeyError), reading("corpus"):
+        raise KeyError("ours")
+
+
+def test_a_text_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=r"tokens\.chat_template: .*a\.jinja: expected a readable file"):
+        read_text(str(tmp_path / "a.jinja"), "tokens.chat_template")
+
+
+@pytest.mark.s3
+def test_an_object_store_is_read_like_a_folder(s3_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    fs, _ = fsspec.core.url_to_fs(f"{s3_root}/texts")
+    for name in ("b.jsonl.gz", "a.jsonl.gz"):
+        with fsspec.open(f"{s3_root}/texts/{name}", "wt", compression="infer") as file:
+            file.write('{"text": "of ' + name + '"}\n')
+    paths = expand_paths([f"{s3_root}/texts/*.gz"], "corpus")
+    assert paths == [f"{s3_root}/texts/a.jsonl.gz", f"{s3_root}/texts/b.jsonl.gz"]
+    settings = {"name": "mine", "kind": "jsonl", "text_column": "text"}
+    assert [next(read_documents(path, settings)).text for path in paths] == ["of a.jsonl.gz", "of b.jsonl.gz"]
+    with pytest.raises(InputError, match="expected an existing file, got 's3://"):
+        expand_paths([f"{s3_root}/texts/absent"], "corpus")
+    with pytest.raises(InputError, match="expected a readable file"):
+        list(read_documents(f"{s3_root}/texts/absent", settings))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "")
+    fs.clear_instance_cache()
+    with pytest.raises(InputError, match="check permissions and credentials"):
+        expand_paths([f"{s3_root}/texts/*.gz"], "corpus")
+    fs.clear_instance_cache()
