@@ -145,7 +145,7 @@ class MlflowTracker:
         with self._reaching(), self._as_default(), self._mlflow.start_run(run_id=run, log_system_metrics=False):
             self._mlflow.pyfunc.log_model(
                 name="crosscoder",
-                loader_module="pipeline.tracker.pyfunc",
+                loader_module="pipeline.tracking.pyfunc",
                 data_path=str(folder),
                 pip_requirements=["crossray"],
                 tags=dict(tags),

@@ -209,7 +209,7 @@ import triton.language as tl
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from pipeline.numerics import kernels_triton_programs as programs
+from pipeline.numerics.kernels import triton_programs as programs
 
 def build(name, arguments, constants):
     program = getattr(programs, name)

@@ -1,8 +1,8 @@
 """The seam between the mathematics of a training step and the code that makes it fast on one kind of device.
 
 Four operations carry a sparse step beside the encoder's matrix product: collect candidate pairs from the
-pre-activations, decode, gradients of the kept values, gradients of a weight matrix. `kernels_reference` states them
-in plain torch and is the oracle of every test; `kernels_cpu` and `kernels_triton` are fast. `choose_kernels` picks
+pre-activations, decode, gradients of the kept values, gradients of a weight matrix. `reference` states them
+in plain torch and is the oracle of every test; `cpu` and `triton` are fast. `choose_kernels` picks
 once, at construction of the trainer or crosscoder, and the choice has a name that is logged; nothing falls back in
 silence.
 

@@ -2,7 +2,7 @@
 
 Decoding and both kinds of gradients read each needed line of a matrix in coalesced pieces and never build P x N
 numbers; collecting fuses ReLU, code weight and comparison into two passes over the pre-activations. This file decides
-shapes and launches; `kernels_triton_programs` holds what runs on the device. Triton is an optional dependency and is
+shapes and launches; `triton_programs` holds what runs on the device. Triton is an optional dependency and is
 imported when the backend is constructed. With TRITON_INTERPRET=1 the same programs run on the CPU, slowly: for tests.
 
 `collect` has to know P to return tensors of that length: one read of a number from the device per call. Block sizes
@@ -178,7 +178,7 @@ class TritonKernels:
 
 def _load_programs() -> ModuleType:
     try:
-        from pipeline.numerics.kernels import triton_programs as kernels_triton_programs
+        from pipeline.numerics.kernels import triton_programs
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "triton":
             raise
@@ -186,7 +186,7 @@ def _load_programs() -> ModuleType:
             "expected the package triton for kernels 'triton', got none: install crossray[triton] (torch for CUDA "
             "brings it), or set kernels to reference"
         ) from error
-    return kernels_triton_programs
+    return triton_programs
 
 
 def _launch(program: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:

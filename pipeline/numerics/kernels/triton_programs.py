@@ -1,4 +1,4 @@
-"""The GPU programs behind kernels_triton: what one block of threads does. Imported by kernels_triton only.
+"""The GPU programs behind triton.py: what one block of threads does. Imported by it alone.
 
 Every program reads lines of a table of width N in pieces of BLOCK_N neighbouring columns, so that loads are coalesced,
 and several lines at once, so that enough loads are under way to hide memory's latency. Programs that work on the same
