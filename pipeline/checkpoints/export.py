@@ -20,10 +20,8 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoints.layouts import (
-    CODE_WEIGHTS,
     MIXED_ALPHAS,
     OWN_SETTINGS,
-    RELU_CLASS,
     WEIGHT_KEYS,
     ActivationNorm,
     PublishedCrosscoder,
@@ -31,6 +29,7 @@ from pipeline.checkpoints.layouts import (
 )
 from pipeline.checkpoints.published import TRAINER_NAME
 from pipeline.errors import InputError, first_line
+from pipeline.numerics.settings import CODE_WEIGHTS
 from pipeline.schema import TABLE_METADATA
 
 
@@ -68,7 +67,7 @@ def published_settings(checkpoint: PublishedCrosscoder) -> dict[str, Any]:
         "num_layers": checkpoint.num_models,
         "encoder_layers": None,
         "same_init_for_all_layers": found.get("same_init_for_all_layers", True),
-        "norm_init_scale": found.get("norm_init_scale", 0.005 if checkpoint.dict_class == RELU_CLASS else 1.0),
+        "norm_init_scale": found.get("norm_init_scale", checkpoint.sparsity.published_init_norm),
         "init_with_transpose": found.get("init_with_transpose", True),
         "code_normalization": checkpoint.code_weight.upper(),
         "dict_class": checkpoint.dict_class,

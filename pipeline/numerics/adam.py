@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from pipeline.numerics.gradients import Parameters
 from pipeline.numerics.parallel import Mesh
+from pipeline.numerics.parameters import Parameters
 from pipeline.numerics.spec import CrosscoderSpec
 
 

@@ -46,6 +46,10 @@ class SparseCodes(NamedTuple):
         rows_B = torch.arange(self.num_rows, device=self.row_offsets.device)
         return rows_B.repeat_interleave(counts_B, output_size=self.num_pairs)
 
+    def of_latents(self, values_F: Tensor) -> Tensor:
+        """values_F of every pair's latent, [P]."""
+        return pick(values_F, self.latents_P)
+
     def l0(self) -> Tensor:
         """Mean active latents per row, a float scalar; 0 for an empty batch."""
         return (self.values_P > 0).sum().to(self.values_P.dtype) / max(self.num_rows, 1)

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from pipeline.numerics.gradients import Parameters
+from pipeline.numerics.parameters import Parameters
 from pipeline.numerics.recipes import fixed_rows, zero_fixed_rows
 from pipeline.numerics.spec import CrosscoderSpec
 
@@ -33,9 +33,9 @@ def initial_parameters(spec: CrosscoderSpec, latents: slice, device: torch.devic
         ]
     )
     W_dec_FN = (spec.init_norm * direction_FD).to(device, dtype).repeat(1, spec.fitted_models)
-    log_threshold_F = None
-    if spec.kind == "jumprelu":
-        log_threshold_F = torch.full((len(W_dec_FN),), math.log(spec.initial_threshold), dtype=dtype, device=device)
+    log_threshold_F, threshold = None, spec.sparsity.initial_threshold
+    if threshold is not None:
+        log_threshold_F = torch.full((len(W_dec_FN),), math.log(threshold), dtype=dtype, device=device)
     zero_fixed_rows(W_dec_FN, fixed_rows(spec, latents))
     bias_F, bias_N = W_dec_FN.new_zeros(len(W_dec_FN)), W_dec_FN.new_zeros(W_dec_FN.shape[1])
     return Parameters(W_dec_FN.clone(), bias_F, W_dec_FN, bias_N, log_threshold_F)

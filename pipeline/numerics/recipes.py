@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from pipeline.numerics.crosscoder import Crosscoder, Normalisation, activation_difference
-from pipeline.numerics.gradients import Parameters
 from pipeline.numerics.moments import Moments, explained_fractions
+from pipeline.numerics.parameters import Parameters
 from pipeline.numerics.spec import CrosscoderSpec
 
 _BASE, _CHAT = 0, 1
@@ -31,12 +31,12 @@ class FixedRows(NamedTuple):
     columns: slice
 
 
-def seen(x_BMD: Tensor, inputs: str) -> Tensor:
+def fitted_activations(x_BMD: Tensor, inputs: str) -> Tensor:
     """What a dictionary is fitted on: x itself for `both`, [B, 1, D] for `difference`."""
     return activation_difference(x_BMD) if inputs == "difference" else x_BMD
 
 
-def explained(x: Moments, residual: Moments, inputs: str) -> dict[str, float]:
+def fve_metrics(x: Moments, residual: Moments, inputs: str) -> dict[str, float]:
     """FVE as fve_base, fve_chat and fve; of a difference only fve, the models' own are NaN."""
     if inputs == "both":
         return explained_fractions(x, residual)
@@ -82,9 +82,9 @@ def published(
         spec.num_latents,
         spec.num_models,
         spec.activation_dim,
-        activation=spec.activation,
+        activation=spec.sparsity.activation,
         code_weight=spec.code_weight,
-        k=spec.k,
+        k=spec.sparsity.k,
     ).to(parameters.b_dec_N.device, dtype)
     if spec.inputs == "difference":
         result.W_enc_FMD[:, _BASE] = -parameters.W_enc_FN

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.numerics.codes import SparseCodes
-from pipeline.numerics.kernels.base import choose_kernels
+from pipeline.numerics.kernels.choose import choose_kernels
 from pipeline.numerics.statistics import (
     DEFAULT_NUM_RESAMPLES,
     Interval,

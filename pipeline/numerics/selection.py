@@ -162,6 +162,16 @@ def select_rows(candidates: SparseCodes, scores_P: Tensor, *, k: int, mesh: Mesh
     return Selection(candidates.keep(mask_P), mask_P, torch.where(smallest.isinf(), 0.0, smallest))
 
 
+def top_codes_of_rows(preact_BF: Tensor, weight_F: Tensor, *, k: int, mesh: Mesh) -> SparseCodes:
+    """The k largest positive scores preact * weight of every row, values the raw codes; ties to the smaller latent."""
+    score_BF = preact_BF.clamp(min=0) * weight_F
+    least_B1 = score_BF.topk(min(k, score_BF.shape[1]), dim=1).values[:, -1:]
+    candidates = SparseCodes.from_dense(torch.where(score_BF >= least_B1, score_BF, 0.0))
+    values_P = preact_BF[candidates.rows_P(), candidates.latents_P]
+    selection = select_rows(candidates, candidates.values_P, k=k, mesh=mesh)
+    return selection.codes._replace(values_P=values_P[selection.mask_P])
+
+
 def top_of_rows(scores_BF: Tensor, k: int, mesh: Mesh) -> tuple[Tensor, Tensor]:
     """(scores_BK, latents_BK) of the k largest scores of every row of a small dense matrix, 0 where not kept.
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pipeline.numerics.sparsities.batch_topk import BatchTopK
 from pipeline.numerics.spec import CrosscoderSpec
 from pipeline.numerics.trainer import CrosscoderTrainer
 
@@ -86,11 +87,10 @@ def step_seconds(spec: CrosscoderSpec, batch_rows: int, *, num_threads: int, flo
     Sparse steps are timed with BatchTopK, whatever the kind (other kinds cost the same once their codes are sparse);
     L1 and JumpReLU add their dense beginning.
     """
-    sparse = dataclasses.replace(
-        spec, kind="batch_topk", k=min(spec.k or 32, spec.num_latents), k_start=None, code_weight="crosscoder", mu=0.0
-    )
+    counted = BatchTopK(k=min(spec.sparsity.k or 32, spec.num_latents))
+    sparse = dataclasses.replace(spec, sparsity=counted, code_weight="crosscoder")
     seconds = _step_seconds(sparse, batch_rows, num_threads, flops)
-    if spec.kind in ("l1", "jumprelu"):
+    if spec.sparsity.may_be_dense:
         seconds += _DENSE_SHARE * (_step_seconds(spec, batch_rows, num_threads, flops) - seconds)
     return seconds
 
@@ -108,7 +108,7 @@ def _step_seconds(spec: CrosscoderSpec, batch_rows: int, num_threads: int, flops
     sample = dataclasses.replace(
         spec,
         num_latents=num_latents,
-        k=None if spec.k is None else min(spec.k, num_latents),
+        sparsity=spec.sparsity if spec.sparsity.k is None else BatchTopK(k=min(spec.sparsity.k, num_latents)),
         precision="float32",
         kernels="auto",
     )

@@ -14,7 +14,6 @@ from typing import Any
 
 from pipeline.analyses.fidelity import Fidelity
 from pipeline.analyses.rows import analyse, document_slices, row_batch
-from pipeline.checkpoints.conversion import from_checkpoint
 from pipeline.checkpoints.layouts import PublishedCrosscoder
 from pipeline.checkpoints.published import find_files, read_published
 from pipeline.config.crosscoder import AdoptedCrosscoderSection
@@ -79,7 +78,7 @@ def _adopt(step: Step, context: Context) -> None:
     counts = {
         "num_latents": crosscoder.num_latents,
         "activation_dim": crosscoder.activation_dim,
-        "sparsity": "l1" if crosscoder.activation == "relu" else crosscoder.activation,
+        "sparsity": crosscoder.sparsity.kind,
         "source": section.source,
         "fve_first_rows": fve,
         **{f"activation_scale_{name}": value for name, value in zip(MODEL_NAMES, scale or (), strict=False)},
@@ -98,7 +97,7 @@ def load(section: AdoptedCrosscoderSection, activations: Record) -> tuple[Crossc
         base, chat = (width**0.5 / activations.counts[f"mean_norm_{name}"] for name in MODEL_NAMES)
         scale = (base, chat)
         checkpoint = read(section.model_copy(update={"activation_scale": scale}), width)
-    return from_checkpoint(checkpoint), scale
+    return Crosscoder.from_checkpoint(checkpoint), scale
 
 
 def read(section: AdoptedCrosscoderSection, activation_dim: int) -> PublishedCrosscoder:

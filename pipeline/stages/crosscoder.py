@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,6 @@ def spec_of(
     activation_dim: int,
 ) -> CrosscoderSpec:
     """The plain numbers of a crosscoder for activations of this shape; an InputError where they do not fit."""
-    settings = section.model_dump(exclude={"kind", "name", "expansion", "num_latents", "sparsity"})
     try:
         return CrosscoderSpec(
             num_models=num_models,
@@ -136,8 +136,8 @@ def spec_of(
             num_steps=training.num_steps,
             precision=training.precision,
             kernels=resources.kernels,
-            **settings,
-            **section.sparsity.model_dump(),
+            sparsity=section.sparsity.settings(),
+            **asdict(section.settings()),
         )
     except ValueError as error:
         raise InputError(f"crosscoder {section.name!r}: {error}") from error

@@ -13,6 +13,8 @@ from transformers import AutoModel, Gemma2Config, GPT2Config, GPTNeoXConfig, Lla
 
 from pipeline.config.run_file import RunConfig, load
 from pipeline.errors import InputError
+from pipeline.numerics.sparsities.batch_topk import BatchTopK
+from pipeline.numerics.sparsities.l1 import L1
 from pipeline.numerics.spec import CrosscoderSpec
 from pipeline.planning import sizes
 from pipeline.planning.calibration import GPU_SHARE, GPUS, layer_seconds, matmul_flops, step_seconds
@@ -206,12 +208,12 @@ def test_a_store_that_does_not_fit_is_refused_with_what_would(tmp_path: Path, mo
 
 
 def test_a_speed_is_measured_for_small_and_for_huge_sizes_in_seconds() -> None:
-    small = CrosscoderSpec(num_models=2, activation_dim=32, num_latents=256, num_steps=10, k=8)
-    huge = CrosscoderSpec(num_models=2, activation_dim=2304, num_latents=73_728, num_steps=10, k=100)
+    small = CrosscoderSpec(num_models=2, activation_dim=32, num_latents=256, num_steps=10, sparsity=BatchTopK(k=8))
+    huge = CrosscoderSpec(num_models=2, activation_dim=2304, num_latents=73_728, num_steps=10)
     flops = matmul_flops(1, side=256)
     seconds = step_seconds(small, 256, num_threads=1, flops=flops)
     assert (
-        0 < seconds < step_seconds(dataclasses.replace(small, kind="l1", k=None), 256, num_threads=1, flops=flops) * 9
+        0 < seconds < step_seconds(dataclasses.replace(small, sparsity=L1(mu=0.0)), 256, num_threads=1, flops=flops) * 9
     )
     started = time.monotonic()
     assert step_seconds(huge, 2048, num_threads=1, flops=flops) > 100 * seconds

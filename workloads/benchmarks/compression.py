@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.numerics.moments import moments_of, variance_explained
+from pipeline.numerics.sparsities.batch_topk import BatchTopK
 from pipeline.numerics.trainer import CrosscoderSpec, CrosscoderTrainer
 from pipeline.schema import Split
 from pipeline.storage.activation_store import MANIFEST_NAME, ActivationStore, Manifest, Shard
@@ -46,8 +47,7 @@ def fve_of(store: ActivationStore, x_BMD: Tensor, settings: argparse.Namespace, 
         activation_dim=store.manifest.activation_dim,
         num_latents=settings.latents,
         num_steps=settings.steps,
-        kind="batch_topk",
-        k=settings.k,
+        sparsity=BatchTopK(k=settings.k),
         lr=settings.lr,
         lr_warmup_steps=settings.steps // 20,
         seed=seed,

@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.numerics.sparsities.batch_topk import BatchTopK
+from pipeline.numerics.sparsities.l1 import L1
 from pipeline.numerics.trainer import CrosscoderSpec, CrosscoderTrainer
 
 MIB = 1 << 20
@@ -225,9 +227,7 @@ def spec_of(case: Case) -> CrosscoderSpec:
         activation_dim=case.dim,
         num_latents=case.latents,
         num_steps=10_000,
-        kind=case.kind,
-        k=case.k,
-        mu=0.04 if case.kind == "l1" else 0.0,
+        sparsity=L1(mu=0.04) if case.kind == "l1" else BatchTopK(k=case.k),
         precision=case.precision,
         lr_warmup_steps=0,
     )

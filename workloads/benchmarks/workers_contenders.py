@@ -153,6 +153,7 @@ def bare_training(path: Path, seconds: float, *, rows_share: int = 1, latents_sh
     """The training loop's own code in this process, on a share of the rows of a batch or of the latents."""
     from dataclasses import replace
 
+    from pipeline.numerics.sparsities.batch_topk import BatchTopK
     from pipeline.numerics.trainer import CrosscoderTrainer
 
     torch.set_num_threads(1)
@@ -167,7 +168,8 @@ def bare_training(path: Path, seconds: float, *, rows_share: int = 1, latents_sh
         activation_dim=store.manifest.activation_dim,
     )
     # Half the latents keep half the pairs, as the ranks of a mesh do together.
-    spec = replace(spec, num_latents=spec.num_latents // latents_share, k=max(1, (spec.k or 1) // latents_share))
+    sparsity = BatchTopK(k=max(1, (spec.sparsity.k or 1) // latents_share))
+    spec = replace(spec, num_latents=spec.num_latents // latents_share, sparsity=sparsity)
     rows = TrainingRows(
         store,
         seed=0,
