@@ -79,9 +79,10 @@ def _check(name: str, value: Any, annotation: Any) -> None:
         if value is not None:
             _check(name, value, next(one for one in arguments if one is not type(None)))
     elif origin is Annotated:
-        bounds = arguments[1]
-        if not bounds.hold(value):
-            raise ValueError(f"expected {name} {bounds} and finite, got {value}: change {name} of the crosscoder")
+        kind, bounds = arguments
+        if value is None or not bounds.hold(value):
+            expected = f"{bounds} and finite" if kind is float else str(bounds)
+            raise ValueError(f"expected {name} {expected}, got {value}: change {name} of the crosscoder")
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
