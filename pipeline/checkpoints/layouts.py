@@ -2,9 +2,9 @@
 
 Two layouts exist. "published": `encoder.weight` [M, D, F] and friends, with the settings in tensors and in
 `config.json`. "scaled": `W_enc` [M, D, F], `W_dec` [F, M, D], trained on activations that somebody else multiplied by
-one number per model (mean norm sqrt(D)); that number is not in the file. Everything that could be read in two ways is
-an error that says where: a wrong reading would still produce plausible latents. The price is strictness: a file with
-a tensor that this version does not know is refused, not loaded in part.
+one number per model (mean norm sqrt(D)); that number is not in the file. Whatever could be read in two ways is an error
+that says where, because a wrong reading would still give plausible latents. A file with a tensor that this version does
+not know is therefore refused, not loaded in part.
 
 F latents, M models, D width. Weights in memory are rows per latent: W_enc_FMD, W_dec_FMD.
 """
@@ -188,7 +188,7 @@ def _read_scaled(
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """Contiguous and in memory of its own: what is read may still be a map of the file, which others may change."""
+    """A contiguous copy: the tensor read may be a memory map of the file, which others may change."""
     return tensor.clone(memory_format=torch.contiguous_format)
 
 

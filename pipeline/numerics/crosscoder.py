@@ -4,9 +4,10 @@
 
 This is the inference side: activations in, sparse codes out, reconstructions back, all in the units of the raw
 activations (a normalisation, if the crosscoder was trained with one, is applied and inverted here and nowhere else).
-Training has its own hand-written gradients (trainer.py), so nothing here builds an autograd graph. M = 2 is model
-diffing, M = models x layers a multi-layer crosscoder, M = 1 an SAE; a difference SAE (recipes.py) is published as a
-crosscoder of two models. BatchTopK is cut at its threshold row by row: a row's code does not depend on its neighbours.
+Training has hand-written gradients (trainer.py), so nothing here builds an autograd graph. M = 2 is model diffing,
+M = models x layers a multi-layer crosscoder, M = 1 an SAE; a difference SAE (recipes.py) is published as a crosscoder
+of two models. A row's code does not depend on its neighbours. Files are read and written by checkpoints/, which knows
+tensors and settings only and is imported when a method needs it.
 
 Shapes: B rows, M models (0 = base, 1 = chat), D width, F latents, N = M * D, P active pairs.
 """
@@ -90,7 +91,7 @@ class Crosscoder(nn.Module):
         self.code_weight = code_weight
         self.k = k
         shape = (num_latents, num_models, activation_dim)
-        single = torch.float32  # said each time: the caller's default dtype must not decide
+        single = torch.float32  # explicit, so that the caller's default dtype does not decide
         self.W_enc_FMD = nn.Parameter(torch.zeros(shape, dtype=single))
         self.b_enc_F = nn.Parameter(torch.zeros(num_latents, dtype=single))
         self.W_dec_FMD = nn.Parameter(torch.zeros(shape, dtype=single))
@@ -144,7 +145,7 @@ class Crosscoder(nn.Module):
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
-        # The buffers tell: a state dict holds tensors alone.
+        # A state dict holds tensors alone, so the flag follows from the buffers.
         self.is_normalised = bool((self.mean_MD != 0).any()) or bool((self.scale_M != 1).any())
 
     def set_normalisation(self, normalisation: Normalisation | None) -> None:

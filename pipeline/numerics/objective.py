@@ -1,4 +1,4 @@
-"""The losses of a crosscoder and their gradients by the reconstruction, and what the objective is made of.
+"""The losses of a crosscoder, their gradients by the reconstruction, and the numbers that define a step's objective.
 
 Reconstruction (mean over rows and models of the unsquared L2 norm, or of the squared one), and the auxiliary loss that
 lets dead latents explain the residual (arXiv 2504.02922, section 2 and appendix; weight 1/32). Gradients by weights are

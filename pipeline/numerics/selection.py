@@ -6,8 +6,8 @@ positive floats, a few bits per pass, most significant first (bits of positive f
 summed over ranks, so a pass costs one all-reduce of at most 2048 numbers. Scores that equal the cut are kept in the
 order of (data rank, row, latent), which is their order in the undivided batch.
 
-What comes in are candidates: pairs collected above a floor that may be wrong. If the floor was too high the selection
-says so and the caller collects again; a floor can cost time, never change the result.
+The candidates are pairs collected above a guessed floor. `is_enough` tells whether the floor was too high, and the
+caller then collects again: a guess can cost time, it never changes the result.
 
 Shapes: B local rows, F local latents, P candidate pairs, R latent ranks, K pairs kept per row.
 """

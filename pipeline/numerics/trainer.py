@@ -1,13 +1,14 @@
 """Trains one crosscoder, a global batch per step, on any number of ranks.
 
 A step: encode and select (encoder.py), decode and differentiate (gradients.py), sum gradients over data ranks, clip,
-Adam, then the counters: threshold, dead latents. The caller owns the loop, the data and the files; this class owns what
-a checkpoint must hold. Everything that decides the next step is in `state_dict`, so a resumed run continues bit for
-bit on the same ranks, and within rounding on others. `evaluate` reads and changes nothing.
+Adam, then the counters: threshold, dead latents. Loop, data and files are the caller's; a checkpoint holds
+`state_dict`, which is everything that decides the next step, so a resumed run continues bit for bit on the same ranks
+and within rounding on others. `evaluate` changes nothing. What depends on the kind of sparsity is asked of
+`spec.sparsity` (sparsities/).
 
 `metrics`, `evaluate`, `state_dict` and `crosscoder` wait for the device. A loss or gradient that is not finite never
-reaches the weights: on CPU its step raises, on CUDA it and all later steps change nothing, and the next of these calls
-raises; `load_state_dict` starts anew.
+reaches the weights: on CPU its step raises; on CUDA it and all later steps change nothing, and the next of these calls
+raises. After `load_state_dict` training can go on.
 
 Shapes: B local rows, M models, D width, N = M * D, F latents (of this rank where a rank is meant).
 """
@@ -59,7 +60,7 @@ class _Step(NamedTuple):
 
 
 class CrosscoderTrainer:
-    """One crosscoder in training; see the module's docstring."""
+    """One crosscoder in training."""
 
     def __init__(
         self,
@@ -187,7 +188,7 @@ class CrosscoderTrainer:
         return losses, selected.smallest
 
     def _dead_latents(self) -> Tensor | None:
-        """This rank's dead latents, or None if no rank has one or nobody asks."""
+        """This rank's dead latents; None if no rank has one or there is no auxiliary loss."""
         sparsity = self.spec.sparsity
         if sparsity.aux_weight == 0 or self.num_rows_seen < sparsity.dead_after_rows:
             return None
@@ -205,7 +206,7 @@ class CrosscoderTrainer:
         )
 
     def _count(self, fired_F: Tensor, smallest: Tensor | None, num_rows: int, is_finite: Tensor) -> None:
-        """Dead counters, threshold, counts of steps and rows."""
+        """Updates dead counters, threshold, and counts of steps and rows."""
         self._rows_since_fired_F.add_(num_rows * is_finite).masked_fill_(fired_F & is_finite, 0)
         if smallest is not None:
             moved = self.spec.sparsity.next_threshold(self._threshold, smallest, step=self.num_steps_done)

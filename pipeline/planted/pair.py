@@ -1,4 +1,4 @@
-"""The same table for a finished run with planted labels (the demo): its crosscoders scored by its token labels.
+"""The benchmark's table for a finished run with planted labels (the demo), scored by its token labels.
 
 A latent that a rule calls chat-only is right if its activation ranks the labelled tokens of one behaviour above all
 other tokens of the held-out dialogues with an AUROC of at least MIN_AUROC; recall is the share of behaviours that some

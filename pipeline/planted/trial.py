@@ -1,8 +1,7 @@
-"""One world written, one recipe fitted on it and judged: the work of the benchmark, without Ray and without a table.
+"""Writes one world; fits one recipe on it and judges the result.
 
-Both classes are workers: built once per process, called with one item, the same result when called twice. Rows go
-through the ordinary activation store, fitting through the ordinary trainer, judgement through the ordinary analyses.
-Only the matching at the end knows what is planted; score.py counts it.
+Both classes are workers: built once per process and called with one item; two calls with one item give one result.
+Store, trainer and analyses are those of a run. Only the matching at the end knows what is planted; score.py counts it.
 """
 
 import dataclasses

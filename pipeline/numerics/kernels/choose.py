@@ -6,6 +6,9 @@ The choice has a name that is logged. There is no fallback: kernels that cannot 
 import torch
 
 from pipeline.numerics.kernels.base import Kernels
+from pipeline.numerics.kernels.cpu import CpuKernels
+from pipeline.numerics.kernels.reference import ReferenceKernels
+from pipeline.numerics.kernels.triton import TritonKernels
 
 
 def choose_kernels(device: torch.device, name: str = "auto") -> Kernels:
@@ -16,19 +19,13 @@ def choose_kernels(device: torch.device, name: str = "auto") -> Kernels:
     if name == "auto":
         name = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")
     if name == "reference":
-        from pipeline.numerics.kernels.reference import ReferenceKernels
-
         return ReferenceKernels()
     if name == "cpu":
         if device.type != "cpu":
             raise ValueError(
                 f"expected a CPU device for kernels 'cpu', got device {str(device)!r}: set kernels to auto"
             )
-        from pipeline.numerics.kernels.cpu import CpuKernels
-
         return CpuKernels()
     if name == "triton":
-        from pipeline.numerics.kernels.triton import TritonKernels
-
         return TritonKernels()
     raise ValueError(f"expected kernels auto, reference, cpu or triton, got {name!r}: use one of these names")
