@@ -10,12 +10,13 @@ import functools
 import inspect
 import itertools
 import operator
-import textwrap
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
+    ConfigDict,
     Discriminator,
     Field,
     NonNegativeInt,
@@ -34,15 +35,16 @@ from pipeline.numerics.spec import FitSettings
 
 
 def field_docs(kind: type[Settings]) -> dict[str, str]:
-    """The documentation that stands under every field of a settings dataclass and of its bases."""
-    docs = {}
-    for base in reversed(kind.__mro__[:-1]):
-        (body,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        assert isinstance(body, ast.ClassDef)
-        for field, below in itertools.pairwise(body.body):
-            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
-                docs[ast.unparse(field.target)] = inspect.cleandoc(ast.literal_eval(below.value))
-    return docs
+    """The documentation that stands under every field of a settings dataclass, its bases' fields included."""
+    docs, names = {}, {field.name for field in fields(kind)}
+    for base in kind.__mro__:
+        if names & inspect.get_annotations(base).keys():
+            tree = ast.parse(Path(inspect.getfile(base)).read_text(encoding="utf-8"))
+            own = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == base.__name__)
+            for field, below in itertools.pairwise(own.body):
+                if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+                    docs[ast.unparse(field.target)] = inspect.cleandoc(ast.literal_eval(below.value))
+    return {name: text for name, text in docs.items() if name in names}
 
 
 def section_fields(kind: type[Settings]) -> dict[str, Any]:
@@ -70,6 +72,8 @@ def _bounded(annotation: Any) -> Any:
 
 class SparsitySection(Section):
     """How codes are kept sparse; every sparsity adds the fields of its settings."""
+
+    model_config = ConfigDict(use_attribute_docstrings=False)  # its fields bring theirs; a search for source is slow
 
     kind: str
 

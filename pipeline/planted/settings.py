@@ -1,8 +1,8 @@
 """The benchmark's file (workloads/planted.yaml): worlds, recipes, thresholds of the verdict, and where it runs.
 
-It is as strict as a run file and has the same errors; recipes are the `crosscoders` of a run file. Worlds and trials are
-identified by what they are made from: not by `cluster`, `workers`, `storage` or a name, and not by `min_cosine`, which
-only the table depends on.
+It is as strict as a run file and has the same errors; recipes are the `crosscoders` of a run file. Worlds and trials
+are identified by what they are made from: not by `cluster`, `workers`, `storage` or a name, and not by `min_cosine`,
+which only the table depends on.
 """
 
 from typing import Annotated, Self

@@ -107,7 +107,7 @@ def test_its_first_step_follows_autograd(spec: CrosscoderSpec) -> None:
 
 
 def test_its_settings_become_the_fields_of_a_section() -> None:
-    assert field_docs(SoftThreshold)["amount"] == "What is taken off every pre-activation; raising it lowers L0."
+    assert field_docs(SoftThreshold) == {"amount": "What is taken off every pre-activation; raising it lowers L0."}
     (name,) = section_fields(SoftThreshold)
     assert name == "amount"
     with pytest.raises(ValueError, match=r"amount > 0 and finite, got 0\.0"):
