@@ -40,7 +40,7 @@ from pipeline.stages.catalogue import (
     TokensInputs,
 )
 from pipeline.stages.locations import Loading, ModelPairLocation, locate
-from pipeline.stages.step import StageContext, StageFunction, StageInputs, Step
+from pipeline.stages.step import StageContext, StageInputs, Step
 from pipeline.storage.artifacts import artifact_key
 from pipeline.text.files import expand_paths, read_text
 
@@ -57,12 +57,11 @@ class Group(NamedTuple):
     steps: tuple[AnyStep, ...]
     needs_cluster: bool = True
     keeps_parts: bool = False
-    """Whether an unfinished artifact is worth keeping: the next run continues from it."""
+    """Whether the next run continues from an unfinished artifact, so that it is kept after a refusal."""
 
     def run(self, steps: Sequence[AnyStep], context: StageContext) -> None:
-        """Make some of the steps. The stage is imported here, since that takes seconds."""
-        stage: StageFunction = import_module(f"pipeline.stages.{self.module}").run
-        stage(steps, context)
+        """Make some of the steps. The stage is imported only now, since its libraries take seconds to load."""
+        import_module(f"pipeline.stages.{self.module}").run(steps, context)
 
 
 class Flow(NamedTuple):

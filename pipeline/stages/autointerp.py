@@ -91,15 +91,12 @@ def _ask(one: _Prepared, options: EndpointOptions, context: StageContext) -> dic
     interview = Interview(endpoint, one.answers, section.contexts_per_request, section.num_repeats)
     try:
         progress = Progress(AutointerpInputs.NAME, len(cases), "latents")
-        context.report_progress(progress, 0)
-        for result in interview_all(interview, cases, concurrency=concurrency):
-            found[result.latent] = result
-            context.report_progress(progress, progress.done + 1)
+        explained = interview_all(interview, cases, concurrency=concurrency)
+        found |= {result.latent: result for result in context.follow(progress, explained, lambda _: 1)}
         if section.with_control:
             progress = Progress(f"{AutointerpInputs.NAME} control", len(cases), "latents")
-            for result in control_all(interview, cases, dict(found), concurrency=concurrency):
-                found[result.latent] = result
-                context.report_progress(progress, progress.done + 1)
+            controlled = control_all(interview, cases, dict(found), concurrency=concurrency)
+            found |= {result.latent: result for result in context.follow(progress, controlled, lambda _: 1)}
     finally:
         endpoint.close()
     return found

@@ -75,8 +75,6 @@ def run(steps: Sequence[Step[CausalityInputs]], context: StageContext) -> None:
     first, storage = steps[0].inputs, context.storage
     plans = {step.inputs.crosscoder.folder: _interventions(step.inputs, storage) for step in steps}
     index = _dialogues(first, context)
-    progress = Progress(CausalityInputs.NAME, index.num_rows, "dialogues")
-    context.report_progress(progress, 0)
     cpus = worker_cpus(context.resources.analyses.cpus)
     mean_difference_D = run_task(mean_difference, storage, first.activations.folder, num_cpus=cpus)
     options = row_options(first.activations.inputs.section, first.section.tokens_per_batch)
@@ -84,8 +82,9 @@ def run(steps: Sequence[Step[CausalityInputs]], context: StageContext) -> None:
     calls = [index.slice(start, _DIALOGUES_PER_CALL) for start in range(0, index.num_rows, _DIALOGUES_PER_CALL)]
     measures = {folder: _measure(folder, plans, storage) for folder in plans}
     sums = {folder: measure.start() for folder, measure in measures.items()}
-    for result in run_pool(Pool("analyses", context.resources.analyses, MeasureDialogues, arguments), calls):
-        context.report_progress(progress, progress.done + result.num_dialogues)
+    measured = run_pool(Pool("analyses", context.resources.analyses, MeasureDialogues, arguments), calls)
+    progress = Progress(CausalityInputs.NAME, index.num_rows, "dialogues")
+    for result in context.follow(progress, measured, lambda result: result.num_dialogues):
         for folder, data in result.packed.items():
             sums[folder] = measures[folder].merge(sums[folder], sums_from_bytes(data))
     for step in steps:

@@ -67,14 +67,9 @@ def run(steps: Sequence[Step[CorpusInputs]], context: StageContext) -> None:
     section = step.inputs.section
     started = time.monotonic()
     files = _files(step.inputs, context)
+    pool = Pool("tokens", context.resources.tokens, ReadFile, (context.storage, step.folder, section.validation_frac))
     progress = Progress(CorpusInputs.NAME, len(files), "files")
-    context.report_progress(progress, 0)
-    arguments = (context.storage, step.folder, section.validation_frac)
-    results: list[FileRead] = []
-    for result in run_pool(Pool("tokens", context.resources.tokens, ReadFile, arguments), files):
-        results.append(result)
-        context.report_progress(progress, len(results))
-    results.sort(key=lambda result: result.number)
+    results = sorted(context.follow(progress, run_pool(pool, files), lambda _: 1), key=lambda result: result.number)
     counts = remove_duplicates(context.storage, step.folder, results, section)
     for name, count in counts["num_documents"].items():
         if count == 0:

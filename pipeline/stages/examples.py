@@ -103,14 +103,11 @@ def cut_contexts(
     if strongest.empty:
         return EXAMPLE_SCHEMA.empty_table()
     strongest = strongest.reset_index(drop=True)
-    progress = Progress("cut examples", len(strongest), "contexts")
-    context.report_progress(progress, 0)
     window_tokens, chat = inputs.section.window_tokens, inputs.tokens.inputs.models.chat
     arguments = (context.storage, store.folder, inputs.crosscoder.folder, chat, window_tokens, strongest)
-    tables: list[pa.Table] = []
-    for data in run_pool(Pool("analyses", context.resources.analyses, CutContexts, arguments), validation_calls(store)):
-        tables.append(pa.ipc.open_stream(data).read_all())
-        context.report_progress(progress, progress.done + len(tables[-1]))
+    cut = run_pool(Pool("analyses", context.resources.analyses, CutContexts, arguments), validation_calls(store))
+    progress = Progress("cut examples", len(strongest), "contexts")
+    tables = list(context.follow(progress, (pa.ipc.open_stream(data).read_all() for data in cut), len))
     if progress.done != len(strongest):
         raise ArtifactError(
             f"{context.storage.url(store.folder)}: expected the documents of {len(strongest)} contexts, found those of "

@@ -90,12 +90,10 @@ def answer(title: str, questions: Questions, store: ActivationStore, context: St
     if not asked:
         return {}
     calls = validation_calls(store)
-    progress = Progress(title, store.manifest.num_rows(Split.VALIDATION), "rows")
-    context.report_progress(progress, 0)
     merged = {folder: MergeTree(len(calls), partial(_merge, own)) for folder, own in asked.items()}
     pool = Pool("analyses", context.resources.analyses, AnalyseShards, (context.storage, store.folder, asked))
-    for result in run_pool(pool, calls):
-        context.report_progress(progress, progress.done + result.num_rows)
+    progress = Progress(title, store.manifest.num_rows(Split.VALIDATION), "rows")
+    for result in context.follow(progress, run_pool(pool, calls), lambda result: result.num_rows):
         for folder, packed in result.packed.items():
             merged[folder].add(result.number, {name: sums_from_bytes(data) for name, data in packed.items()})
     return {folder: tree.total() for folder, tree in merged.items()}

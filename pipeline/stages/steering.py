@@ -73,8 +73,6 @@ def run(steps: Sequence[Step[SteeringInputs]], context: StageContext) -> None:
     jobs: list[Job] = []
     for step in steps:
         jobs += _jobs(step.inputs, len(jobs), storage)
-    progress = Progress(SteeringInputs.NAME, len(jobs), "behaviours")
-    context.report_progress(progress, 0)
     options = SteeringOptions(
         scales=section.scales,
         max_new_tokens=section.max_new_tokens,
@@ -85,11 +83,9 @@ def run(steps: Sequence[Step[SteeringInputs]], context: StageContext) -> None:
         seed=section.seed,
     )
     pool = Pool("analyses", context.resources.analyses, Steer, (storage, steps[0].inputs.loading, options))
-    results: list[Steered] = []
-    for result in run_pool(pool, jobs):
-        results.append(result)
-        context.report_progress(progress, len(results))
-    results.sort(key=lambda result: result.job.number)
+    progress = Progress(SteeringInputs.NAME, len(jobs), "behaviours")
+    steered = context.follow(progress, run_pool(pool, jobs), lambda _: 1)
+    results = sorted(steered, key=lambda result: result.job.number)
     for step in steps:
         own = [result for result in results if result.job.crosscoder == step.inputs.crosscoder.folder]
         table = pd.concat([result.table for result in own])

@@ -1,10 +1,11 @@
-"""What a stage is: a function of the missing steps of a run, and the surroundings in which they are made.
+"""What a stage works on: the missing steps of a run, and the surroundings in which they are made.
 
 A step is one artifact that a run needs: its identity, known before anything is made, and the typed inputs from which a
-stage makes it (stages/catalogue.py). Nothing heavy is imported here: a finished run is recognised within a second.
+stage makes it (stages/catalogue.py). Each stage file has a function `run(steps, context)` that publishes its steps, or
+raises where one cannot be made. Nothing heavy is imported here: a finished run is recognised within a second.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
@@ -36,6 +37,7 @@ class StageInputs:
 
 
 Inputs = TypeVar("Inputs", bound=StageInputs, covariant=True)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,13 @@ class StageContext(NamedTuple):
         """Tell the user how far a stage is."""
         self.reporter.progress(progress.update(done, note))
 
+    def follow(self, progress: Progress, results: Iterable[Result], size: Callable[[Result], int]) -> Iterator[Result]:
+        """The results as they come; each moves the progress on by its size."""
+        self.report_progress(progress, 0)
+        for result in results:
+            self.report_progress(progress, progress.done + size(result))
+            yield result
+
     def finish(
         self, step: Step[StageInputs], counts: Mapping[str, Any], seconds: float, files: Sequence[str] | None = None
     ) -> Record:
@@ -103,11 +112,3 @@ class StageContext(NamedTuple):
             run_name=self.run_name,
             files=files,
         )
-
-
-class StageFunction(Protocol):
-    """Makes the artifacts of the missing steps of one group."""
-
-    def __call__(self, steps: Sequence[Any], context: StageContext) -> None:
-        """Publish every step; raise if one cannot be made."""
-        ...

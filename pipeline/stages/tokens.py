@@ -61,15 +61,10 @@ def run(steps: Sequence[Step[TokensInputs]], context: StageContext) -> None:
     started = time.monotonic()
     corpus = context.record_of(inputs.corpus)
     labels = corpus.counts["labels"]
-    progress = Progress(TokensInputs.NAME, sum(corpus.counts["num_documents"].values()), "documents")
-    context.report_progress(progress, 0)
     arguments = (context.storage, inputs.corpus.folder, step.folder, inputs.models.chat, section, labels)
-    parts: list[str] = corpus.counts["parts"]
-    results: list[TokenisedPart] = []
-    for result in run_pool(Pool("tokens", context.resources.tokens, TokenisePart, arguments), parts):
-        results.append(result)
-        context.report_progress(progress, progress.done + result.num_read)
-    results.sort(key=lambda result: result.part)
+    tokenised = run_pool(Pool("tokens", context.resources.tokens, TokenisePart, arguments), corpus.counts["parts"])
+    progress = Progress(TokensInputs.NAME, sum(corpus.counts["num_documents"].values()), "documents")
+    results = sorted(context.follow(progress, tokenised, lambda part: part.num_read), key=lambda result: result.part)
     with local_specs(context.storage, *inputs.models) as specs:
         base, chat = (load_tokenizer(spec) for spec in specs)
         used = np.unique(np.concatenate([result.used_ids for result in results]))

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from runs import Finished, Unwatched, copied, run_file
+from runs import Finished, copied, run_file
 from safetensors.torch import load_file, save_file
 
 from pipeline.config.crosscoder import AdoptedCrosscoderSection
@@ -16,6 +16,7 @@ from pipeline.config.run_file import load
 from pipeline.errors import InputError
 from pipeline.run import runner
 from pipeline.run.flow import build_flow
+from pipeline.run.runner import Unlogged
 from pipeline.stages import adopt
 from pipeline.stages.finished_crosscoder import open_crosscoder
 from pipeline.stages.step import StageContext
@@ -162,7 +163,7 @@ def test_a_crosscoder_of_other_rows_is_adopted_with_a_warning(published: Path, r
     config = load(adopting(tmp_path, rows_only, published))
     (own,) = build_flow(config).crosscoders
     reporter = SilentReporter()
-    adopt.run([own.crosscoder], StageContext(storage, config.resources, reporter, Unwatched(), config.name, 1))
+    adopt.run([own.crosscoder], StageContext(storage, config.resources, reporter, Unlogged(), config.name, 1))
     (line,) = reporter.messages
     assert line.startswith("crosscoder theirs: explains -")
     assert "less than the mean row would: it belongs to another layer, pair or scale" in line

@@ -4,12 +4,13 @@ import dataclasses
 
 import numpy as np
 import pytest
-from runs import TINY, Finished, Unwatched, run_file
+from runs import TINY, Finished, run_file
 
 from pipeline.analyses.control_columns import CONTROL_COLUMNS, SEED_COLUMNS, Control
 from pipeline.config.run_file import load
 from pipeline.run.flow import build_flow
 from pipeline.run.identities import noise_between
+from pipeline.run.runner import Unlogged
 from pipeline.schema import LATENT_COLUMNS, Verdict, latent_corpus_columns
 from pipeline.stages import controls
 from pipeline.stages.latents import LATENTS_NAME
@@ -73,7 +74,7 @@ def test_a_second_seed_and_a_null_pair_fill_their_rows(finished: Finished) -> No
         key=own.controls.key._replace(fingerprint="second"),
         inputs=dataclasses.replace(own.controls.inputs, latents=called, other_seeds=(twin,), noise=0.0),
     )
-    context = StageContext(finished.storage, finished.config.resources, SilentReporter(), Unwatched(), "tiny", 1)
+    context = StageContext(finished.storage, finished.config.resources, SilentReporter(), Unlogged(), "tiny", 1)
     controls.publish_controls(again, None, context, started=0.0)
     table = read_table(finished.storage, f"{again.folder}/{controls.TABLE_NAME}").to_pandas().set_index("control")
     seeds = read_table(finished.storage, f"{again.folder}/{controls.SEEDS_NAME}").to_pandas()

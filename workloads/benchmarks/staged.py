@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 from pipeline.config.run_file import RunConfig, load
 from pipeline.organisms.build import build, spec_of
 from pipeline.run.flow import AnyStep, Group, build_flow
+from pipeline.run.runner import Unlogged
 from pipeline.stages.step import StageContext
 from pipeline.storage.filesystem import Storage
 from pipeline.terminal import SilentReporter
@@ -60,13 +61,6 @@ def write_run_file(folder: Path, name: str, settings: Mapping[str, Any]) -> Path
     return path
 
 
-class Unwatched:
-    """Curves of steps that nobody watches."""
-
-    def points(self, step: object, points: object) -> None:
-        """Drop them."""
-
-
 class Stage(NamedTuple):
     """One stage of a run, ready to go."""
 
@@ -84,7 +78,7 @@ def stage_of(path: Path, name: str) -> Stage:
     """The stage of this name in a run file."""
     config = load(path)
     context = StageContext(
-        Storage(config.storage.root), config.resources, SilentReporter(), Unwatched(), config.name, log_every_steps=4
+        Storage(config.storage.root), config.resources, SilentReporter(), Unlogged(), config.name, log_every_steps=4
     )
     group = next(group for group in build_flow(config).groups if group.steps[0].key.stage == name)
     return Stage(config, group, group.steps[0], context)
