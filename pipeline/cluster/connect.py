@@ -123,7 +123,7 @@ def node_cpus() -> float:
 
 
 def worker_cpus(asked: float) -> float:
-    """What one worker asks for: never more than the largest node has, unless larger ones may come."""
+    """CPUs that one worker asks for: at most what the largest node has, unless larger ones may start."""
     return asked if _autoscales else min(asked, node_cpus())
 
 

@@ -134,7 +134,7 @@ class _OneByOne:
 
 
 _built: dict[str, _OneByOne] = {}
-"""In a reused process: the worker of the pool at hand, by the pool's token; the one before is dropped."""
+"""In a reused process: the worker of the present pool, by the pool's token; the former one is dropped."""
 
 
 def _in_reused_process(
@@ -164,7 +164,7 @@ def find_fault(error: BaseException) -> CrossrayError | None:
 
 
 def find_lost_process(error: BaseException) -> str | None:
-    """What Ray says of the process whose loss ended a pool, or None where the error is another one."""
+    """Ray's message about the process whose loss ended a pool; None where the error is another one."""
     import ray
 
     lost = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)

@@ -1,4 +1,4 @@
-"""Makes the missing steps of a run in order, and tells the tracker of everything that is made or found.
+"""Makes the missing steps of a run in order, and logs everything that is made or found.
 
 The cluster is started when the first missing step needs it. Whatever can be refused is refused before anything is
 written. Imported only where something is to be done: a finished run does without it.

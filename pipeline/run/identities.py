@@ -1,4 +1,4 @@
-"""What of the outside world enters fingerprints: the content of local files, and the revision of what lies elsewhere.
+"""What enters fingerprints for files and models: the content of local ones, the revision of those elsewhere.
 
 A step's identity is its section of the run file (run/flow.py). Where a section names a path or a model, the functions
 here put what was found in place of the name, so that a changed file makes its steps stale and a moved one does not.
@@ -72,7 +72,7 @@ def model_identity(model: HubModel | OrganismModel, where: str) -> Identity:
 
 
 def noise_between(base: Mapping[str, object], chat: Mapping[str, object]) -> float | None:
-    """From the identities of two models: the noise that alone tells them apart (0 for none), or None."""
+    """The noise that is the only difference of two models (0 for equal ones), from their identities; else None."""
     rest = {key: value for key, value in chat.items() if not key.startswith("weight_noise")}
     noise = chat.get("weight_noise", 0.0)
     return float(str(noise)) if rest == dict(base) else None

@@ -46,7 +46,7 @@ class PlannedShard(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardDescription:
-    """One shard that is there; lies beside it as JSON, together with the moments of its rows."""
+    """One finished shard; kept as a JSON file beside it, together with the moments of its rows."""
 
     name: str
     split: str

@@ -1,7 +1,7 @@
-"""Someone else's crosscoder as an artifact of this run: loaded, held against the activations, published as our own.
+"""Someone else's crosscoder as an artifact of this run: loaded, compared with the activations, published as our own.
 
-Afterwards the crosscoder lies in the published layout under `crosscoder/`, like one that was fitted, and every analysis
-reads it there. Models, width and scale are checked before anything is measured. Whether it was trained on this pair and
+Afterwards the crosscoder is a folder in the published layout, like one that was fitted, and every analysis reads it
+there. Models, width and scale are checked before anything is measured. Whether it was trained on this pair and
 layer cannot be read from a file: the user is warned where it explains no variance of some validation rows.
 """
 

@@ -2,8 +2,8 @@
 
 run/flow.py fills these classes from the run file; each stage's file reads them and nothing else. READS names the
 attributes whose artifacts a stage reads; these names are the roles under which the artifacts' fingerprints enter the
-identity of what is made. The classes stand here and not beside the stages because those import torch, Ray and pandas,
-which nobody must load to see that a run is finished.
+identity of what is made. The classes are not in the stage files because those import torch, Ray and pandas, which take
+seconds to load and are not needed to see that a run is finished.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """The controls of each crosscoder's verdict, as tables: stated error, random directions, known nulls, other seeds.
 
 Latent Scaling with random directions is part of the first pass over the rows; everything else is read from latent
-tables and decoders. What each control is stands in analyses/controls.py.
+tables and decoders. analyses/controls.py explains each control.
 """
 
 import time

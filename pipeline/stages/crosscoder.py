@@ -142,6 +142,6 @@ def _fit(job: TrainingJob, group: str, cpus: float, dataset: ray.data.Dataset | 
 
 
 def _num_workers(resources: TrainingResources) -> int | tuple[int, int]:
-    """How many ranks Ray Train starts; a range lets it go on while nodes are missing."""
+    """How many ranks Ray Train starts; a range lets it continue while nodes are missing."""
     most = resources.data * resources.latent
     return most if resources.min_data is None else (resources.min_data, most)

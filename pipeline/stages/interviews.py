@@ -107,35 +107,35 @@ class Interview(NamedTuple):
         kept, explanation = self._ask(case.latent, "explain", explain_messages(case), parse_explanation)
         if explanation is None:
             return _interpretation(case.latent, InterpStatus.UNEXPLAINED, [kept])
-        fires, said, spent = self._judge(case, explanation, "detect")
+        fires, judged, spent = self._judge(case, explanation, "detect")
         status = InterpStatus.SCORED if set(fires) == {True, False} else InterpStatus.EXPLAINED
         result = _interpretation(case.latent, status, [kept, *spent])
-        return result._replace(explanation=explanation, fires=tuple(fires), said=tuple(said))
+        return result._replace(explanation=explanation, fires=tuple(fires), said=tuple(judged))
 
     def control(self, case: Case, found: Interpretation, other: str) -> Interpretation:
         """The same latent with the score that another latent's explanation reaches on its contexts."""
-        fires, said, spent = self._judge(case, other, "control")
+        fires, judged, spent = self._judge(case, other, "control")
         cost = _interpretation(case.latent, found.status, spent)
         return found._replace(
-            control=detection(fires, said).balanced_accuracy,
+            control=detection(fires, judged).balanced_accuracy,
             num_malformed=found.num_malformed + cost.num_malformed,
             tokens_in=found.tokens_in + cost.tokens_in,
             tokens_out=found.tokens_out + cost.tokens_out,
         )
 
     def _judge(self, case: Case, explanation: str, kind: str) -> tuple[list[bool], list[bool], list[Kept]]:
-        """The truth about the contexts that were judged, what was said about them, and the answers."""
+        """Of each judged context: whether the latent fires, and what the model answered; and the stored answers."""
         fires: list[bool] = []
-        said: list[bool] = []
+        judged: list[bool] = []
         spent = []
         for part, truth, contexts in _parts(case, self.contexts_per_request):
             messages = detect_messages(explanation, contexts)
-            kept, judged = self._ask(case.latent, f"{kind} {part}", messages, _reader(len(contexts)))
+            kept, answer = self._ask(case.latent, f"{kind} {part}", messages, _reader(len(contexts)))
             spent.append(kept)
-            if judged is not None:
+            if answer is not None:
                 fires += truth
-                said += judged
-        return fires, said, spent
+                judged += answer
+        return fires, judged, spent
 
     def _ask(
         self, latent: int, request: str, messages: Sequence[Message], parse: Callable[[str], Parsed | None]

@@ -1,4 +1,4 @@
-"""Where the two models of a run lie: the organism's artifact, a local folder or the hub.
+"""Where the two models of a run are: the organism's artifact, a local folder or the hub.
 
 A `ModelLocation` and a `Loading` are plain values that travel to any worker; stages/models.py loads from them. Nothing
 heavy is imported here.
@@ -10,7 +10,7 @@ from pipeline.config.data import HubModel, OrganismModel
 
 
 class ModelLocation(NamedTuple):
-    """A model of the run file, and what of it lies in the storage."""
+    """A model of the run file, with its folder if it is in the storage."""
 
     model: HubModel | OrganismModel
     folder: str = ""

@@ -1,4 +1,4 @@
-"""The two models of a run in a worker process: found where they lie, and loaded.
+"""The two models of a run in a worker process: found and loaded.
 
 Copies from an object store live as long as the block that asks for them.
 """
@@ -15,7 +15,7 @@ from pipeline.storage.filesystem import Storage
 
 
 def model_spec(location: ModelLocation, folder: str = "") -> ModelSpec:
-    """What the loader is told of a model; `folder` is the local folder of one that lies in the storage."""
+    """A location as the loader takes it; `folder` is the local folder of a model that is in the storage."""
     model = location.model
     if isinstance(model, OrganismModel):
         spec = ModelSpec(folder)

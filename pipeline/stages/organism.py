@@ -19,7 +19,7 @@ from pipeline.terminal import Progress
 
 
 class _TrainingStep(NamedTuple):
-    """What a worker tells of its progress."""
+    """Progress that a worker reports."""
 
     part: str
     done: int

@@ -1,7 +1,7 @@
 """Training rows without a store: extraction workers feed the trainer's ranks (stages.training_rows) through Ray Data.
 
 The stream is a plan of blocks of documents: epoch after epoch, each in its own order. A worker turns one block into
-rows; Ray Data deals the blocks to the data ranks in the order of the plan. Workers stay at most a few blocks ahead of
+rows; the data ranks get the blocks in turn, in the order of the plan. Workers stay at most a few blocks ahead of
 the slowest rank, so that neither memory nor forward passes are spent on rows that are not needed yet. A cursor, an
 actor beside the driver, knows which blocks a run that continues from a checkpoint need not make again.
 
@@ -75,7 +75,7 @@ class StreamOrder(NamedTuple):
     def blocks(self, epoch: int) -> list[np.ndarray]:
         """Places of the documents of each block: all documents once, in the epoch's own order.
 
-        Blocks are as equal as documents allow, so that ranks which are dealt every other block need equally many.
+        Blocks are as equal as documents allow, so that all ranks, which get blocks in turn, need equally many.
         """
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.places))
         starts = np.cumsum(self.lengths[order]) - self.lengths[order]
@@ -288,7 +288,7 @@ def place(context: StageContext, trainer_cpus: float) -> Placement:
 
 
 class _PerDataRank(DataConfig):  # type: ignore[misc]
-    """One part per data rank, blocks dealt out in order. Latent ranks get the iterator of their data rank; only the
+    """One part per data rank, which get blocks in turn. Latent ranks get the iterator of their data rank; only the
     first of them reads it."""
 
     def __init__(self, data: int, latent: int) -> None:

@@ -46,7 +46,7 @@ class Fit(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:
-    """What every rank is told."""
+    """What every rank needs."""
 
     storage: Storage
     activations_folder: str
@@ -153,7 +153,7 @@ def _restore(trainers: Sequence[CrosscoderTrainer], rows: RowSource, log: "_Log"
 
 
 def _checkpoint(trainers: Sequence[CrosscoderTrainer], rows: RowSource, step: int, log: "_Log", mesh: Mesh) -> None:
-    """Publish the trainers' states. They do not depend on the mesh, so a run may go on with other ranks.
+    """Publish the trainers' states. They do not depend on the mesh, so a run may continue with another number of ranks.
 
     Collecting a state is collective over the latent ranks; the first data rank does it, the first of all writes it.
     """

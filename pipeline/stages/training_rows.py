@@ -32,7 +32,7 @@ class RowSource(Protocol):
     """Batches of one rank. What is called collective must be called by all ranks alike."""
 
     def restore(self, state: Mapping[str, Any] | None, first_step: int) -> None:
-        """Go on behind `first_step` steps from what `state` said then; None begins at the beginning. Collective."""
+        """Continue after `first_step` steps from the state at that time; None starts from the first row. Collective."""
         ...
 
     def warm_up(self) -> Tensor:
@@ -133,13 +133,13 @@ class StreamRows:
         self._first: Tensor | None = None
 
     def restore(self, state: Mapping[str, Any] | None, first_step: int) -> None:
-        """Go on from a checkpoint's state, or from the beginning."""
+        """Continue from a checkpoint's state, or start from the first row."""
         num_slots = self.stream.num_slots
         position = Position.start(num_slots) if state is None else Position.of_state(state, num_slots)
         self._begin(position, first_step)
         if self.mesh.data_rank == self.mesh.latent_rank == 0:
             self.stream.cursor.start(position.done(), position.rejected)
-        self.mesh.sum_(torch.zeros(1, device=self.device), "world")  # nobody reads before the cursor stands
+        self.mesh.sum_(torch.zeros(1, device=self.device), "world")  # no rank reads before the cursor is set
 
     def warm_up(self) -> Tensor:
         """The first batch, which `batches` will give again."""
