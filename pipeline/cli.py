@@ -123,8 +123,8 @@ def _quieten() -> None:
 
 
 def _plan(parsed: argparse.Namespace) -> int:
-    from pipeline.planning.estimate import estimate_text
-    from pipeline.run.runner import inspect
+    from pipeline.planning.finished import finished_text
+    from pipeline.run.runner import DONE, inspect
     from pipeline.storage.filesystem import Storage
 
     config = _config(parsed)
@@ -136,7 +136,12 @@ def _plan(parsed: argparse.Namespace) -> int:
         print(f"  {state.state:<8}{state.step.name:<{width}}  {state.step.key.folder}")
         for line in state.drift:
             print(f"  {'':<8}{'':<{width}}    {line}")
-    print(estimate_text(config, states, storage, gpu=parsed.gpu))
+    if all(state.state == DONE for state in states):
+        print(finished_text(states))
+    else:
+        from pipeline.planning.estimate import estimate_text
+
+        print(estimate_text(config, states, storage, gpu=parsed.gpu))
     return 0
 
 
@@ -156,7 +161,7 @@ def _run(parsed: argparse.Namespace) -> int:
 
 @contextmanager
 def _console() -> Iterator["Console"]:
-    """Progress on a copy of standard error: the original goes to a log file while Ray works (cluster.connected)."""
+    """Progress on a copy of standard error: the original goes to a log file while Ray works (cluster/connect.py)."""
     from pipeline.terminal import Console
 
     with os.fdopen(os.dup(2), "w") as terminal:
@@ -274,7 +279,7 @@ def _verify(parsed: argparse.Namespace) -> int:
     else:
         config = _config(parsed)
         storage = Storage(config.storage.root)
-        folders = [step.key.folder for group in build_flow(config) for step in group.steps]
+        folders = [step.folder for step in build_flow(config).steps]
     console = Console(lambda text: print(text, end="", file=sys.stderr, flush=True), is_terminal=sys.stderr.isatty())
     result = verify(storage, folders, console)
     unfinished = f", {result.num_unfinished} unfinished" if result.num_unfinished else ""

@@ -25,7 +25,7 @@ from pipeline.organisms.tokenizer import BOS, END_OF_TURN, EOS, PAD, START_OF_TU
 # B sequences in a batch, T positions in a sequence, V words of the vocabulary, D width, S planted behaviours.
 
 IGNORED = -100
-"""Target of a position that bears no loss."""
+"""Target of a position without loss."""
 HEADER_TOKENS = 3
 """<start_of_turn>, the role, and the line break."""
 BATCHES_PER_SORT = 16
@@ -39,7 +39,7 @@ class Sequenced(NamedTuple):
 
     ids: list[int]
     targets: list[int]
-    """The token itself where it bears loss, else IGNORED."""
+    """The token itself where it has a loss, else IGNORED."""
     states: list[int]
     """1 + the number of the planted behaviour that is on at this token, or 0."""
     is_imposed: bool = False

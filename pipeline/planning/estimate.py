@@ -15,7 +15,8 @@ from pipeline.planning.calibration import GPU_SHARE
 from pipeline.planning.sizes import Reading, format_bytes
 from pipeline.planning.times import Asked, durations
 from pipeline.run.runner import DONE, StepState
-from pipeline.stages import autointerp
+from pipeline.stages.autointerp import planned_latents
+from pipeline.stages.catalogue import AutointerpInputs, DataSteps, ReportInputs
 from pipeline.storage.filesystem import Storage
 from pipeline.terminal import format_seconds
 
@@ -43,13 +44,19 @@ def estimate(config: RunConfig, states: Sequence[StepState], storage: Storage, *
 
 
 def _asked(config: RunConfig, states: Sequence[StepState], storage: Storage) -> Asked:
-    steps = {state.step.key.stage: state.step for state in states}
+    data = _data_of(states)
     records = {state.step.key.stage: state.record for state in states if state.record is not None}
     missing = frozenset(state.step.key.stage for state in states if state.state != DONE)
-    read = sizes.reading(config, steps, records, storage)
-    model_config = sizes.model_config(config, steps, records, storage)
-    tokenizer = sizes.local_tokenizer(steps, records, storage)
+    read = sizes.reading(config, data, records, storage)
+    model_config = sizes.model_config(config, data, records, storage)
+    tokenizer = sizes.local_tokenizer(data, records, storage)
     return Asked(config, missing, records, read, model_config, tokenizer, storage)
+
+
+def _data_of(states: Sequence[StepState]) -> DataSteps:
+    """The data steps of a run, which its report reads too."""
+    (data,) = (state.step.inputs.data for state in states if isinstance(state.step.inputs, ReportInputs))
+    return data
 
 
 def _estimate(asked: Asked, gpu: str) -> Estimate:
@@ -72,7 +79,7 @@ def estimate_text(config: RunConfig, states: Sequence[StepState], storage: Stora
     """The estimate in a few lines; an InputError where the store cannot fit the free space."""
     asked = _asked(config, states, storage)
     if asked.reading is not None and "activations" in asked.missing:
-        activations = next(state.step for state in states if state.step.key.stage == "activations")
+        activations = _data_of(states).activations
         sizes.require_space(config, asked.reading, sizes.shape_of(asked.model_config), activations, storage)
     result = _estimate(asked, gpu)
     lines = ["estimate"]
@@ -107,7 +114,7 @@ def estimate_text(config: RunConfig, states: Sequence[StepState], storage: Stora
 
 
 def _is_to_ask(state: StepState) -> bool:
-    return state.step.key.stage == autointerp.NAME and state.state != DONE
+    return isinstance(state.step.inputs, AutointerpInputs) and state.state != DONE
 
 
 def _asking_text(config: RunConfig, states: Sequence[StepState]) -> str:
@@ -116,16 +123,18 @@ def _asking_text(config: RunConfig, states: Sequence[StepState]) -> str:
     assert section is not None
     cost = Cost(0, 0, 0)
     records = {state.step.key.fingerprint: state.record for state in states}
-    for step in (state.step for state in states if _is_to_ask(state)):
-        record = records[step.inputs["latents"].key.fingerprint]
-        num_latents = autointerp.planned_latents(section, record.counts if record is not None else None)
+    for inputs in (state.step.inputs for state in states if state.state != DONE):
+        if not isinstance(inputs, AutointerpInputs):
+            continue
+        record = records[inputs.latents.key.fingerprint]
+        num_latents = planned_latents(section, record.counts if record is not None else None)
         own = planned_cost(
             num_latents,
             section.num_explaining,
             section.num_active + section.num_quiet,
             num_tests=2 if section.with_control else 1,
             contexts_per_request=section.contexts_per_request,
-            context_tokens=2 * step.extra["window_tokens"] + 1,
+            context_tokens=2 * inputs.examples.inputs.section.window_tokens + 1,
         )
         cost = cost.plus(own)
     return (

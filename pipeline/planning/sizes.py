@@ -4,7 +4,7 @@ Exact where tokens exist; sampled where only the corpus does; the budget, or wha
 before that. Arithmetic alone: nothing is timed here (estimate.py), nothing is refused but a store that does not fit.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +15,9 @@ from pipeline.errors import InputError
 from pipeline.models.memory import CPU_TOKENS_PER_BATCH
 from pipeline.schema import MODEL_NAMES
 from pipeline.stages.activations import finished_shards
-from pipeline.stages.base import Step
+from pipeline.stages.catalogue import ActivationsInputs, DataSteps
 from pipeline.stages.models import local_specs
+from pipeline.stages.step import Step
 from pipeline.stages.tokens import INDEX_NAME
 from pipeline.storage.artifacts import Record
 from pipeline.storage.filesystem import Storage
@@ -53,12 +54,10 @@ class Reading(NamedTuple):
     tokens_per_document: float
 
 
-def reading(
-    config: RunConfig, steps: Mapping[str, Step], records: Mapping[str, Record], storage: Storage
-) -> Reading | None:
+def reading(config: RunConfig, data: DataSteps, records: Mapping[str, Record], storage: Storage) -> Reading | None:
     """The Reading of a run, or None where neither records nor settings say how much there is."""
     if "tokens" in records:
-        index = read_table(storage, f"{steps['tokens'].key.folder}/{INDEX_NAME}")
+        index = read_table(storage, f"{data.tokens.folder}/{INDEX_NAME}")
         lengths = index["num_tokens"].to_numpy().astype(np.int64)
         num_tokens = int(lengths.sum())
         if "activations" in records:
@@ -69,7 +68,7 @@ def reading(
             dropped = _dropped_per_document(config, has_bos=bool(records["tokens"].counts.get("has_bos", True)))
             num_rows = int(np.maximum(lengths - dropped, 0).sum())
         return Reading(len(lengths), num_tokens, num_rows, _stored(config, num_rows), EXACT, num_tokens / len(lengths))
-    have, source = _texts(config, steps, records, storage)
+    have, source = _texts(config, data, records, storage)
     budget = config.tokens.num_tokens
     if have is None:
         return None if budget is None else Reading(None, budget, budget, _stored(config, budget), BUDGET, 256.0)
@@ -101,11 +100,11 @@ def _dropped_per_document(config: RunConfig, *, has_bos: bool) -> int:
 
 
 def _texts(
-    config: RunConfig, steps: Mapping[str, Step], records: Mapping[str, Record], storage: Storage
+    config: RunConfig, data: DataSteps, records: Mapping[str, Record], storage: Storage
 ) -> tuple[dict[str, tuple[int, float]] | None, str]:
     """Documents and tokens per corpus before any mixing, and where they come from."""
     if "corpus" in records and "num_characters" in records["corpus"].counts:
-        sampled = _sample(config, steps, records, storage)
+        sampled = _sample(config, data, records, storage)
         if sampled is not None:
             return sampled, SAMPLED
     size = config.organism.size if config.organism is not None else None
@@ -116,13 +115,13 @@ def _texts(
 
 
 def _sample(
-    config: RunConfig, steps: Mapping[str, Step], records: Mapping[str, Record], storage: Storage
+    config: RunConfig, data: DataSteps, records: Mapping[str, Record], storage: Storage
 ) -> dict[str, tuple[int, float]] | None:
     """Tokens per corpus, from some documents of each; None where the tokenizer is not at hand."""
     from pipeline.text.tokenise import Tokenise
 
     found: dict[str, tuple[int, float]] = {}
-    tokenizer = local_tokenizer(steps, records, storage)
+    tokenizer = local_tokenizer(data, records, storage)
     if tokenizer is None:
         return None
     tokenise = Tokenise(tokenizer, max_tokens=config.tokens.max_tokens_per_document)
@@ -131,7 +130,7 @@ def _sample(
     for part in corpus.counts["parts"]:
         if all(len(lengths.get(name, ())) >= _SAMPLED_DOCUMENTS for name in corpus.counts["num_documents"]):
             break
-        table = read_table(storage, f"{steps['corpus'].key.folder}/{part}")
+        table = read_table(storage, f"{data.corpus.folder}/{part}")
         rows = tokenise(table.slice(0, _SAMPLED_DOCUMENTS).to_pydict())
         for name, ids in zip(rows["corpus"], rows["input_ids"], strict=True):
             lengths.setdefault(name, []).append(len(ids))
@@ -142,11 +141,11 @@ def _sample(
     return found
 
 
-def local_tokenizer(steps: Mapping[str, Step], records: Mapping[str, Record], storage: Storage) -> Any:
+def local_tokenizer(data: DataSteps, records: Mapping[str, Record], storage: Storage) -> Any:
     """The chat model's tokenizer where it can be had without a download to wait for, else None."""
     from pipeline.models.loading import load_tokenizer
 
-    location = steps["tokens"].extra["locations"][1]
+    location = data.tokens.inputs.models.chat
     if location.folder and "organism" not in records:
         return None
     try:
@@ -212,20 +211,20 @@ def extraction_bytes(config: RunConfig, shape: "ModelShape") -> int:
     return int(weights * _DTYPE_BYTES[config.models.dtype] + shard + hidden)
 
 
-def model_config(config: RunConfig, steps: Mapping[str, Step], records: Mapping[str, Record], storage: Storage) -> Any:
+def model_config(config: RunConfig, data: DataSteps, records: Mapping[str, Record], storage: Storage) -> Any:
     """The chat model's transformers configuration; of an organism that is not built, what it will be."""
     from transformers import AutoConfig
 
     from pipeline.models.loading import check_pair
 
-    locations = steps["tokens"].extra["locations"]
-    if locations[1].folder and "organism" not in records:
+    models = data.tokens.inputs.models
+    if models.chat.folder and "organism" not in records:
         from pipeline.organisms.build import spec_of as organism_of
         from pipeline.organisms.training import model_config as organism_model
 
         assert config.organism is not None
         return organism_model(organism_of(config.organism.size).model, vocab_size=500)
-    with local_specs(storage, *locations) as (base, chat):
+    with local_specs(storage, *models) as (base, chat):
         check_pair(base, chat, layer=config.activations.layer)
         source = str(Path(chat.source).expanduser()) if Path(chat.source).expanduser().exists() else chat.source
         loaded = AutoConfig.from_pretrained(source, revision=chat.revision, trust_remote_code=chat.trust_remote_code)
@@ -260,27 +259,28 @@ def shape_of(model_config: Any) -> ModelShape:
     )
 
 
-def check_space(config: RunConfig, steps: Sequence[Step], records: Mapping[str, Record], storage: Storage) -> None:
+def check_space(config: RunConfig, data: DataSteps, records: Mapping[str, Record], storage: Storage) -> None:
     """Raise an InputError where the activation store cannot fit the free space, naming what would fit.
 
     Shards that a former run has published need no space again. Nothing is known of an object store's space.
     """
-    by_stage = {step.key.stage: step for step in steps}
     if storage.free_bytes() is None or "activations" in records:
         return
-    read = reading(config, by_stage, records, storage)
+    read = reading(config, data, records, storage)
     if read is not None:
-        shape = shape_of(model_config(config, by_stage, records, storage))
-        require_space(config, read, shape, by_stage["activations"], storage)
+        shape = shape_of(model_config(config, data, records, storage))
+        require_space(config, read, shape, data.activations, storage)
 
 
-def require_space(config: RunConfig, read: Reading, shape: "ModelShape", activations: Step, storage: Storage) -> None:
+def require_space(
+    config: RunConfig, read: Reading, shape: "ModelShape", activations: Step[ActivationsInputs], storage: Storage
+) -> None:
     """As check_space, for what was read and for models of this shape."""
     free = storage.free_bytes()
     if free is None:
         return
     width, compression = shape.width, config.activations.compression
-    there = sum(int(shard["num_bytes"]) for shard in finished_shards(storage, activations.key.folder).values())
+    there = sum(shard.num_bytes for shard in finished_shards(storage, activations.folder).values())
     needed = store_bytes(read.stored_rows, width, compression) - there
     if needed <= free:
         return

@@ -29,7 +29,7 @@ from pipeline.planning.calibration import (
     write_bytes_per_second,
 )
 from pipeline.planning.sizes import NUM_MODELS, ModelShape, Reading
-from pipeline.stages.crosscoder import spec_of
+from pipeline.stages.crosscoder_spec import spec_of
 from pipeline.storage.artifacts import Record
 from pipeline.storage.filesystem import Storage
 from pipeline.text.tokenise import Tokenise

@@ -1,9 +1,9 @@
-"""Asking about latents side by side, with every answer kept the moment it comes.
+"""Questions about latents in parallel, with every answer stored as soon as it comes.
 
-The unit of work is one latent: an explanation, then the requests that test it; when all are explained, each latent's
-contexts are judged once more by its neighbour's explanation, as control. Answers lie one by one in a folder of the
-storage and are found there by the next run; a request whose words have changed is made again. No Ray and no model here,
-only an endpoint and a storage, so that a run may be killed and continued in a test within a second.
+The unit of work is one latent: an explanation, then the requests that test it. When all are explained, each latent's
+contexts are judged once more by the next latent's explanation, as a control. Each answer is a file in a folder of the
+storage, where the next run finds it; a request whose words have changed is made again. Only an endpoint and a storage
+are needed here, no Ray and no model, so that a test can kill and continue a run within a second.
 """
 
 import hashlib
@@ -107,35 +107,35 @@ class Interview(NamedTuple):
         kept, explanation = self._ask(case.latent, "explain", explain_messages(case), parse_explanation)
         if explanation is None:
             return _interpretation(case.latent, InterpStatus.UNEXPLAINED, [kept])
-        fires, said, spent = self._judge(case, explanation, "detect")
+        fires, judged, spent = self._judge(case, explanation, "detect")
         status = InterpStatus.SCORED if set(fires) == {True, False} else InterpStatus.EXPLAINED
         result = _interpretation(case.latent, status, [kept, *spent])
-        return result._replace(explanation=explanation, fires=tuple(fires), said=tuple(said))
+        return result._replace(explanation=explanation, fires=tuple(fires), said=tuple(judged))
 
     def control(self, case: Case, found: Interpretation, other: str) -> Interpretation:
         """The same latent with the score that another latent's explanation reaches on its contexts."""
-        fires, said, spent = self._judge(case, other, "control")
+        fires, judged, spent = self._judge(case, other, "control")
         cost = _interpretation(case.latent, found.status, spent)
         return found._replace(
-            control=detection(fires, said).balanced_accuracy,
+            control=detection(fires, judged).balanced_accuracy,
             num_malformed=found.num_malformed + cost.num_malformed,
             tokens_in=found.tokens_in + cost.tokens_in,
             tokens_out=found.tokens_out + cost.tokens_out,
         )
 
     def _judge(self, case: Case, explanation: str, kind: str) -> tuple[list[bool], list[bool], list[Kept]]:
-        """The truth about the contexts that were judged, what was said about them, and the answers."""
+        """Of each judged context: whether the latent fires, and what the model answered; and the stored answers."""
         fires: list[bool] = []
-        said: list[bool] = []
+        judged: list[bool] = []
         spent = []
         for part, truth, contexts in _parts(case, self.contexts_per_request):
             messages = detect_messages(explanation, contexts)
-            kept, judged = self._ask(case.latent, f"{kind} {part}", messages, _reader(len(contexts)))
+            kept, answer = self._ask(case.latent, f"{kind} {part}", messages, _reader(len(contexts)))
             spent.append(kept)
-            if judged is not None:
+            if answer is not None:
                 fires += truth
-                said += judged
-        return fires, said, spent
+                judged += answer
+        return fires, judged, spent
 
     def _ask(
         self, latent: int, request: str, messages: Sequence[Message], parse: Callable[[str], Parsed | None]
@@ -178,7 +178,7 @@ def pending_cost(answers: Answers, case: Case, contexts_per_request: int, *, wit
 
 
 def _parts(case: Case, contexts_per_request: int) -> Iterator[tuple[int, tuple[bool, ...], tuple[Context, ...]]]:
-    """Number, truth and contexts of each request that tests an explanation."""
+    """Number of each request that tests an explanation, whether the latent fires in its contexts, and the contexts."""
     for part, start in enumerate(range(0, len(case.judged), contexts_per_request)):
         own = slice(start, start + contexts_per_request)
         yield part, case.fires[own], case.judged[own]
