@@ -30,7 +30,8 @@ from pipeline.analyses.interventions import (
     shared_stream,
 )
 from pipeline.errors import InputError
-from pipeline.extraction.activations import RowOptions, kept_positions, pad_documents, plan_batches, within_norm_cap
+from pipeline.extraction.activations import RowOptions, is_row, plan_batches, within_norm_cap
+from pipeline.models.padding import pad_tokens
 from pipeline.models.pair import ModelPair
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.schema import BASE, CHAT, Flag
@@ -229,23 +230,20 @@ def _prepare(
     options: RowOptions,
     mean_difference_D: Tensor | None,
 ) -> CausalityBatch:
-    padded = pad_documents(ids, flags)
+    padded, device = pad_tokens(ids), pair.device
     width = padded.ids_BT.shape[1]
-    device = pair.device
     h_BTMD = pair.activations(padded.ids_BT, padded.mask_BT)
     token_N = padded.mask_BT.flatten().nonzero().squeeze(1).to(device)
-    has_codes = torch.zeros(padded.mask_BT.numel(), dtype=torch.bool)
-    for row, document_flags in enumerate(flags):
-        has_codes[row * width + torch.from_numpy(kept_positions(document_flags, options))] = True
+    has_codes_N = torch.from_numpy(np.concatenate([is_row(own, options) for own in flags])).to(device)
     if options.norm_cap is not None:
-        has_codes &= within_norm_cap(h_BTMD, padded.mask_BT, options.norm_cap).flatten().cpu()
+        has_codes_N &= within_norm_cap(h_BTMD, padded.mask_BT, options.norm_cap).flatten().to(device)[token_N]
     places = [row * width + found.position_P for row, found in enumerate(predicting)]
     batch = CausalityBatch(
         pair=pair,
         mask_BT=padded.mask_BT,
         token_N=token_N,
         x_NMD=_at_least_float32(h_BTMD.flatten(0, 1)[token_N]),
-        has_codes_N=has_codes.to(device)[token_N],
+        has_codes_N=has_codes_N,
         predicting_P=torch.from_numpy(np.concatenate(places)).to(device),
         conversation_P=torch.from_numpy(np.repeat(np.arange(len(ids)), [len(place) for place in places])).to(device),
         in_set_PS=torch.from_numpy(np.concatenate([found.in_set_PS for found in predicting])).to(device),
@@ -257,7 +255,7 @@ def _prepare(
     batch = batch._replace(reference_PD=_predicting_hidden(batch, CHAT, batch.x_NMD[:, CHAT]))
     inputs = SharedInputs(
         batch.x_NMD,
-        is_template_N=(padded.flags_BT.to(device).flatten()[token_N] & int(Flag.TEMPLATE)) != 0,
+        is_template_N=torch.from_numpy(np.concatenate(flags) & int(Flag.TEMPLATE) != 0).to(device),
         has_codes_N=batch.has_codes_N,
         mean_difference_D=mean_difference_D,
     )

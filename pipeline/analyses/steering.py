@@ -26,6 +26,7 @@ from torch import Tensor
 from pipeline.analyses.steering_inputs import BehaviorPrompts, Direction
 from pipeline.errors import InputError
 from pipeline.models.generation import Positions, Sampling, Steering
+from pipeline.models.padding import pad_tokens
 from pipeline.models.pair import ModelPair
 from pipeline.schema import CHAT, MODEL_NAMES, STEERING_COLUMNS, STEERING_SAMPLE_COLUMNS
 from pipeline.text.tokenise import prompt_ids
@@ -229,14 +230,9 @@ def steering_effect(
     that predict an answer's tokens and the one after it, len(answer) + 1 in all. steering.vector is [B, D].
     """
     documents = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    longest = max(len(document) for document in documents)
-    ids_BT = torch.zeros(len(documents), longest, dtype=torch.int64)
-    mask_BT = torch.zeros(len(documents), longest, dtype=torch.int64)
-    for row, document in enumerate(documents):
-        ids_BT[row, : len(document)] = torch.tensor(document)
-        mask_BT[row, : len(document)] = 1
+    ids_BT, mask_BT = pad_tokens(documents)
     h_BTD = pair.lower(model, ids_BT, mask_BT)
-    is_answer_BT = torch.arange(longest)[None] >= torch.tensor([len(prompt) for prompt in prompts])[:, None]
+    is_answer_BT = torch.arange(ids_BT.shape[1])[None] >= torch.tensor([len(prompt) for prompt in prompts])[:, None]
     where_BT = {"all": torch.ones_like(is_answer_BT), "prompt": ~is_answer_BT, "generated": is_answer_BT}
     added_BTD = where_BT[steering.positions].to(h_BTD)[..., None] * steering.vector.to(h_BTD)[:, None]
     rows_P = torch.repeat_interleave(torch.arange(len(answers)), torch.tensor([len(a) + 1 for a in answers]))

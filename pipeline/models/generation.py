@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.errors import InputError
 from pipeline.models.decoder import LayerStandIn, SplitDecoder, hidden_of
+from pipeline.models.padding import pad, pad_tokens
 
 Positions = Literal["all", "prompt", "generated"]
 
@@ -69,7 +70,7 @@ def generate(
     check_prompts(decoder, prompts, max_new_tokens)
     if sampling is not None:
         _check_sampling(sampling, len(prompts), max_new_tokens)
-    ids_BT, mask_BT = _pad_left(prompts, decoder.device)
+    ids_BT, mask_BT = (part.to(decoder.device) for part in pad_tokens(prompts, on_left=True))
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=decoder.device)
     wrapper = None if steering is None else _Steer(decoder, steering, num_prompts=len(prompts))
     is_done_B = torch.zeros(len(prompts), dtype=torch.bool, device=decoder.device)
@@ -143,10 +144,7 @@ def answer_likelihood(
     num_tokens_B = torch.tensor([len(answer) for answer in answers], dtype=torch.int64)
     if not documents or int(num_tokens_B.sum()) == 0:
         return AnswerLikelihood(nll_B, num_tokens_B)
-    longest = max(len(document) for document in documents)
-    ids_BT = torch.zeros(len(documents), longest, dtype=torch.int64, device=decoder.device)
-    for row, document in enumerate(documents):
-        ids_BT[row, : len(document)] = torch.tensor(document)
+    ids_BT = pad(documents).to(decoder.device)
     hidden_BTD = decoder.body(input_ids=decoder.read(ids_BT), use_cache=False).last_hidden_state.to(decoder.device)
     rows_P = torch.repeat_interleave(torch.arange(len(documents)), num_tokens_B)
     predicted_P = torch.cat([torch.arange(len(p), len(p) + len(a)) for p, a in zip(prompts, answers, strict=True)])
@@ -185,13 +183,3 @@ class _Steer(LayerStandIn):
             scale_T[:num_prompt] = 0
         steered_BTD = hidden_BTD + scale_T[None, :, None] * self.vector_B1D
         return (steered_BTD, *output[1:]) if isinstance(output, tuple) else steered_BTD
-
-
-def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    longest = max(len(prompt) for prompt in prompts)
-    ids_BT = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    mask_BT = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        ids_BT[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask_BT[row, longest - len(prompt) :] = 1
-    return ids_BT.to(device), mask_BT.to(device)

@@ -20,6 +20,7 @@ from pipeline.errors import InputError
 from pipeline.models.decoder import SplitDecoder, hidden_of
 from pipeline.models.generation import AnswerLikelihood, Sampling, Steering, answer_likelihood, generate
 from pipeline.models.loading import LoadOptions, ModelSpec, load_decoders, load_tokenizer
+from pipeline.models.padding import pad_tokens
 from pipeline.schema import CHAT, MODEL_NAMES
 from pipeline.text.tokenise import end_of_turn_id
 
@@ -149,8 +150,7 @@ class ModelPair:
         The plain side is what `output_hidden_states` says of layer L; for L = N, where the library's last hidden state
         is already normalised, what a hook sees leave that layer.
         """
-        ids_BT, mask_BT = _padded(documents)
-        ours_BTMD = self.activations(ids_BT, mask_BT)
+        ours_BTMD = self.activations(*pad_tokens(documents))
         relative: list[list[Tensor]] = [[] for _ in MODEL_NAMES]
         logits: list[Tensor] = []
         for model, decoder in enumerate(self.decoders):
@@ -204,10 +204,3 @@ def _relative_errors(ours_TD: Tensor, plain_TD: Tensor) -> Tensor:
     error_T: Tensor = (ours_TD - plain_TD).norm(dim=-1) / plain_TD.norm(dim=-1).clamp_min(tiny)
     error_T = error_T.masked_fill(~ours_TD.isfinite().all(dim=-1), float("inf"))
     return error_T.masked_fill(~plain_TD.isfinite().all(dim=-1), 0.0)
-
-
-def _padded(documents: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    longest = max(map(len, documents))
-    ids_BT = torch.tensor([[*document, *[0] * (longest - len(document))] for document in documents])
-    lengths_B1 = torch.tensor([len(document) for document in documents])[:, None]
-    return ids_BT, (torch.arange(longest) < lengths_B1).to(torch.int64)
