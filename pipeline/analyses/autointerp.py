@@ -18,10 +18,9 @@ import pandas as pd
 import torch
 
 from pipeline.analyses.rows import RowBatch, document_starts
-from pipeline.errors import InputError
 from pipeline.numerics.proportions import Interval, mean_of_two_rates
 from pipeline.numerics.statistics import hash_documents
-from pipeline.schema import AUTOINTERP_COLUMNS, InterpStatus, Verdict
+from pipeline.schema import AUTOINTERP_COLUMNS, InterpStatus
 
 MIN_QUIET_PER_CORPUS = 64
 """Documents per corpus among which each latent's quiet contexts are looked for."""
@@ -83,24 +82,6 @@ class Interpretation(NamedTuple):
     num_malformed: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
-
-
-def chosen_latents(
-    table: pd.DataFrame, ranked: Sequence[int], *, named: Sequence[int], max_latents: int
-) -> tuple[int, ...]:
-    """The latents named, or else the first max_latents of `ranked` that the latent table calls chat-specific.
-
-    InputError for a named latent that the crosscoder does not have.
-    """
-    wrong = [latent for latent in named if not 0 <= latent < len(table)]
-    if wrong:
-        raise InputError(
-            f"analyses.autointerp.latents: expected latents 0 to {len(table) - 1}, got {wrong}; correct the list"
-        )
-    if named:
-        return tuple(dict.fromkeys(named))
-    specific = set(table.loc[table["verdict"] == Verdict.CHAT_SPECIFIC, "latent"].tolist())
-    return tuple(latent for latent in ranked if latent in specific)[:max_latents]
 
 
 def choose_windows(

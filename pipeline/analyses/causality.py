@@ -29,6 +29,7 @@ from pipeline.analyses.interventions import (
     shared_interventions,
     shared_stream,
 )
+from pipeline.analyses.latent_sets import require_latents
 from pipeline.errors import InputError
 from pipeline.extraction.activations import RowOptions, is_row, plan_batches, within_norm_cap
 from pipeline.models.padding import pad_tokens
@@ -88,12 +89,7 @@ class Causality:
     """KL of a list of interventions of one crosscoder: start, update, merge, table."""
 
     def __init__(self, crosscoder: Crosscoder, interventions: Sequence[Intervention]) -> None:
-        wrong = [j for item in interventions for j in item.latents if not 0 <= j < crosscoder.num_latents]
-        if wrong:
-            raise InputError(
-                f"expected latents between 0 and {crosscoder.num_latents - 1}, got {wrong[0]}; take the sets from this "
-                "crosscoder's own latent table"
-            )
+        require_latents({j for item in interventions for j in item.latents}, crosscoder.num_latents, "causality")
         self.interventions = tuple(interventions)
         self.num_latents = crosscoder.num_latents
         self._editor = StreamEditor(crosscoder)

@@ -20,11 +20,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pipeline.analyses.control_columns import CONTROL_COLUMNS, SEED_COLUMNS, Control
 from pipeline.analyses.verdict import MADE_SO
 from pipeline.errors import InputError
 from pipeline.numerics.proportions import wilson_interval
-from pipeline.schema import Verdict
+from pipeline.schema import CONTROL_COLUMNS, SEED_COLUMNS, Control, Verdict
 
 DEFAULT_MIN_MATCH_COSINE = 0.7
 _CHUNK_NUMBERS = 1 << 24

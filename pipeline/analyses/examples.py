@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pipeline.analyses.latent_sets import require_latents
 from pipeline.analyses.rows import RowBatch, Sums, document_starts
 from pipeline.errors import InputError
 from pipeline.numerics.codes import SparseCodes
@@ -137,11 +138,7 @@ class Examples:
 
     def table_of(self, sums: Sums, latents: Sequence[int]) -> pd.DataFrame:
         """The table's rows of these latents, in their order."""
-        wrong = [latent for latent in latents if not 0 <= latent < self.num_latents]
-        if wrong:
-            raise InputError(
-                f"expected latents 0 to {self.num_latents - 1}, got {wrong}: this crosscoder has {self.num_latents}"
-            )
+        require_latents(latents, self.num_latents, "examples")
         table = self.table(sums)
         order = {latent: place for place, latent in reversed(list(enumerate(latents)))}
         table = table[table["latent"].isin(list(order))]

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pipeline.analyses.latent_sets import require_latents
 from pipeline.analyses.rows import RowBatch, Sums, document_index, merge_sums, require_rows
 from pipeline.errors import InputError
 from pipeline.numerics.statistics import DEFAULT_NUM_RESAMPLES, auroc_by_latent, auroc_interval, hash_documents
@@ -156,12 +157,7 @@ class Planted:
         no candidate, or where the label does not occur in both halves.
         """
         require_rows(len(sums["doc_id"]), "planted")
-        wrong = [latent for latent in chat_specific if not 0 <= latent < self.num_latents]
-        if wrong:
-            raise InputError(
-                f"expected chat-specific latents 0 to {self.num_latents - 1}, got {wrong}: "
-                "pass the verdict of this crosscoder"
-            )
+        require_latents(chat_specific, self.num_latents, "chat-specific latents")
         bits_L = torch.arange(len(self.labels), dtype=torch.int32)
         positive_NL = (sums["labels"][:, None] >> bits_L) & 1 == 1
         chooses_N = is_selection_half(sums["doc_id"])

@@ -15,10 +15,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pipeline.analyses.interventions import rank_by_nu
+from pipeline.analyses.latent_sets import require_latents
 from pipeline.errors import InputError
 from pipeline.numerics.crosscoder import Crosscoder
-from pipeline.schema import CHAT, Verdict
+from pipeline.schema import CHAT
 
 UNNAMED = "prompts"
 """Column `behavior` of a file that is a plain list of prompts."""
@@ -51,13 +51,9 @@ def directions_of(crosscoder: Crosscoder, latents: pd.DataFrame, chosen: Sequenc
     """
     max_activation = dict(zip(latents["latent"].tolist(), latents["max_activation"].tolist(), strict=True))
     decoder_FD = crosscoder.raw_decoder_FMD()[:, CHAT]
+    require_latents(chosen, crosscoder.num_latents, "analyses.steering.latents")
     directions = []
     for latent in chosen:
-        if latent not in max_activation:
-            raise InputError(
-                f"expected latents to steer with between 0 and {crosscoder.num_latents - 1}, got {latent}; change "
-                "analyses.steering.latents"
-            )
         norm = float(decoder_FD[latent].norm())
         if not max_activation[latent] > 0 or not norm > 0:
             raise InputError(
@@ -67,12 +63,6 @@ def directions_of(crosscoder: Crosscoder, latents: pd.DataFrame, chosen: Sequenc
         unit_D = (decoder_FD[latent] / norm).float().cpu()
         directions.append(Direction(int(latent), unit_D, float(max_activation[latent])))
     return tuple(directions)
-
-
-def most_specific_latents(latents: pd.DataFrame, num: int) -> tuple[int, ...]:
-    """Up to num chat-specific latents of the latent table, best evidence first; empty where there is none."""
-    specific = latents[latents["verdict"] == Verdict.CHAT_SPECIFIC]
-    return tuple(int(latent) for latent in rank_by_nu(specific)[:num])
 
 
 def random_controls(
@@ -85,9 +75,9 @@ def random_controls(
     """
     decoder_FD = crosscoder.raw_decoder_FMD()[:, CHAT].float().cpu()
     fires = latents.loc[latents["max_activation"] > 0, "latent"].to_numpy()
-    candidates = np.setdiff1d(fires, np.asarray(list(excluded), dtype=fires.dtype))
-    candidates = candidates[decoder_FD[torch.from_numpy(candidates).long()].norm(dim=1).numpy() > 0]
-    chosen = np.random.default_rng(seed).permutation(candidates)[:num]
+    others = np.setdiff1d(fires, np.asarray(list(excluded), dtype=fires.dtype))
+    others = others[decoder_FD[torch.from_numpy(others).long()].norm(dim=1).numpy() > 0]
+    chosen = np.random.default_rng(seed).permutation(others)[:num]
     chosen_RD = decoder_FD[torch.from_numpy(chosen).long()]
     units_RD: Tensor = chosen_RD / chosen_RD.norm(dim=1, keepdim=True)
     return units_RD

@@ -11,7 +11,7 @@ latent is judged by the activations themselves: chat-specific if nu_act_centred,
 with the latent, is below nu_eps's threshold, else shared. `reason` says so.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -141,12 +141,3 @@ def artifact_frac(table: pd.DataFrame) -> float:
     chat_only = table[table["ownership"] == Ownership.CHAT_ONLY]
     judged = chat_only[~chat_only["verdict"].isin([Verdict.DEAD, Verdict.UNDECIDED])]
     return float(judged["verdict"].isin(list(Verdict.ARTIFACTS)).mean())
-
-
-def latents_with(table: pd.DataFrame, verdicts: Sequence[str]) -> list[int]:
-    """Indices of the latents with one of these verdicts, highest Delta_norm first; may be empty."""
-    unknown = [verdict for verdict in verdicts if verdict not in Verdict.ALL]
-    if unknown:
-        raise InputError(f"expected verdicts of {', '.join(Verdict.ALL)}, got {', '.join(unknown)}: use these names")
-    chosen = table[table["verdict"].isin(list(verdicts))]
-    return [int(latent) for latent in chosen.sort_values(["delta_norm", "latent"], ascending=[False, True])["latent"]]

@@ -18,19 +18,18 @@ from pipeline.analyses.autointerp import (
     Sizes,
     case_of,
     choose_windows,
-    chosen_latents,
     interpretation_numbers,
     interpretation_table,
     quiet_contexts,
 )
 from pipeline.analyses.autointerp_prompts import Cost, cost_text
-from pipeline.analyses.verdict import latents_with
+from pipeline.analyses.latent_sets import interpreted_latents
 from pipeline.config.analyses import AutointerpSection
 from pipeline.config.resources import EndpointSection
 from pipeline.errors import InputError
 from pipeline.models.endpoint import Endpoint, EndpointOptions, read_key
 from pipeline.models.loading import load_tokenizer
-from pipeline.schema import ANSWER_COLUMNS, AUTOINTERP_COLUMNS, InterpStatus, Split, Verdict
+from pipeline.schema import ANSWER_COLUMNS, AUTOINTERP_COLUMNS, InterpStatus, Split
 from pipeline.stages.base import Context, Step, run_task, shown
 from pipeline.stages.crosscoder import fitted
 from pipeline.stages.encoded_rows import batches, shard_rows
@@ -137,8 +136,7 @@ def _prepare(step: Step, context: Context) -> _Prepared:
     latents = read_table(context.storage, f"{step.inputs['latents'].key.folder}/{LATENTS_NAME}").to_pandas()
     examples = read_table(context.storage, f"{step.inputs['examples'].key.folder}/{EXAMPLES_NAME}").to_pandas()
     answers = Answers(context.storage, f"{step.key.folder}/{ANSWERS_FOLDER}")
-    ranked = latents_with(latents, [Verdict.CHAT_SPECIFIC])
-    chosen = chosen_latents(latents, ranked, named=section.latents, max_latents=section.max_latents)
+    chosen = interpreted_latents(latents, named=section.latents, max_latents=section.max_latents)
     if not chosen:
         return _Prepared(step, {}, answers)
     quiet: list[QuietContext] = run_task(_quiet_contexts, context.storage, step, chosen, num_cpus=1)

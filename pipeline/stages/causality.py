@@ -14,7 +14,8 @@ import torch
 
 from pipeline.analyses.causal_tables import Bootstrap
 from pipeline.analyses.causality import Causality, causality_batches
-from pipeline.analyses.interventions import Intervention, candidate_latents, plan_curve, plan_interventions
+from pipeline.analyses.interventions import Intervention, plan_curve, plan_interventions
+from pipeline.analyses.latent_sets import causality_latents
 from pipeline.analyses.rows import sums_from_bytes, sums_to_bytes
 from pipeline.cluster import connect as cluster
 from pipeline.config.analyses import CausalitySection
@@ -106,7 +107,7 @@ def _interventions(step: Step, context: Context) -> tuple[Intervention, ...]:
     section = step.section
     assert isinstance(section, CausalitySection)
     latents = read_table(context.storage, f"{step.inputs['latents'].key.folder}/{LATENTS_NAME}").to_pandas()
-    chosen = candidate_latents(latents, num_latents=section.max_latents, min_latents=section.min_latents)
+    chosen = causality_latents(latents, num_latents=section.max_latents, min_latents=section.min_latents)
     return (
         *plan_interventions(
             chosen, num_random_halves=section.num_random_halves, seed=section.seed, with_mean_difference=True

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 import pandas as pd
 
 from pipeline.analyses import controls
-from pipeline.analyses.control_columns import CONTROL_COLUMNS, SEED_COLUMNS
 from pipeline.analyses.latent_scaling import LatentScaling
 from pipeline.analyses.ownership import chat_only_latents, delta_norm
 from pipeline.analyses.rows import Sums
@@ -18,7 +17,7 @@ from pipeline.config.analyses import ControlsSection, LatentScalingSection
 from pipeline.config.crosscoder import CrosscoderSection
 from pipeline.config.section import Section
 from pipeline.numerics.crosscoder import Crosscoder
-from pipeline.schema import CHAT, Verdict
+from pipeline.schema import CHAT, CONTROL_COLUMNS, SEED_COLUMNS, Verdict
 from pipeline.stages.base import Context, Step
 from pipeline.stages.crosscoder import fitted
 from pipeline.storage.tables import arrow_schema, numbers_of, write_frame

@@ -18,7 +18,7 @@ from pipeline.extraction.activations import ExtractRows, RowOptions
 from pipeline.extraction.quarantine import Rejected, extract_screened, refusal
 from pipeline.models.memory import automatic_tokens_per_batch
 from pipeline.models.pair import Verification
-from pipeline.schema import REJECTED_COLUMNS
+from pipeline.schema import QUARANTINE_COLUMNS
 from pipeline.stages.models import Loading, load_pair
 from pipeline.stages.tokens import INDEX_NAME
 from pipeline.storage.filesystem import Storage
@@ -29,7 +29,7 @@ _NUM_CHECKED, _NUM_CANDIDATES, _CHECKED_TOKENS = 3, 16, 256
 """Documents that the check against the plain forward runs, those it looks at to find them, tokens of each."""
 
 REJECTED_NAME = "rejected.parquet"
-REJECTED_SCHEMA = arrow_schema(REJECTED_COLUMNS)
+REJECTED_SCHEMA = arrow_schema(QUARANTINE_COLUMNS)
 
 
 class Extracted(NamedTuple):
@@ -38,7 +38,7 @@ class Extracted(NamedTuple):
     rows: Rows
     """In the order of the documents, positions ascending."""
     rejected: tuple[dict[str, Any], ...]
-    """Documents set aside: schema.REJECTED_COLUMNS by name."""
+    """Documents set aside: schema.QUARANTINE_COLUMNS by name."""
     real_token_frac: float
     """Tokens over tokens computed, padding included."""
     num_capped: int

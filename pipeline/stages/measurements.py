@@ -17,6 +17,7 @@ from pipeline.analyses.controls import stated_error
 from pipeline.analyses.examples import Examples
 from pipeline.analyses.fidelity import Fidelity
 from pipeline.analyses.latent_scaling import LatentScaling
+from pipeline.analyses.latent_sets import latents_with
 from pipeline.analyses.ownership import ownership_table
 from pipeline.analyses.planted import MeanDifference, Planted
 from pipeline.analyses.rows import (
@@ -29,7 +30,7 @@ from pipeline.analyses.rows import (
 )
 from pipeline.analyses.templates import Templates
 from pipeline.analyses.twins import Twins
-from pipeline.analyses.verdict import artifact_frac, latent_table, latents_with, verdict_counts, with_twins
+from pipeline.analyses.verdict import artifact_frac, latent_table, verdict_counts, with_twins
 from pipeline.config.analyses import ExamplesSection, LatentScalingSection, PlantedSection
 from pipeline.errors import InputError
 from pipeline.numerics.crosscoder import Crosscoder

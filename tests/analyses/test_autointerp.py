@@ -15,7 +15,6 @@ from pipeline.analyses.autointerp import (
     Sizes,
     case_of,
     choose_windows,
-    chosen_latents,
     detection,
     interpretation_numbers,
     interpretation_table,
@@ -34,6 +33,7 @@ from pipeline.analyses.autointerp_prompts import (
     planned_cost,
     unused_mark,
 )
+from pipeline.analyses.latent_sets import interpreted_latents
 from pipeline.errors import InputError
 from pipeline.schema import AUTOINTERP_COLUMNS, EXAMPLE_COLUMNS, InterpStatus, Verdict
 
@@ -125,14 +125,14 @@ def test_windows_and_what_fires_in_them_equal_a_loop(make_world: Callable[..., A
         assert list(one.context.tokens) == [texts[int(i)] for i in rows["token_id"][own]]
 
 
-def test_chosen_latents_are_the_named_ones_or_the_chat_specific() -> None:
+def test_interpreted_latents_are_the_named_ones_or_the_chat_specific() -> None:
     verdicts = [Verdict.SHARED, Verdict.CHAT_SPECIFIC, Verdict.BOTH, Verdict.CHAT_SPECIFIC, Verdict.CHAT_SPECIFIC]
-    table = pd.DataFrame({"latent": range(5), "verdict": verdicts})
-    assert chosen_latents(table, [3, 1, 4], named=(), max_latents=2) == (3, 1)
-    assert chosen_latents(table, [3, 1, 4], named=(2, 0, 2), max_latents=1) == (2, 0)
-    assert chosen_latents(table.head(1), [], named=(), max_latents=9) == ()
-    with pytest.raises(InputError, match=r"expected latents 0 to 4, got \[5\]"):
-        chosen_latents(table, [], named=(5, 1), max_latents=9)
+    table = pd.DataFrame({"latent": range(5), "verdict": verdicts, "delta_norm": [0.5, 0.95, 0.99, 0.98, 0.92]})
+    assert interpreted_latents(table, named=(), max_latents=2) == (3, 1)
+    assert interpreted_latents(table, named=(2, 0, 2), max_latents=1) == (2, 0)
+    assert interpreted_latents(table.head(1), named=(), max_latents=9) == ()
+    with pytest.raises(InputError, match=r"analyses\.autointerp\.latents: .* 0 and 4, got \[5\]"):
+        interpreted_latents(table, named=(5, 1), max_latents=9)
 
 
 def test_active_tokens_are_marked_and_listed_with_their_strength() -> None:

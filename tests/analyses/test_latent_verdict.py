@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from pipeline.analyses.latent_scaling import LatentScaling
+from pipeline.analyses.latent_sets import latents_with
 from pipeline.analyses.ownership import ownership_table
 from pipeline.analyses.rows import analyse, row_batch
 from pipeline.analyses.templates import Templates
 from pipeline.analyses.twins import Twins
-from pipeline.analyses.verdict import artifact_frac, latent_table, latents_with, verdict_counts, with_twins
+from pipeline.analyses.verdict import artifact_frac, latent_table, verdict_counts, with_twins
 from pipeline.errors import InputError
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.schema import BETA_COLUMNS, LATENT_COLUMNS, Ownership, Verdict

@@ -10,12 +10,13 @@ from pipeline.analyses.controls import false_calls_row, random_row, stated_row
 from pipeline.analyses.examples import Examples, contexts
 from pipeline.analyses.fidelity import Fidelity
 from pipeline.analyses.latent_scaling import LatentScaling
+from pipeline.analyses.latent_sets import latents_with
 from pipeline.analyses.ownership import chat_only_latents, delta_norm, ownership_table
 from pipeline.analyses.planted import MeanDifference, Planted
 from pipeline.analyses.rows import analyse
 from pipeline.analyses.templates import Templates
 from pipeline.analyses.twins import Twins
-from pipeline.analyses.verdict import latent_table, latents_with, verdict_counts, with_twins
+from pipeline.analyses.verdict import latent_table, verdict_counts, with_twins
 from pipeline.schema import LATENT_COLUMNS, Verdict
 
 

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from runs import TINY, Finished, Unwatched, run_file
 
-from pipeline.analyses.control_columns import CONTROL_COLUMNS, SEED_COLUMNS, Control
 from pipeline.config.run_file import load
 from pipeline.run.flow import build_flow
-from pipeline.schema import Verdict
+from pipeline.schema import CONTROL_COLUMNS, SEED_COLUMNS, Control, Verdict
 from pipeline.stages import controls
 from pipeline.stages.base import Context
 from pipeline.storage.tables import read_table

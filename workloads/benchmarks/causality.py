@@ -24,7 +24,8 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from pipeline.analyses.causality import Causality, Edit, causality_batches
-from pipeline.analyses.interventions import candidate_latents, plan_curve, plan_interventions
+from pipeline.analyses.interventions import plan_curve, plan_interventions
+from pipeline.analyses.latent_sets import causality_latents
 from pipeline.extraction.activations import RowOptions, plan_batches
 from pipeline.models.decoder import SplitDecoder
 from pipeline.models.padding import pad_tokens
@@ -128,7 +129,7 @@ def make_analysis(case: Case, pair: ModelPair, dialogues: dict[str, list[Any]]) 
         x_BMD = pair.activations(*pad_tokens(dialogues["input_ids"][:8])).flatten(0, 1).float()
         score_BF = torch.einsum("BMD,FMD->BF", x_BMD, crosscoder.W_enc_FMD)
         crosscoder.threshold.fill_(float(score_BF.quantile(1 - case.k / case.latents)) if score_BF.numel() < 1e7 else 2)
-    chosen = candidate_latents(table)
+    chosen = causality_latents(table)
     return Causality(crosscoder, (*plan_interventions(chosen, with_mean_difference=True), *plan_curve(chosen)))
 
 
