@@ -3,8 +3,8 @@
 An explanation is written from the latent's strongest contexts. It is tested by detection: held-out contexts on which
 the latent fires at several strengths, mixed with contexts of other documents on which it does not, and the question
 which of them fit the explanation (after arXiv 2410.13928, section 3). Quiet contexts come from the corpora of the
-active ones, so that telling chats from web pages is not enough. Words are made in `autointerp_prompts.py`; nothing
-here talks to anybody.
+active ones, so that telling chats from web pages is not enough. The requests are written in
+`autointerp_prompts.py`; nothing here sends them.
 
 Shapes: B rows of a batch of whole documents.
 """
@@ -28,8 +28,8 @@ _WINDOW_SALT = 3
 """Places the windows of quiet contexts independently of the other uses of a document's hash."""
 
 
-class Context(NamedTuple):
-    """Some neighbouring tokens of one document."""
+class TokenWindow(NamedTuple):
+    """Neighbouring tokens of one document: a context of a latent."""
 
     doc_id: int
     corpus: str
@@ -38,15 +38,15 @@ class Context(NamedTuple):
     """f_j at each token; all 0 in a quiet context."""
 
 
-class QuietContext(NamedTuple):
-    """A context and those of the latents asked for that fire in it."""
+class QuietWindow(NamedTuple):
+    """A window, and which of the latents asked for fire in it."""
 
-    context: Context
+    window: TokenWindow
     active: frozenset[int]
 
 
 class Sizes(NamedTuple):
-    """How many contexts a latent's explanation and its test take."""
+    """How many contexts explain a latent and test the explanation."""
 
     num_explaining: int
     num_active: int
@@ -54,29 +54,29 @@ class Sizes(NamedTuple):
     seed: int
 
 
-class Case(NamedTuple):
-    """What is asked about one latent."""
+class InterpTask(NamedTuple):
+    """The contexts from which one latent is explained and on which the explanation is tested."""
 
     latent: int
-    explaining: tuple[Context, ...]
+    explaining: tuple[TokenWindow, ...]
     """Strongest first."""
-    judged: tuple[Context, ...]
+    judged: tuple[TokenWindow, ...]
     """Held out, shuffled."""
     fires: tuple[bool, ...]
-    """The truth about `judged`."""
+    """Whether the latent fires in each of `judged`."""
 
 
 class Interpretation(NamedTuple):
-    """What came back about one latent."""
+    """The result for one latent."""
 
     latent: int
     status: str
     """One of schema.InterpStatus."""
     explanation: str | None = None
     fires: tuple[bool, ...] = ()
-    """The truth about the contexts that were judged."""
-    said: tuple[bool, ...] = ()
-    """The model's answers, one for each of `fires`."""
+    """Whether the latent fires in each context that was judged."""
+    answers: tuple[bool, ...] = ()
+    """What the language model answered, one for each of `fires`."""
     control: float = math.nan
     """Balanced accuracy of another latent's explanation on the same contexts; NaN where it was not asked for."""
     num_malformed: int = 0
@@ -105,13 +105,13 @@ def choose_windows(
     return keep_B
 
 
-def quiet_contexts(
+def quiet_windows(
     batches: Iterable[RowBatch],
     latents: Collection[int],
     *,
     corpora: Sequence[str],
     token_texts: Callable[[list[int]], list[str]],
-) -> list[QuietContext]:
+) -> list[QuietWindow]:
     """Each document of the batches (one window, see choose_windows) with those of `latents` that fire in it."""
     wanted = torch.tensor(sorted(latents), dtype=torch.int64)
     found = []
@@ -122,20 +122,20 @@ def quiet_contexts(
             active = torch.unique(batch.codes.latents_P[pairs].cpu())
             texts = tuple(token_texts(batch.token_id_B[start:stop].tolist()))
             corpus = corpora[int(batch.corpus_B[start])]
-            context = Context(int(batch.doc_id_B[start]), corpus, texts, (0.0,) * len(texts))
-            found.append(QuietContext(context, frozenset(active[torch.isin(active, wanted)].tolist())))
+            window = TokenWindow(int(batch.doc_id_B[start]), corpus, texts, (0.0,) * len(texts))
+            found.append(QuietWindow(window, frozenset(active[torch.isin(active, wanted)].tolist())))
     return found
 
 
-def case_of(latent: int, examples: pd.DataFrame, quiet: Sequence[QuietContext], sizes: Sizes) -> Case | None:
-    """What to ask about a latent; None where its contexts do not suffice (two active ones and a quiet one).
+def interp_task(latent: int, examples: pd.DataFrame, quiet: Sequence[QuietWindow], sizes: Sizes) -> InterpTask | None:
+    """The task of a latent; None where it has fewer than two active contexts or no quiet one.
 
     `examples` are the latent's rows of the example table, each context from another document. The strongest explain, at
     most half of them; of the rest, num_active evenly spaced by activation are held out to be judged.
     """
     rows = examples.sort_values(["activation", "doc_id"], ascending=[False, True], kind="stable")
     contexts = [
-        Context(int(doc_id), str(corpus), tuple(map(str, tokens)), tuple(map(float, activations)))
+        TokenWindow(int(doc_id), str(corpus), tuple(map(str, tokens)), tuple(map(float, activations)))
         for doc_id, corpus, tokens, activations in zip(
             rows["doc_id"], rows["corpus"], rows["tokens"], rows["activations"], strict=True
         )
@@ -146,28 +146,21 @@ def case_of(latent: int, examples: pd.DataFrame, quiet: Sequence[QuietContext], 
     places = np.linspace(0, len(rest) - 1, num_active).round().astype(int)
     active = [rest[place] for place in places] if rest else []
     random = np.random.default_rng([sizes.seed, latent])
-    silent = _silent(latent, {context.doc_id for context in contexts}, active, quiet, sizes.num_quiet, random)
+    own_documents = {context.doc_id for context in contexts}
+    usable = [one.window for one in quiet if latent not in one.active and one.window.doc_id not in own_documents]
+    silent = _from_same_corpora([usable[i] for i in random.permutation(len(usable))], active, sizes.num_quiet)
     if not active or not silent:
         return None
     judged, fires = [*active, *silent], [True] * len(active) + [False] * len(silent)
     order = random.permutation(len(judged))
-    return Case(
+    return InterpTask(
         latent, tuple(contexts[:num_explaining]), tuple(judged[i] for i in order), tuple(fires[i] for i in order)
     )
 
 
-def _silent(
-    latent: int,
-    own_documents: Collection[int],
-    active: Sequence[Context],
-    quiet: Sequence[QuietContext],
-    number: int,
-    random: np.random.Generator,
-) -> list[Context]:
-    """Contexts of other documents in which the latent is silent, from the corpora of the active ones in turn."""
-    usable = [one.context for one in quiet if latent not in one.active and one.context.doc_id not in own_documents]
-    left = [usable[i] for i in random.permutation(len(usable))]
-    chosen: list[Context] = []
+def _from_same_corpora(left: list[TokenWindow], active: Sequence[TokenWindow], number: int) -> list[TokenWindow]:
+    """Up to `number` of the windows left, from the corpora of the active ones in turn while these have any."""
+    chosen: list[TokenWindow] = []
     while active and left and len(chosen) < number:
         corpus = active[len(chosen) % len(active)].corpus
         place = next((i for i, context in enumerate(left) if context.corpus == corpus), 0)
@@ -186,9 +179,9 @@ class Detection(NamedTuple):
     num_quiet: int
 
 
-def detection(fires: Sequence[bool], said: Sequence[bool]) -> Detection:
+def detection(fires: Sequence[bool], answers: Sequence[bool]) -> Detection:
     """Balanced accuracy with its 95% interval; NaN unless contexts of both kinds were judged."""
-    truth, answer = np.asarray(fires, dtype=bool), np.asarray(said, dtype=bool)
+    truth, answer = np.asarray(fires, dtype=bool), np.asarray(answers, dtype=bool)
     num_active, num_quiet = int(truth.sum()), int((~truth).sum())
     positive = float(answer[truth].mean()) if num_active else float("nan")
     negative = float((~answer[~truth]).mean()) if num_quiet else float("nan")
@@ -200,7 +193,7 @@ def interpretation_table(found: Sequence[Interpretation]) -> pd.DataFrame:
     """schema.AUTOINTERP_COLUMNS, in the order given."""
     rows: list[Mapping[str, Any]] = []
     for one in found:
-        score = detection(one.fires, one.said)
+        score = detection(one.fires, one.answers)
         rows.append(
             {
                 **one._asdict(),
@@ -220,7 +213,7 @@ def interpretation_table(found: Sequence[Interpretation]) -> pd.DataFrame:
 
 
 def interpretation_numbers(table: pd.DataFrame) -> dict[str, float]:
-    """What a record holds of the table: counts per outcome, the mean score, tokens used as the endpoint counts them."""
+    """The table in numbers, for the record: latents per outcome, mean scores, tokens as the endpoint counts them."""
     scored = table[table["status"] == InterpStatus.SCORED]
     return {
         "num_latents": len(table),

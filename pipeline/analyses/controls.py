@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pipeline.analyses.verdict import MADE_SO
+from pipeline.analyses.verdict import NU_BY_CONSTRUCTION
 from pipeline.errors import InputError
 from pipeline.numerics.proportions import wilson_interval
 from pipeline.schema import CONTROL_COLUMNS, SEED_COLUMNS, Control, Verdict
@@ -98,9 +98,9 @@ def random_row(
     if scaling is not None:
         known = latents[["latent", "num_documents", "decoder_norm_base"]]
         judged = scaling.merge(known[known["num_documents"] >= min_documents], on="latent")
-        is_made_so = judged["decoder_norm_base"] == 0
-        deciding = judged[["nu_eps", "nu_r"]].mask(is_made_so, judged[MADE_SO], axis=0)
-        limits = np.where(is_made_so, thresholds[0], thresholds[1])
+        is_constructed = judged["decoder_norm_base"] == 0
+        deciding = judged[["nu_eps", "nu_r"]].mask(is_constructed, judged[NU_BY_CONSTRUCTION], axis=0)
+        limits = np.where(is_constructed, thresholds[0], thresholds[1])
         num_judged = len(judged)
         num_called = int(((deciding["nu_eps"] < thresholds[0]) & (deciding["nu_r"] < limits)).sum())
         num_undefined = int(deciding.isna().any(axis=1).sum())

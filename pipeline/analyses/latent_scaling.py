@@ -155,10 +155,10 @@ class LatentScaling:
         sums = estimates.ratio_sums
         options = {"num_resamples": self.num_resamples, "seed": self.seed}
         learnt_F = exceedance_probability([(*sums["error"], nu_eps), (*sums["reconstruction"], nu_r)], **options)
-        is_made_so_F = self.W_dec_FMD[:, BASE].norm(dim=1) == 0
-        if not is_made_so_F.any():
+        is_constructed_F = self.W_dec_FMD[:, BASE].norm(dim=1) == 0
+        if not is_constructed_F.any():
             return learnt_F
-        return torch.where(is_made_so_F, exceedance_probability([(*sums[CENTRED], nu_eps)], **options), learnt_F)
+        return torch.where(is_constructed_F, exceedance_probability([(*sums[CENTRED], nu_eps)], **options), learnt_F)
 
 
 def _interval_columns(name: str, interval: Interval) -> dict[str, np.ndarray]:

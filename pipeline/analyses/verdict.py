@@ -24,7 +24,7 @@ from pipeline.schema import LATENT_COLUMNS, Ownership, Verdict
 DEFAULT_MIN_DOCUMENTS = 10
 """Below about ten documents the intervals' small-sample factor exceeds 1.2 and single documents decide the ratio."""
 
-MADE_SO = "nu_act_centred"
+NU_BY_CONSTRUCTION = "nu_act_centred"
 """The ratio that judges latents whose Delta_norm is 1 by construction."""
 
 _BY_OWNERSHIP = {
@@ -60,17 +60,17 @@ def latent_table(
     table = ownership.merge(templates, on="latent", validate="1:1").merge(scaling, on="latent", validate="1:1")
     is_dead = table["frequency"].to_numpy() == 0
     is_chat_only = (table["ownership"] == Ownership.CHAT_ONLY).to_numpy()
-    is_made_so = is_chat_only & (table["decoder_norm_base"] == 0).to_numpy()
-    nu_eps, nu_r, nu_act = (table[name].to_numpy() for name in ("nu_eps", "nu_r", MADE_SO))
-    is_known = np.where(is_made_so, np.isfinite(nu_act), np.isfinite(nu_eps) & np.isfinite(nu_r))
+    is_constructed = is_chat_only & (table["decoder_norm_base"] == 0).to_numpy()
+    nu_eps, nu_r, nu_act = (table[name].to_numpy() for name in ("nu_eps", "nu_r", NU_BY_CONSTRUCTION))
+    is_known = np.where(is_constructed, np.isfinite(nu_act), np.isfinite(nu_eps) & np.isfinite(nu_r))
     is_decidable = is_known & (table["num_documents"].to_numpy() >= min_documents)
     has_shrunk, is_decoupled, is_held = nu_eps >= nu_eps_threshold, nu_r >= nu_r_threshold, nu_act >= nu_eps_threshold
     cases = [
         (is_dead, Verdict.DEAD),
         (~is_chat_only, table["ownership"].map(_BY_OWNERSHIP).to_numpy(dtype=object)),
         (~is_decidable, Verdict.UNDECIDED),
-        (is_made_so & is_held, Verdict.SHARED),
-        (is_made_so, Verdict.CHAT_SPECIFIC),
+        (is_constructed & is_held, Verdict.SHARED),
+        (is_constructed, Verdict.CHAT_SPECIFIC),
         (has_shrunk & is_decoupled, Verdict.BOTH),
         (has_shrunk, Verdict.SHRINKAGE),
         (is_decoupled, Verdict.DECOUPLING),
@@ -81,8 +81,10 @@ def latent_table(
         default=Verdict.CHAT_SPECIFIC,
     )
     is_sure = _is_one_sided(table, "nu_eps", nu_eps_threshold) & _is_one_sided(table, "nu_r", nu_r_threshold)
-    is_sure_made_so = _is_one_sided(table, MADE_SO, nu_eps_threshold)
-    table["is_confident"] = is_chat_only & ~is_dead & is_decidable & np.where(is_made_so, is_sure_made_so, is_sure)
+    is_sure_constructed = _is_one_sided(table, NU_BY_CONSTRUCTION, nu_eps_threshold)
+    table["is_confident"] = (
+        is_chat_only & ~is_dead & is_decidable & np.where(is_constructed, is_sure_constructed, is_sure)
+    )
     thresholds = {"nu_eps": nu_eps_threshold, "nu_r": nu_r_threshold}
     table["reason"] = [_reason(row, thresholds, min_documents) for row in table.to_dict("records")]
     table["twin"] = np.full(len(table), -1, dtype=np.int32)
@@ -97,9 +99,9 @@ def _reason(row: dict[Hashable, Any], thresholds: dict[str, float], min_document
         return "never fires on the validation rows"
     if row["ownership"] != Ownership.CHAT_ONLY:
         return f"Delta_norm {row['delta_norm']:.2f}{' by construction' if row['decoder_norm_chat'] == 0 else ''}"
-    is_made_so = row["decoder_norm_base"] == 0
-    if is_made_so:
-        thresholds = {MADE_SO: thresholds["nu_eps"]}
+    is_constructed = row["decoder_norm_base"] == 0
+    if is_constructed:
+        thresholds = {NU_BY_CONSTRUCTION: thresholds["nu_eps"]}
     if row["verdict"] == Verdict.UNDECIDED:
         undefined = [name for name in thresholds if not np.isfinite(row[name])]
         if row["num_documents"] < min_documents:
@@ -109,7 +111,7 @@ def _reason(row: dict[Hashable, Any], thresholds: dict[str, float], min_document
         f"{name} {row[name]:.2f} {'<' if row[name] < threshold else '>='} {threshold:g}"
         for name, threshold in thresholds.items()
     )
-    return f"{measured} (Delta_norm is 1 by construction)" if is_made_so else measured
+    return f"{measured} (Delta_norm is 1 by construction)" if is_constructed else measured
 
 
 def with_twins(table: pd.DataFrame, twins: pd.DataFrame) -> pd.DataFrame:

@@ -1,7 +1,7 @@
 """Two language models from folders or the hub: checked to form a pair before any weight is read, then loaded.
 
-The refusals of the libraries become one line each. What both models have in common is loaded or kept once: the same
-model twice, a model and its adapter, byte-equal leading layers (prefix.py). Weights are read into the host's memory
+Errors of the libraries become one line each. What both models have in common is loaded or kept once: the same model
+twice, a model and its adapter, byte-equal leading layers (shared_layers.py). Weights are read into the host's memory
 first; placement.py moves them to their devices.
 """
 
@@ -20,7 +20,7 @@ from pipeline.models.adapters import attach_adapter, merge_adapter
 from pipeline.models.decoder import SplitDecoder
 from pipeline.models.noise import add_weight_noise
 from pipeline.models.placement import Placement, put
-from pipeline.models.prefix import count_unadapted_layers, share_equal_prefix
+from pipeline.models.shared_layers import count_unadapted_layers, share_equal_prefix
 from pipeline.schema import BASE, CHAT, MODEL_NAMES
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")

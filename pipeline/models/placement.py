@@ -13,7 +13,7 @@ from torch import nn
 
 from pipeline.errors import InputError, first_line
 from pipeline.models.decoder import SplitDecoder
-from pipeline.models.prefix import modules_before_layers
+from pipeline.models.shared_layers import modules_before_layers
 
 Placement = Literal["one_device", "two_devices", "spread"]
 

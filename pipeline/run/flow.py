@@ -34,7 +34,7 @@ from pipeline.stages import (
 from pipeline.stages.base import StageFunction, Step
 from pipeline.stages.models import Loading, ModelLocation, locate_pair, model_identity
 from pipeline.storage.artifacts import artifact_key, digest_of_path
-from pipeline.text.files import expand_paths, read_text, reading
+from pipeline.text.files import as_input_error, expand_paths, read_text
 from pipeline.text.templates import check_template
 
 
@@ -174,7 +174,7 @@ def _chat_template(config: RunConfig) -> str:
 def _file_identity(path: str, where: str) -> str:
     """The content of a local file, or URL and version of a distant one."""
     expand_paths([path], where)
-    with reading(f"{where}: {path}"):
+    with as_input_error(f"{where}: {path}"):
         fs, inner = fsspec.core.url_to_fs(path)
         if "file" in fs.protocol:
             return f"sha256:{digest_of_path(Path(inner))}"

@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 from pipeline.analyses.autointerp import (
     MIN_QUIET_PER_CORPUS,
-    Case,
     Interpretation,
-    QuietContext,
+    InterpTask,
+    QuietWindow,
     Sizes,
-    case_of,
     choose_windows,
+    interp_task,
     interpretation_numbers,
     interpretation_table,
-    quiet_contexts,
+    quiet_windows,
 )
 from pipeline.analyses.autointerp_prompts import Cost, cost_text
 from pipeline.analyses.latent_sets import interpreted_latents
@@ -60,7 +60,7 @@ class _Prepared(NamedTuple):
     """One step, ready to be asked about."""
 
     step: Step
-    cases: dict[int, Case | None]
+    cases: dict[int, InterpTask | None]
     """By latent, in order; None where its contexts do not suffice."""
     answers: Answers
 
@@ -139,18 +139,18 @@ def _prepare(step: Step, context: Context) -> _Prepared:
     chosen = interpreted_latents(latents, named=section.latents, max_latents=section.max_latents)
     if not chosen:
         return _Prepared(step, {}, answers)
-    quiet: list[QuietContext] = run_task(_quiet_contexts, context.storage, step, chosen, num_cpus=1)
+    quiet: list[QuietWindow] = run_task(_quiet_contexts, context.storage, step, chosen, num_cpus=1)
     own = {int(str(latent)): rows for latent, rows in examples.groupby("latent", sort=False)}
     sizes = Sizes(section.num_explaining, section.num_active, section.num_quiet, section.seed)
-    cases = {latent: case_of(latent, own.get(latent, examples.head(0)), quiet, sizes) for latent in chosen}
+    cases = {latent: interp_task(latent, own.get(latent, examples.head(0)), quiet, sizes) for latent in chosen}
     return _Prepared(step, cases, answers)
 
 
-def _quiet_contexts(storage: Storage, step: Step, chosen: Sequence[int]) -> list[QuietContext]:
+def _quiet_contexts(storage: Storage, step: Step, chosen: Sequence[int]) -> list[QuietWindow]:
     """Windows of validation documents and which of the chosen latents fire in them; in a worker process."""
     store = ActivationStore(storage, step.inputs["activations"].key.folder)
     left = [max(MIN_QUIET_PER_CORPUS, 4 * _section(step).num_quiet)] * len(store.manifest.corpora)
-    found: list[QuietContext] = []
+    found: list[QuietWindow] = []
     with (
         local_specs(storage, step.extra["loading"].locations[1]) as (spec,),
         fitted(storage, step.inputs["crosscoder"].key.folder) as crosscoder,
@@ -160,7 +160,7 @@ def _quiet_contexts(storage: Storage, step: Step, chosen: Sequence[int]) -> list
             rows = shard_rows(store, shard)
             keep_B = choose_windows(rows["doc_id"], rows["corpus"], left, window_tokens=step.extra["window_tokens"])
             windows = batches(crosscoder, {name: value[keep_B] for name, value in rows.items()})
-            found += quiet_contexts(
+            found += quiet_windows(
                 windows,
                 chosen,
                 corpora=store.manifest.corpora,
@@ -190,7 +190,7 @@ def _say_cost(prepared: Sequence[_Prepared], context: Context) -> None:
     context.reporter.message("; ".join(parts))
 
 
-def _pending(one: _Prepared, case: Case) -> Cost:
+def _pending(one: _Prepared, case: InterpTask) -> Cost:
     section = _section(one.step)
     return pending_cost(one.answers, case, section.contexts_per_request, with_control=section.with_control)
 

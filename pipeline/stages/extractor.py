@@ -15,7 +15,7 @@ import torch
 
 from pipeline.config.data import ActivationsSection
 from pipeline.extraction.activations import ExtractRows, RowOptions
-from pipeline.extraction.quarantine import Rejected, extract_screened, refusal
+from pipeline.extraction.quarantine import QuarantinedDocument, extract_with_quarantine, too_many_quarantined
 from pipeline.models.memory import automatic_tokens_per_batch
 from pipeline.models.pair import Verification
 from pipeline.schema import QUARANTINE_COLUMNS
@@ -115,13 +115,13 @@ class Extractor:
     def __call__(self, places: np.ndarray) -> Extracted:
         """Rows of the documents at these places of the index."""
         documents = read_token_rows(self.storage, self.tokens_folder, self._index.take(places))
-        screened = extract_screened(
+        result = extract_with_quarantine(
             self._ready.extract,
             documents,
             vocab_size=self._ready.extract.pair.vocab_size,
-            max_rejected=self.max_rejected,
+            max_quarantined=self.max_rejected,
         )
-        extracted = screened.rows
+        extracted = result.rows
         about = {
             doc_id: (corpus, split, 0 if ids is None else len(ids))
             for doc_id, corpus, split, ids in zip(
@@ -139,7 +139,7 @@ class Extractor:
         )
         rejected = tuple(
             dict(zip(("corpus", "split", "num_tokens"), about[doc_id], strict=True), doc_id=doc_id, reason=reason)
-            for doc_id, reason in screened.rejected
+            for doc_id, reason in result.quarantined
         )
         return Extracted(rows, rejected, extracted.real_token_frac, extracted.num_capped, extracted.num_out_of_memory)
 
@@ -152,7 +152,8 @@ def row_options(section: ActivationsSection, tokens_per_batch: int) -> RowOption
 def check_rejected(rejected: Sequence[Mapping[str, Any]], max_rejected: int) -> None:
     """InputError where more documents than `max_rejected` were set aside."""
     if len(rejected) > max_rejected:
-        raise refusal([Rejected(document["doc_id"], document["reason"]) for document in rejected], limit=max_rejected)
+        quarantined = [QuarantinedDocument(document["doc_id"], document["reason"]) for document in rejected]
+        raise too_many_quarantined(quarantined, limit=max_rejected)
 
 
 def write_rejected(storage: Storage, folder: str, rejected: Sequence[Mapping[str, Any]]) -> None:
@@ -187,5 +188,5 @@ def read_token_rows(storage: Storage, tokens_folder: str, index: pa.Table) -> di
 
 
 def _lists(column: pa.ChunkedArray) -> list[np.ndarray | None]:
-    """Rows of a list column as int32 arrays; None where there is none, for the screening to name."""
+    """Rows of a list column as int32 arrays; None where there is none, for the quarantine to name."""
     return [np.asarray(row.values, dtype=np.int32) if row.is_valid else None for row in column]

@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from pipeline.analyses.activation_statistics import ActivationStatistics
 from pipeline.analyses.controls import stated_error
 from pipeline.analyses.examples import Examples
 from pipeline.analyses.fidelity import Fidelity
@@ -28,7 +29,6 @@ from pipeline.analyses.rows import (
     sums_from_bytes,
     sums_to_bytes,
 )
-from pipeline.analyses.templates import Templates
 from pipeline.analyses.twins import Twins
 from pipeline.analyses.verdict import artifact_frac, latent_table, verdict_counts, with_twins
 from pipeline.config.analyses import ExamplesSection, LatentScalingSection, PlantedSection
@@ -162,7 +162,7 @@ def verdict_analyses(
             seed=section.seed,
             thresholds=(section.nu_eps_threshold, section.nu_r_threshold),
         ),
-        "templates": Templates(num_latents=num_latents, corpora=corpora),
+        "templates": ActivationStatistics(num_latents=num_latents, corpora=corpora),
     }
 
 

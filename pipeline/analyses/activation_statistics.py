@@ -21,7 +21,7 @@ from pipeline.schema import Flag, latent_corpus_columns
 _ROLES = {"template": Flag.TEMPLATE, "user": Flag.USER, "assistant": Flag.ASSISTANT, "bos": Flag.BOS}
 
 
-class Templates:
+class ActivationStatistics:
     """Row analysis: frequency (also per corpus), documents, largest (also per corpus) and mean activation, shares."""
 
     def __init__(self, *, num_latents: int, corpora: Sequence[str]) -> None:
