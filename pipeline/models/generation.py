@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import InputError
-from pipeline.models.decoder import LayerStandIn, SplitDecoder, hidden_of
+from pipeline.models.decoder import SplitDecoder
 from pipeline.models.padding import pad, pad_tokens
 
 Positions = Literal["all", "prompt", "generated"]
@@ -72,17 +72,17 @@ def generate(
         _check_sampling(sampling, len(prompts), max_new_tokens)
     ids_BT, mask_BT = (part.to(decoder.device) for part in pad_tokens(prompts, on_left=True))
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=decoder.device)
-    wrapper = None if steering is None else _Steer(decoder, steering, num_prompts=len(prompts))
+    steer = None if steering is None else _Steer(decoder, steering, num_prompts=len(prompts))
     is_done_B = torch.zeros(len(prompts), dtype=torch.bool, device=decoder.device)
     new_BN = torch.zeros(len(prompts), 0, dtype=torch.int64, device=decoder.device)
     ended_BN = torch.zeros(len(prompts), 0, dtype=torch.bool, device=decoder.device)
     cache: Any = None
-    with nullcontext() if wrapper is None else decoder.layer_replaced_by(wrapper):
+    with nullcontext() if steer is None else decoder.stream_edited(steer):
         for step in range(max_new_tokens):
             positions_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)
             num_read = 1 if use_cache and step else ids_BT.shape[1]
-            if wrapper is not None:
-                wrapper.num_generated = min(step, num_read)
+            if steer is not None:
+                steer.num_generated = min(step, num_read)
             output = decoder.body(
                 input_ids=decoder.read(ids_BT[:, -num_read:]),
                 attention_mask=mask_BT,
@@ -156,11 +156,10 @@ def answer_likelihood(
     return AnswerLikelihood(nll_B, num_tokens_B)
 
 
-class _Steer(LayerStandIn):
-    """Layer L followed by the addition; `num_generated` tells how many of the last positions were generated."""
+class _Steer:
+    """The addition at layer L; `num_generated` says how many of the last positions were generated."""
 
     def __init__(self, decoder: SplitDecoder, steering: Steering, *, num_prompts: int) -> None:
-        super().__init__(decoder.layers[decoder.layer - 1])
         vector = steering.vector.to(decoder.device, decoder.base.dtype)
         expected = {(decoder.activation_dim,), (num_prompts, decoder.activation_dim)}
         if tuple(vector.shape) not in expected:
@@ -172,14 +171,11 @@ class _Steer(LayerStandIn):
         self.positions = steering.positions
         self.num_generated = 0
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.layer(*args, **kwargs)
-        hidden_BTD = hidden_of(output)
+    def __call__(self, hidden_BTD: Tensor) -> Tensor:
         num_prompt = hidden_BTD.shape[1] - self.num_generated
         scale_T = torch.ones(hidden_BTD.shape[1], dtype=hidden_BTD.dtype, device=hidden_BTD.device)
         if self.positions == "prompt":
             scale_T[num_prompt:] = 0
         elif self.positions == "generated":
             scale_T[:num_prompt] = 0
-        steered_BTD = hidden_BTD + scale_T[None, :, None] * self.vector_B1D
-        return (steered_BTD, *output[1:]) if isinstance(output, tuple) else steered_BTD
+        return hidden_BTD + scale_T[None, :, None] * self.vector_B1D

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import InputError
-from pipeline.models.decoder import SplitDecoder, hidden_of
+from pipeline.models.decoder import SplitDecoder
 from pipeline.models.generation import AnswerLikelihood, Sampling, Steering, answer_likelihood, generate
 from pipeline.models.loading import LoadOptions, ModelSpec, load_decoders, load_tokenizer
 from pipeline.models.padding import pad_tokens
+from pipeline.models.stand_ins import hidden_of
 from pipeline.schema import CHAT, MODEL_NAMES
 from pipeline.text.tokenise import end_of_turn_id
 
@@ -185,14 +186,11 @@ def _plain_forward(decoder: SplitDecoder, document: Sequence[int]) -> tuple[Tens
     """stream_TD after layer L of one uninterrupted forward, and logits_TV where the head is there."""
     seen: list[Tensor] = []
     layer = decoder.layers[decoder.layer - 1]
-    handle = layer.register_forward_hook(lambda _module, _args, output: seen.append(hidden_of(output)))
-    try:
+    with layer.register_forward_hook(lambda *args: seen.append(hidden_of(args[-1]))):
         decoder.select()
         output = decoder.whole(
             input_ids=decoder.read(torch.tensor([list(document)])), use_cache=False, output_hidden_states=True
         )
-    finally:
-        handle.remove()
     is_last = len(decoder.layers) == decoder.layer
     stream_BTD = seen[0] if is_last else output.hidden_states[decoder.layer]
     return stream_BTD[0], None if decoder.model is None else output.logits[0]
