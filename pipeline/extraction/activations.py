@@ -1,4 +1,4 @@
-"""Token rows to activation rows: both models, layers 1..L only, padding neither kept nor paid for.
+"""Token rows to activation rows: both models, layers 1..L only, with little padding computed and none kept.
 
 A call takes the documents of one shard, runs them in batches of similar length and returns one row per kept token, in
 the order of the documents, positions ascending. What comes out depends on the documents and options alone: the same
@@ -25,7 +25,7 @@ from pipeline.models.pair import ModelPair
 from pipeline.schema import MODEL_NAMES, Flag
 
 OVERHEAD_TOKENS = 64
-"""What starting one more batch costs, in tokens; below it padding is cheaper than another batch."""
+"""Cost of starting one more batch, in tokens; less padding than that is cheaper than another batch."""
 
 
 class RowOptions(NamedTuple):
@@ -131,7 +131,7 @@ class ExtractRows:
         return [members[batch] for batch in reversed(plan.batches)]
 
     def _run(self, batch: TokenBatch, source_B: Tensor) -> "_TakenRows | None":
-        """Rows of a batch, or None where memory ran out; by the return, whatever the attempt held is free again."""
+        """Rows of a batch, or None where memory ran out; the memory of a failed attempt is freed before the return."""
         try:
             h_BTMD = self.pair.activations(batch.ids_BT, batch.mask_BT)
             source_B = source_B.to(h_BTMD.device)

@@ -1,9 +1,9 @@
 """Answers of one model, greedy or sampled, optionally steered at layer L, and how likely an answer is without steering.
 
-A loop of its own instead of the library's generate: the prompts of a batch may each have their own steering vector,
-and settings hidden in a checkpoint (penalties, temperatures) must not decide what an analysis measures. Prompts are
-padded on the left with exact positions, so a batch gives the tokens that each prompt gives alone; a sampled answer is
-drawn with numbers of its own prompt, so it does not depend on the batch either.
+The loop is our own, not the library's `generate`: each prompt of a batch may have its own steering vector, and settings
+of a checkpoint (penalties, temperatures) must not decide what an analysis measures. Prompts are padded on the left with
+exact positions, so a batch gives the tokens that each prompt gives alone; a sampled answer is drawn with its own
+prompt's random numbers, so it does not depend on the batch either.
 
 Shapes: B prompts, T positions, N new tokens, D width, P chosen positions, V vocabulary.
 """

@@ -1,8 +1,8 @@
 """The two language models of a run, side by side and cut at the same layer.
 
-Everything that is asked of the models goes through ModelPair: the residual streams of both on the same ids, the upper
-half continued from an edited stream, greedy answers with steering, and the check against the library's own forward.
-Layers that both models have in common run once. Loading is loading.py's.
+ModelPair gives the residual streams of both models on the same ids, the upper half continued from an edited stream,
+answers with steering, and the check against the library's own forward. Layers that both models have in common run once.
+loading.py loads the models.
 
 It plans no batches (extraction/activations.py) and edits nothing (analyses/). Whatever device a model lies on, results
 are on the chat model's (`device`).
@@ -81,7 +81,7 @@ class ModelPair:
         base, chat = self.decoders
         shared = self.num_shared_layers
         if shared == 0:
-            # On two devices both forwards are under way before either result is asked for.
+            # On two devices both forwards are started before either result is needed.
             return self._stack(base.lower(ids_BT, mask_BT), chat.lower(ids_BT, mask_BT))
         if shared >= self.layer:
             chat_BTD = chat.lower(ids_BT, mask_BT)
