@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pipeline.analyses.rows import RowBatch, document_starts
+from pipeline.analyses.rows import RowBatch, document_slices_of
 from pipeline.numerics.proportions import Interval, mean_of_two_rates
 from pipeline.numerics.statistics import hash_documents
 from pipeline.schema import AUTOINTERP_COLUMNS, InterpStatus
@@ -93,14 +93,13 @@ def choose_windows(
     window lies depends on the document's id alone.
     """
     keep_B = torch.zeros_like(doc_id_B, dtype=torch.bool)
-    starts = document_starts(doc_id_B).tolist()
-    for start, stop in zip(starts, [*starts[1:], len(doc_id_B)], strict=True):
-        corpus = int(corpus_B[start])
+    for rows in document_slices_of(doc_id_B):
+        corpus = int(corpus_B[rows.start])
         if left[corpus] > 0:
             left[corpus] -= 1
-            size = min(stop - start, 2 * window_tokens + 1)
-            places = stop - start - size + 1
-            first = start + int(hash_documents(doc_id_B[start], num_groups=places, salt=_WINDOW_SALT))
+            size = min(rows.stop - rows.start, 2 * window_tokens + 1)
+            places = rows.stop - rows.start - size + 1
+            first = rows.start + int(hash_documents(doc_id_B[rows.start], num_groups=places, salt=_WINDOW_SALT))
             keep_B[first : first + size] = True
     return keep_B
 
@@ -116,11 +115,11 @@ def quiet_windows(
     wanted = torch.tensor(sorted(latents), dtype=torch.int64)
     found = []
     for batch in batches:
-        starts = document_starts(batch.doc_id_B).tolist()
-        for start, stop in zip(starts, [*starts[1:], len(batch.doc_id_B)], strict=True):
-            pairs = slice(int(batch.codes.row_offsets[start]), int(batch.codes.row_offsets[stop]))
+        for rows in document_slices_of(batch.doc_id_B):
+            start = rows.start
+            pairs = slice(int(batch.codes.row_offsets[start]), int(batch.codes.row_offsets[rows.stop]))
             active = torch.unique(batch.codes.latents_P[pairs].cpu())
-            texts = tuple(token_texts(batch.token_id_B[start:stop].tolist()))
+            texts = tuple(token_texts(batch.token_id_B[rows].tolist()))
             corpus = corpora[int(batch.corpus_B[start])]
             window = TokenWindow(int(batch.doc_id_B[start]), corpus, texts, (0.0,) * len(texts))
             found.append(QuietWindow(window, frozenset(active[torch.isin(active, wanted)].tolist())))

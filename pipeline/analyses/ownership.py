@@ -1,8 +1,8 @@
 """Ownership: which model a latent belongs to by its decoder alone, without looking at a single row.
 
 Delta_norm(j) = 1/2 ((|d_j^chat| - |d_j^base|) / max(|d_j^chat|, |d_j^base|) + 1), so 1 = chat-only and 0 = base-only
-(arXiv 2504.02922, section 2). This is what earlier work stopped at; the verdict adds Latent Scaling, because an L1
-penalty makes latents look chat-only that are not.
+(arXiv 2504.02922, section 2). The verdict adds Latent Scaling, because an L1 penalty makes latents look chat-only that
+are not.
 
 Shapes: M models, D width, F latents.
 """

@@ -3,12 +3,12 @@
 A latent that never fires is dead. One that Delta_norm calls chat-only is chat-specific if nu_eps and nu_r are below
 their thresholds, otherwise an artifact of shrinkage, decoupling or both (arXiv 2504.02922, section 3: nu_eps < 0.2 and
 nu_r < 0.5). It stays undecided where a ratio is undefined or the latent fires in too few documents for its ratios to
-mean anything. Everything else keeps its class by Delta_norm: this file never promotes a latent.
+mean anything. All other latents keep their class by Delta_norm.
 
 A latent whose base decoder row is exactly 0 was made without one (a difference SAE, a dedicated latent). Its Delta_norm
-is 1 by construction and says nothing, and a difference SAE has no reconstruction of the base model to look into. Such a
-latent is judged by the activations themselves: chat-specific if nu_act_centred, the base model's share of what moves
-with the latent, is below nu_eps's threshold, else shared. `reason` says so.
+is 1 by construction and is no evidence, and a difference SAE has no reconstruction of the base model. Such a latent is
+judged by the activations: chat-specific if nu_act_centred, the base model's share of what varies with the latent, is
+below nu_eps's threshold, else shared. `reason` states it.
 """
 
 from collections.abc import Hashable
@@ -37,7 +37,7 @@ _BY_OWNERSHIP = {
 def latent_table(
     ownership: pd.DataFrame,
     scaling: pd.DataFrame,
-    templates: pd.DataFrame,
+    statistics: pd.DataFrame,
     *,
     nu_eps_threshold: float = DEFAULT_NU_EPS_THRESHOLD,
     nu_r_threshold: float = DEFAULT_NU_R_THRESHOLD,
@@ -45,19 +45,19 @@ def latent_table(
 ) -> pd.DataFrame:
     """schema.LATENT_COLUMNS, one row per latent in order, from the tables of three analyses; twins by `with_twins`.
 
-    The columns per corpus that `templates` brings follow.
+    The columns per corpus of `statistics` follow.
 
     is_confident is true for a chat-specific latent or artifact of which both intervals lie on one side of their
     thresholds, and for a latent judged by nu_act_centred whose interval does; false for every other verdict.
     """
     latents = ownership["latent"].to_numpy()
-    for name, other in (("Latent Scaling", scaling), ("templates", templates)):
+    for name, other in (("Latent Scaling", scaling), ("activation statistics", statistics)):
         if not np.array_equal(other["latent"].to_numpy(), latents):
             raise InputError(
                 f"expected the same {len(latents)} latents in the {name} table, got {len(other)}: "
                 "join tables of one crosscoder"
             )
-    table = ownership.merge(templates, on="latent", validate="1:1").merge(scaling, on="latent", validate="1:1")
+    table = ownership.merge(statistics, on="latent", validate="1:1").merge(scaling, on="latent", validate="1:1")
     is_dead = table["frequency"].to_numpy() == 0
     is_chat_only = (table["ownership"] == Ownership.CHAT_ONLY).to_numpy()
     is_constructed = is_chat_only & (table["decoder_norm_base"] == 0).to_numpy()
@@ -65,7 +65,7 @@ def latent_table(
     is_known = np.where(is_constructed, np.isfinite(nu_act), np.isfinite(nu_eps) & np.isfinite(nu_r))
     is_decidable = is_known & (table["num_documents"].to_numpy() >= min_documents)
     has_shrunk, is_decoupled, is_held = nu_eps >= nu_eps_threshold, nu_r >= nu_r_threshold, nu_act >= nu_eps_threshold
-    cases = [
+    rules = [
         (is_dead, Verdict.DEAD),
         (~is_chat_only, table["ownership"].map(_BY_OWNERSHIP).to_numpy(dtype=object)),
         (~is_decidable, Verdict.UNDECIDED),
@@ -76,8 +76,8 @@ def latent_table(
         (is_decoupled, Verdict.DECOUPLING),
     ]
     table["verdict"] = np.select(
-        [case for case, _ in cases],
-        [np.broadcast_to(np.asarray(verdict, dtype=object), len(table)) for _, verdict in cases],
+        [rule for rule, _ in rules],
+        [np.broadcast_to(np.asarray(verdict, dtype=object), len(table)) for _, verdict in rules],
         default=Verdict.CHAT_SPECIFIC,
     )
     is_sure = _is_one_sided(table, "nu_eps", nu_eps_threshold) & _is_one_sided(table, "nu_r", nu_r_threshold)
@@ -90,11 +90,11 @@ def latent_table(
     table["twin"] = np.full(len(table), -1, dtype=np.int32)
     table["twin_cosine"] = table["twin_divergence"] = np.nan
     fixed = [column.name for column in LATENT_COLUMNS]
-    return table[fixed + [name for name in templates.columns if name not in fixed]]
+    return table[fixed + [name for name in statistics.columns if name not in fixed]]
 
 
 def _reason(row: dict[Hashable, Any], thresholds: dict[str, float], min_documents: int) -> str:
-    """The comparison that decided, for a reader: what was measured against what."""
+    """The comparison that decided, as a phrase."""
     if row["verdict"] == Verdict.DEAD:
         return "never fires on the validation rows"
     if row["ownership"] != Ownership.CHAT_ONLY:
