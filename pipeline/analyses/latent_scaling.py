@@ -1,9 +1,9 @@
 """Latent Scaling of a crosscoder: betas and nus of every latent with intervals, as a row analysis.
 
-The formulas and the sums are those of numerics/scaling.py; this file binds them to a decoder, hashes documents into
-groups, and names the columns. The direction u_j is the chat decoder's row for every target; random directions of the
-same shape can be given instead as a control. A crosscoder trained on normalised activations is judged in those units,
-in which both models are on one scale, as is its Delta_norm. Verdicts are drawn in verdict.py.
+Formulas and sums are those of numerics/scaling.py; this file applies them to a decoder, hashes documents into groups,
+and names the columns. The direction u_j is the chat decoder's row for every target; random directions of the same shape
+can be given instead as a control. A crosscoder trained on normalised activations is judged in those units, in which
+both models are on one scale, as is its Delta_norm. verdict.py draws the verdicts.
 
 Shapes: B rows, M models, D width, F latents, G document groups, S sums.
 """

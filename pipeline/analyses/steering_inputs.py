@@ -1,8 +1,7 @@
-"""What steering starts from: prompts with the markers of a behaviour, and latents as directions.
+"""Inputs of steering: prompts with the markers of a behaviour, and latents as directions.
 
-Prompts come as parsed JSON, from the organism or from a user's file; a file may say nothing of behaviours, then KL,
-fluency and the answers themselves are all that is measured. Latents are named, or taken from the latent table by
-evidence. Nothing here runs a model.
+Prompts come as parsed JSON, from the organism or from a user's file; for a file without behaviours only KL, fluency and
+the answers are reported. latent_sets.py chooses latents. Nothing here runs a model.
 
 Shapes: D width, R random controls.
 """
@@ -35,7 +34,7 @@ class Direction(NamedTuple):
 
 
 class BehaviorPrompts(NamedTuple):
-    """Prompts that do not call for a behaviour, and how it is recognised."""
+    """Prompts that do not call for a behaviour, and the markers by which it is recognised."""
 
     behavior: str
     prompts: tuple[str, ...]
@@ -70,8 +69,8 @@ def random_controls(
 ) -> Tensor:
     """Unit chat decoder directions [R, D], float32, of `num` random latents that fire (fewer where there are fewer).
 
-    Latents of the same dictionary are the fair control: a random direction leaves the space that the model uses.
-    `excluded` are the latents under test. Equal seeds give equal controls.
+    Other latents are a fairer control than random directions, which leave the space that the model uses. `excluded` are
+    the latents under test. Equal seeds give equal controls.
     """
     decoder_FD = crosscoder.raw_decoder_FMD()[:, CHAT].float().cpu()
     fires = latents.loc[latents["max_activation"] > 0, "latent"].to_numpy()

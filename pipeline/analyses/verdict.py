@@ -65,7 +65,7 @@ def latent_table(
     is_known = np.where(is_constructed, np.isfinite(nu_act), np.isfinite(nu_eps) & np.isfinite(nu_r))
     is_decidable = is_known & (table["num_documents"].to_numpy() >= min_documents)
     has_shrunk, is_decoupled, is_held = nu_eps >= nu_eps_threshold, nu_r >= nu_r_threshold, nu_act >= nu_eps_threshold
-    rules = [
+    conditions = [
         (is_dead, Verdict.DEAD),
         (~is_chat_only, table["ownership"].map(_BY_OWNERSHIP).to_numpy(dtype=object)),
         (~is_decidable, Verdict.UNDECIDED),
@@ -76,8 +76,8 @@ def latent_table(
         (is_decoupled, Verdict.DECOUPLING),
     ]
     table["verdict"] = np.select(
-        [rule for rule, _ in rules],
-        [np.broadcast_to(np.asarray(verdict, dtype=object), len(table)) for _, verdict in rules],
+        [condition for condition, _ in conditions],
+        [np.broadcast_to(np.asarray(verdict, dtype=object), len(table)) for _, verdict in conditions],
         default=Verdict.CHAT_SPECIFIC,
     )
     is_sure = _is_one_sided(table, "nu_eps", nu_eps_threshold) & _is_one_sided(table, "nu_r", nu_r_threshold)

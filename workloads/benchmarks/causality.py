@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config
 
-from pipeline.analyses.causality import Causality, Edit, causality_batches
+from pipeline.analyses.causality import Causality, causality_batches, without_name
 from pipeline.analyses.interventions import plan_curve, plan_interventions
 from pipeline.analyses.latent_sets import causality_latents
 from pipeline.extraction.activations import RowOptions, plan_batches
@@ -137,8 +137,8 @@ def read(case: Case) -> Reading:
     """Yardsticks and analysis in turn, `repeats` times."""
     pair, dialogues = make_pair(case), make_dialogues(case)
     analysis = make_analysis(case, pair, dialogues)
-    own = {Edit(i.kind, i.latents) for i in analysis.interventions if i.latents or i.kind not in ("replace", "add")}
-    num_edits = len(own)  # `base` is one run of an upper half like the others
+    edits = {without_name(i) for i in analysis.interventions if i.latents or i.kind not in ("replace", "add")}
+    num_edits = len(edits)  # `base` is one run of an upper half like the others
     mean_D = torch.randn(case.dim)
     parts: dict[str, float] = defaultdict(float)
 
