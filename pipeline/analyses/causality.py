@@ -238,11 +238,10 @@ def _prepare(
         shared_kl_P={},
     )
     batch = batch._replace(reference_PD=_predicting_hidden(batch, CHAT, batch.x_NMD[:, CHAT]))
+    flags_N = torch.from_numpy(np.concatenate([one.flags for one in dialogues])).to(device)
     inputs = SharedInputs(
         batch.x_NMD,
-        is_template_N=torch.from_numpy(np.concatenate([one.flags for one in dialogues]) & int(Flag.TEMPLATE) != 0).to(
-            device
-        ),
+        is_template_N=(flags_N & int(Flag.TEMPLATE)) != 0,
         has_codes_N=batch.has_codes_N,
         mean_difference_D=mean_difference_D,
     )
