@@ -108,18 +108,18 @@ SHARD_TENSORS = (
 
 
 class Verdict:
-    """What the evidence says of one latent. The order is the order of the printed table."""
+    """Verdict on one latent, in the order of the printed table."""
 
     CHAT_SPECIFIC = "chat-specific"
     """Delta_norm says chat-only, and Latent Scaling finds neither shrinkage nor decoupling."""
     SHRINKAGE = "shrinkage artifact"
-    """Delta_norm says chat-only, but nu_eps is high: the base model has the concept, the penalty shrank it away."""
+    """Delta_norm says chat-only, but nu_eps is high: the base model has the concept, and the penalty shrank it to 0."""
     DECOUPLING = "decoupling artifact"
     """Delta_norm says chat-only, but nu_r is high: other latents carry the concept in the base model."""
     BOTH = "shrinkage and decoupling"
     """Both kinds of artifact at once."""
     UNDECIDED = "undecided"
-    """Delta_norm says chat-only, but the latent fires too rarely for a ratio that means anything."""
+    """Delta_norm says chat-only, but the latent fires too rarely for a meaningful ratio."""
     BASE_ONLY = "base-only"
     SHARED = "shared"
     """Delta_norm between 0.4 and 0.6; or Delta_norm is 1 by construction, and the base model's activations hold it."""
@@ -321,7 +321,7 @@ class InterpStatus:
     UNEXPLAINED = "no explanation"
     """No usable answer to the request for an explanation."""
     TOO_FEW = "too few contexts"
-    """Nothing was asked: the example table has fewer than two contexts of the latent, or no quiet one was found."""
+    """No request was sent: the example table has fewer than two contexts of the latent, or no quiet one was found."""
 
     ALL = (SCORED, EXPLAINED, UNEXPLAINED, TOO_FEW)
 
@@ -329,7 +329,7 @@ class InterpStatus:
 AUTOINTERP_COLUMNS = (
     Column("latent", "int32", "index of the latent"),
     Column("status", "string", "one of schema.InterpStatus.ALL"),
-    Column("explanation", "string", "one sentence by the language model that was asked; null without one"),
+    Column("explanation", "string", "one sentence by the language model; null without one"),
     *_interval_columns(
         "balanced_accuracy",
         "mean of true_positive_frac and true_negative_frac; 0.5 = chance, 1 = perfect; NaN where not scored",

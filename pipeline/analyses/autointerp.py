@@ -78,7 +78,7 @@ class Interpretation(NamedTuple):
     answers: tuple[bool, ...] = ()
     """What the language model answered, one for each of `fires`."""
     control: float = math.nan
-    """Balanced accuracy of another latent's explanation on the same contexts; NaN where it was not asked for."""
+    """Balanced accuracy of another latent's explanation on the same contexts; NaN without this control."""
     num_malformed: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
@@ -89,8 +89,8 @@ def choose_windows(
 ) -> torch.Tensor:
     """Mask of the rows of one window of up to 2 x window_tokens + 1 rows per document, bool [B].
 
-    Documents are taken in their order while their corpus has any left; `left` (by corpus) is counted down. Where a
-    window lies depends on the document's id alone.
+    Documents are taken in order until `left`, the number still wanted of each corpus, is counted down to 0. A window's
+    place depends on the document's id alone.
     """
     keep_B = torch.zeros_like(doc_id_B, dtype=torch.bool)
     for rows in document_slices_of(doc_id_B):

@@ -118,7 +118,7 @@ def _active_tokens(context: TokenWindow, strongest: float) -> str:
 
 
 def parse_explanation(answer: str) -> str | None:
-    """The explanation on one line, cut at MAX_EXPLANATION_LETTERS; None where the answer holds none."""
+    """The explanation on one line, cut at MAX_EXPLANATION_LETTERS; None where the answer has none."""
     value = _json_with(answer, "explanation")
     if not isinstance(value, str) or not value.strip():
         return None

@@ -3,7 +3,7 @@
 Two interventions are measured on the same tokens, so the interval of their difference resamples conversations and
 takes the difference within each: it is far narrower than the two intervals, which mostly reflect how conversations
 differ. Every table has one row per position set; a mean is over tokens, its 95% interval over
-conversations, NaN where a set holds no token (or too few conversations for an interval).
+conversations, NaN where a set has no token (or too few conversations for an interval).
 
 Random halves and orders are single draws: intervals do not cover the choice of the draw; several draws show it.
 
@@ -150,7 +150,7 @@ def _means(value_GIS: Tensor, tokens_GS: Tensor, bootstrap: Bootstrap) -> Interv
 
 
 def _rows(keys: Sequence[Mapping[str, Any]], name: str, means: Interval) -> list[dict[str, Any]]:
-    """One dict per item and position set; `item` and `place` say which."""
+    """One dict per item and position set; `item` and `place` are their indices."""
     return [
         {
             **key,

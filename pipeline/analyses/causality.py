@@ -49,7 +49,7 @@ class PredictingPositions(NamedTuple):
     position_P: np.ndarray
     """int64, ascending."""
     in_set_PS: np.ndarray
-    """bool: membership in POSITION_SETS; `rest` is what lies beyond the first ten of its turn."""
+    """bool: membership in POSITION_SETS; `rest` is everything after the first ten of its turn."""
 
 
 class CausalityBatch(NamedTuple):
@@ -71,7 +71,7 @@ class CausalityBatch(NamedTuple):
     """bool, see PredictingPositions."""
     doc_id_B: Tensor
     dtype: torch.dtype
-    """Of the models, in which edited streams go on."""
+    """The models' dtype, to which edited streams are cast."""
     reference_PD: Tensor
     """The chat model's final hidden state at predicting positions."""
     shared_kl_P: Mapping[Kind, Tensor]

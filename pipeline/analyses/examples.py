@@ -65,7 +65,7 @@ class Examples:
         self.sizes = {_STRONGEST: num_contexts} | ({_SAMPLE: num_sampled} if num_sampled else {})
 
     def start(self) -> Sums:
-        """Per shelf the values, 0 where a latent has fewer contexts, and where each context lies (-1 there)."""
+        """Per shelf (strongest, sample) values, 0 where a latent has fewer, and places of contexts, -1 there."""
         sums: Sums = {}
         for shelf, size in self.sizes.items():
             shape = (self.num_latents, size)

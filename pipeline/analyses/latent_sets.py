@@ -1,4 +1,4 @@
-"""Which latents an analysis looks at, and in which order: every choice from a latent table is made here.
+"""Which latents an analysis uses, and in which order: every choice from a latent table is made here.
 
 Causality divides and ranks the chat-only latents, steering and automatic interpretation take the most chat-specific
 ones, and tables of examples list latents by verdict. Nothing here measures anything.
@@ -13,7 +13,7 @@ from pipeline.errors import InputError
 from pipeline.schema import Ownership, Verdict
 
 NU_RANGE = (-0.1, 2.0)
-"""Latents whose nu_eps or nu_r lies outside are left out of causality's set: their ratio is noise."""
+"""Latents whose nu_eps or nu_r is outside are left out of causality's set: their ratio is noise."""
 
 
 def require_latents(latents: Iterable[int], num_latents: int, where: str) -> None:

@@ -80,7 +80,7 @@ class MeanDifference:
         return (sums["difference"] / sums["num_rows"]).float()
 
     def table(self, sums: Sums) -> dict[str, float]:
-        """Norm of the direction and the rows behind it."""
+        """Norm of the direction and the number of rows averaged."""
         return {"norm": float(self.direction(sums).norm()), "num_rows": float(sums["num_rows"])}
 
 

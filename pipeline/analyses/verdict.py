@@ -1,4 +1,4 @@
-"""The verdict: one table that joins what decoder, Latent Scaling and activation statistics say of every latent.
+"""The verdict: one table that joins decoder norms, Latent Scaling and activation statistics of every latent.
 
 A latent that never fires is dead. One that Delta_norm calls chat-only is chat-specific if nu_eps and nu_r are below
 their thresholds, otherwise an artifact of shrinkage, decoupling or both (arXiv 2504.02922, section 3: nu_eps < 0.2 and

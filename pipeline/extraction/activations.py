@@ -1,9 +1,9 @@
 """Token rows to activation rows: both models, layers 1..L only, with little padding computed and none kept.
 
 A call takes the documents of one shard, runs them in batches of similar length and returns one row per kept token, in
-the order of the documents, positions ascending. What comes out depends on the documents and options alone: the same
-call gives the same bytes, wherever and however often it runs. Only where memory runs out are batches cut differently,
-which changes roundings and nothing else.
+the order of the documents, positions ascending. The rows depend on the documents and options alone: the same call gives
+the same bytes on every worker and every time. Only where memory runs out are batches cut differently, which changes
+nothing but rounding.
 
 It knows no shards or files. The trade-off: documents are sorted by length inside a call, so more documents a call
 means less padding, and all rows of a call are in memory at once.

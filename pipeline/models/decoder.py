@@ -99,7 +99,7 @@ class SplitDecoder:
 
     @torch.no_grad()
     def lower(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """h_BTD, the residual stream after layer L, in the model's dtype; the values at padding mean nothing.
+        """h_BTD, the residual stream after layer L, in the model's dtype; values at padding are undefined.
 
         mask_BT: 1 on tokens, 0 on padding, on either side.
         """

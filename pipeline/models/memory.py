@@ -52,7 +52,7 @@ def tokens_that_fit(free_bytes: int, bytes_per_token: float) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a forward pass failed because memory ran out, on whatever device."""
+    """Whether a forward pass failed because memory ran out, on any device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     # The CPU's allocator has no error class of its own; "out of memory" comes from CUDA libraries below torch.

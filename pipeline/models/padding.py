@@ -1,7 +1,7 @@
 """Sequences of different lengths side by side in one tensor, with the mask that tells tokens from padding.
 
 The one place where sequences are padded: extraction, generation, analyses and the training of generated models call it.
-It plans no batches (extraction/activations.py) and knows of no attention mask (decoder.py).
+Batches are planned in extraction/activations.py; decoder.py turns masks into a model's attention arguments.
 
 Shapes: B sequences, T positions.
 """

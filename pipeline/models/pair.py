@@ -4,8 +4,8 @@ ModelPair gives the residual streams of both models on the same ids, the upper h
 answers with steering, and the check against the library's own forward. Layers that both models have in common run once.
 loading.py loads the models.
 
-It plans no batches (extraction/activations.py) and edits nothing (analyses/). Whatever device a model lies on, results
-are on the chat model's (`device`).
+It plans no batches (extraction/activations.py) and edits nothing (analyses/). Results are on the chat model's device
+(`device`).
 
 Shapes: B documents, T positions, M models in schema order, D width, P chosen positions, V vocabulary.
 """
@@ -74,7 +74,7 @@ class ModelPair:
             decoder.drop_upper()
 
     def activations(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """h_BTMD after layer L of both models in the models' dtype; values at padding mean nothing.
+        """h_BTMD after layer L of both models in the models' dtype; values at padding are undefined.
 
         mask_BT is 1 on tokens and 0 on padding; padding may be on either side. Layers above L do not run.
         """
@@ -148,8 +148,8 @@ class ModelPair:
     def verify_against_plain_forward(self, documents: Sequence[Sequence[int]]) -> Verification:
         """Our halves on all documents in one padded batch, against the library's forward of each document alone.
 
-        The plain side is what `output_hidden_states` says of layer L; for L = N, where the library's last hidden state
-        is already normalised, what a hook sees leave that layer.
+        The plain side is `output_hidden_states` of layer L; for L = N, where the library's last hidden state is already
+        normalised, the output of that layer, taken by a hook.
         """
         ours_BTMD = self.activations(*pad_tokens(documents))
         relative: list[list[Tensor]] = [[] for _ in MODEL_NAMES]
@@ -169,7 +169,7 @@ class ModelPair:
         return Verification((base_difference, chat_difference), logits_difference)
 
     def require_plain_forward(self, documents: Sequence[Sequence[int]]) -> Verification:
-        """The verification; InputError where it says more than rounding in the models' dtype explains."""
+        """The verification; InputError where the difference is larger than rounding in the models' dtype explains."""
         verification = self.verify_against_plain_forward(documents)
         for name, decoder, found in zip(MODEL_NAMES, self.decoders, verification.relative_difference, strict=True):
             tolerance = PLAIN_FORWARD_TOLERANCE[decoder.base.dtype]

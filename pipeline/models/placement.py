@@ -1,4 +1,4 @@
-"""Which device holds what: both models on one, one each, or both spread over several.
+"""Placement of models on devices: both models on one, one each, or both spread over several.
 
 `spread` cuts each model into runs of layers of about equal bytes and lets accelerate move the stream from device to
 device; it is for models larger than one GPU. The devices then work one after the other, so several small workers are

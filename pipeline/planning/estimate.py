@@ -1,7 +1,7 @@
 """What a run will cost, before it starts: rows, bytes, memory per worker, time per stage, requests to a language model.
 
 Sizes are arithmetic (sizes.py); speeds are measured on the machine that plans with the run's own code (times.py,
-calibration.py), so the hours hold for workers like it; stages that ask for a GPU are taken from data sheets (rates.py).
+calibration.py), so the hours hold for workers like it; the speed of GPUs is taken from data sheets (rates.py).
 A run of which every step is done is answered from its records: no model, tokenizer or clock is touched.
 """
 
@@ -24,7 +24,7 @@ class Estimate(NamedTuple):
     """Predicted size and cost of the missing part of a run."""
 
     data: DataSize | None
-    """Documents, tokens and rows; None where neither budget nor corpus says."""
+    """Documents, tokens and rows; None where neither budget nor corpus tells."""
     num_bytes: int | None
     """Bytes of the activation store."""
     checkpoint_bytes: int | None

@@ -61,7 +61,7 @@ class PlanInputs(NamedTuple):
     model_config: Any
     """The models' transformers configuration."""
     tokenizer: Any
-    """The chat model's, where it lies on this machine; else None."""
+    """The chat model's, where it is on this machine; else None."""
     storage: "Storage"
 
 

@@ -59,7 +59,7 @@ class DialogueError(InputError):
 
 
 class MessageSpan(NamedTuple):
-    """Where one message's content stands in the rendered text."""
+    """Place of one message's content in the rendered text."""
 
     message: int
     """Index of the message in the dialogue."""
@@ -69,7 +69,7 @@ class MessageSpan(NamedTuple):
     end: int
     """One past the last character of the content."""
     content_offset: int
-    """Leading whitespace that was trimmed: character c of the content stands at start + c - content_offset."""
+    """Leading whitespace that was trimmed: character c of the content is at start + c - content_offset."""
 
 
 class RenderedDialogue(NamedTuple):
@@ -168,7 +168,7 @@ def check_template(text: str, where: str) -> None:
 
 
 def _without_generation(text: str) -> str:
-    """The template without transformers' own tags around generated text, which plain Jinja does not know."""
+    """The template without transformers' own tags around generated text, which plain Jinja cannot parse."""
     return re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", text)
 
 
@@ -184,7 +184,7 @@ def strip_bos(tokenizer: Any, text: str) -> str:
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts its BOS in front of every text by itself."""
+    """Whether the tokenizer itself puts its BOS in front of every text."""
     if tokenizer.bos_token_id is None:
         return False
     return bool(tokenizer("a", add_special_tokens=True)["input_ids"][0] == tokenizer.bos_token_id)

@@ -176,7 +176,7 @@ def split_dropped(rows: Mapping[str, Sequence[Any]]) -> tuple[dict[str, list[Any
 
 
 def parse_messages(messages: str) -> list[dict[str, Any]]:
-    """Messages of one corpus row; DialogueError(UNREADABLE) says what is wrong with them."""
+    """Messages of one corpus row; DialogueError(UNREADABLE) where they are malformed."""
     try:
         parsed = json.loads(messages)
     except json.JSONDecodeError as error:

@@ -1,6 +1,8 @@
 """The estimate: exact where it is arithmetic, only for what is missing, refused where it cannot fit."""
 
 import dataclasses
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,12 @@ from pipeline.storage.filesystem import Storage
 from pipeline.terminal import SilentReporter
 from pipeline.text.mixing import tokens_to_take
 from pipeline.tracking.run_log import numeric
+
+
+def test_planning_imports_nothing_heavy() -> None:
+    code = "import sys, pipeline.planning.estimate; print(sorted({'torch', 'transformers', 'ray'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 @pytest.fixture
@@ -102,9 +110,16 @@ def test_a_stream_stores_the_validation_rows_alone(config: RunConfig, tmp_path: 
 
 
 @pytest.mark.ray
-def test_a_finished_run_costs_nothing_more(finished: Finished) -> None:
-    result = estimate(finished.config, list(finished.states.values()), finished.storage)
+def test_a_finished_run_costs_nothing_more_and_no_model_is_read(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(sizes, "model_config")
+    monkeypatch.delattr(sizes, "local_tokenizer")
+    states = list(finished.states.values())
+    result = estimate(finished.config, states, finished.storage)
     assert result.seconds == {}
+    assert result.num_bytes == finished.counts("activations")["num_bytes"]
+    assert "  total        0 s" in estimate_text(finished.config, states, finished.storage)
     assert result.data is not None
     assert result.data.num_rows == finished.counts("activations")["num_rows"]
 
