@@ -13,6 +13,7 @@ from pipeline.planning import sizes
 from pipeline.planning.rates import GPU_SHARE
 from pipeline.planning.sizes import DataSize, format_bytes
 from pipeline.planning.times import PlanInputs, durations
+from pipeline.stages.catalogue import AutointerpInputs, DataSteps, ReportInputs
 from pipeline.terminal import format_seconds
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def estimate(
 
     must_fit: InputError where the activation store cannot fit the free space.
     """
-    steps = {state.step.key.stage: state.step for state in states}
+    steps = _data_steps(states)
     records = {state.step.key.stage: state.record for state in states if state.record is not None}
     missing = frozenset(state.step.key.stage for state in states if state.record is None)
     data = sizes.data_size(config, steps, records, storage)
@@ -60,7 +61,7 @@ def estimate(
     model_config = sizes.model_config(config, steps, records, storage)
     shape = sizes.shape_of(model_config)
     if must_fit and data is not None and "activations" in missing:
-        sizes.require_space(config, data, shape, steps["activations"], storage)
+        sizes.require_space(config, data, shape, steps.activations, storage)
     tokenizer = sizes.local_tokenizer(steps, records, storage)
     inputs = PlanInputs(config, missing, records, data, model_config, tokenizer, storage)
     seconds = durations(inputs, gpu=gpu)
@@ -97,9 +98,8 @@ def estimate_text(config: RunConfig, states: "Sequence[StepState]", storage: "St
         if value is not None:
             lines.append(f"  {name:<13}{format_bytes(value)} ({note})")
     lines += [f"  {stage:<13}{format_seconds(value)}" for stage, value in result.seconds.items()]
-    asking = [state for state in states if state.step.key.stage == "autointerp" and state.record is None]
-    if config.analyses.autointerp is not None and asking:
-        lines.append(f"  autointerp   {_requests_text(config, states, asking)}")
+    if any(isinstance(state.step.inputs, AutointerpInputs) and state.record is None for state in states):
+        lines.append(f"  autointerp   {_requests_text(config, states)}")
     is_complete = bool(result.num_bytes or not result.seconds)
     unknown = "" if is_complete else " + what depends on the number of tokens"
     lines.append(f"  total        {format_seconds(sum(result.seconds.values()))}{unknown}")
@@ -110,7 +110,13 @@ def estimate_text(config: RunConfig, states: "Sequence[StepState]", storage: "St
     return "\n".join(lines)
 
 
-def _requests_text(config: RunConfig, states: "Sequence[StepState]", asking: "Sequence[StepState]") -> str:
+def _data_steps(states: "Sequence[StepState]") -> DataSteps:
+    """The data steps of a run, which its report reads too."""
+    (data,) = (state.step.inputs.data for state in states if isinstance(state.step.inputs, ReportInputs))
+    return data
+
+
+def _requests_text(config: RunConfig, states: "Sequence[StepState]") -> str:
     """What automatic interpretation will send at most; answers that are there already are not subtracted."""
     from pipeline.analyses.autointerp_prompts import Cost, cost_text, planned_cost
     from pipeline.stages.autointerp import planned_latents
@@ -119,15 +125,17 @@ def _requests_text(config: RunConfig, states: "Sequence[StepState]", asking: "Se
     assert section is not None
     cost = Cost(0, 0, 0)
     records = {state.step.key.fingerprint: state.record for state in states}
-    for step in (state.step for state in asking):
-        record = records[step.inputs["latents"].key.fingerprint]
+    for inputs in (state.step.inputs for state in states if state.record is None):
+        if not isinstance(inputs, AutointerpInputs):
+            continue
+        record = records[inputs.latents.key.fingerprint]
         own = planned_cost(
             planned_latents(section, record.counts if record is not None else None),
             section.num_explaining,
             section.num_active + section.num_quiet,
             num_tests=2 if section.with_control else 1,
             contexts_per_request=section.contexts_per_request,
-            context_tokens=2 * step.extra["window_tokens"] + 1,
+            context_tokens=2 * inputs.examples.inputs.section.window_tokens + 1,
         )
         cost = cost.plus(own)
     return (

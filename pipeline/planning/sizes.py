@@ -5,7 +5,7 @@ pair. Arithmetic alone: nothing is timed here (times.py). The one refusal is a s
 stages and transformers are imported where a model or a table is read, so that a finished run is planned without them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +16,8 @@ from pipeline.schema import MODEL_NAMES
 from pipeline.text.mixing import tokens_to_take
 
 if TYPE_CHECKING:
-    from pipeline.stages.base import Step
+    from pipeline.stages.catalogue import ActivationsInputs, DataSteps
+    from pipeline.stages.step import Step
     from pipeline.storage.artifacts import Record
     from pipeline.storage.filesystem import Storage
 
@@ -46,7 +47,7 @@ class DataSize(NamedTuple):
 
 
 def data_size(
-    config: RunConfig, steps: "Mapping[str, Step]", records: "Mapping[str, Record]", storage: "Storage"
+    config: RunConfig, data: "DataSteps", records: "Mapping[str, Record]", storage: "Storage"
 ) -> DataSize | None:
     """What a run reads, or None where neither records nor settings say how much there is."""
     if "tokens" in records:
@@ -57,9 +58,9 @@ def data_size(
             if config.activations.mode == "stream":  # the record counts what is stored
                 num_rows = round(num_rows / config.corpus.validation_frac)
         else:
-            num_rows = _rows_of_index(config, steps, storage, has_bos=bool(counts.get("has_bos", True)))
+            num_rows = _rows_of_index(config, data, storage, has_bos=bool(counts.get("has_bos", True)))
         return _sized(config, num_documents, num_tokens, num_rows, EXACT)
-    have, source = _texts(config, steps, records, storage)
+    have, source = _texts(config, data, records, storage)
     budget = config.tokens.num_tokens
     if have is None:
         return None if budget is None else _sized(config, None, budget, budget, BUDGET)
@@ -79,14 +80,14 @@ def _sized(config: RunConfig, num_documents: int | None, num_tokens: int, num_ro
     return DataSize(num_documents, num_tokens, num_rows, stored_rows, source, per_document)
 
 
-def _rows_of_index(config: RunConfig, steps: "Mapping[str, Step]", storage: "Storage", *, has_bos: bool) -> int:
+def _rows_of_index(config: RunConfig, data: "DataSteps", storage: "Storage", *, has_bos: bool) -> int:
     """Rows that the tokens of a run will give."""
     import numpy as np
 
     from pipeline.stages.tokens import INDEX_NAME
     from pipeline.storage.tables import read_table
 
-    lengths = read_table(storage, f"{steps['tokens'].key.folder}/{INDEX_NAME}")["num_tokens"].to_numpy()
+    lengths = read_table(storage, f"{data.tokens.folder}/{INDEX_NAME}")["num_tokens"].to_numpy()
     return int(np.maximum(lengths.astype(np.int64) - _dropped_per_document(config, has_bos=has_bos), 0).sum())
 
 
@@ -95,11 +96,11 @@ def _dropped_per_document(config: RunConfig, *, has_bos: bool) -> int:
 
 
 def _texts(
-    config: RunConfig, steps: "Mapping[str, Step]", records: "Mapping[str, Record]", storage: "Storage"
+    config: RunConfig, data: "DataSteps", records: "Mapping[str, Record]", storage: "Storage"
 ) -> tuple[dict[str, tuple[int, float]] | None, str]:
     """Documents and tokens per corpus before any mixing, and where they come from."""
     if "corpus" in records and "num_characters" in records["corpus"].counts:
-        sampled = _sample(config, steps, records, storage)
+        sampled = _sample(config, data, records, storage)
         if sampled is not None:
             return sampled, SAMPLED
     parts = {corpus.name: getattr(corpus, "part", None) for corpus in config.corpus.sources}
@@ -109,13 +110,13 @@ def _texts(
 
 
 def _sample(
-    config: RunConfig, steps: "Mapping[str, Step]", records: "Mapping[str, Record]", storage: "Storage"
+    config: RunConfig, data: "DataSteps", records: "Mapping[str, Record]", storage: "Storage"
 ) -> dict[str, tuple[int, float]] | None:
     """Tokens per corpus, from some documents of each; None where the tokenizer is not at hand."""
     from pipeline.storage.tables import read_table
     from pipeline.text.tokenise import Tokenise
 
-    tokenizer = local_tokenizer(steps, records, storage)
+    tokenizer = local_tokenizer(data, records, storage)
     if tokenizer is None:
         return None
     tokenise = Tokenise(tokenizer, max_tokens=config.tokens.max_tokens_per_document)
@@ -124,7 +125,7 @@ def _sample(
     for part in corpus.counts["parts"]:
         if all(len(lengths.get(name, ())) >= _SAMPLED_DOCUMENTS for name in corpus.counts["num_documents"]):
             break
-        table = read_table(storage, f"{steps['corpus'].key.folder}/{part}")
+        table = read_table(storage, f"{data.corpus.folder}/{part}")
         rows = tokenise(table.slice(0, _SAMPLED_DOCUMENTS).to_pydict())
         for name, ids in zip(rows["corpus"], rows["input_ids"], strict=True):
             lengths.setdefault(name, []).append(len(ids))
@@ -136,12 +137,12 @@ def _sample(
     return found
 
 
-def local_tokenizer(steps: "Mapping[str, Step]", records: "Mapping[str, Record]", storage: "Storage") -> Any:
+def local_tokenizer(data: "DataSteps", records: "Mapping[str, Record]", storage: "Storage") -> Any:
     """The chat model's tokenizer where it is on this machine, else None."""
     from pipeline.models.loading import load_tokenizer
     from pipeline.stages.models import local_specs
 
-    location = steps["tokens"].extra["locations"][1]
+    location = data.tokens.inputs.models.chat
     if location.folder and "organism" not in records:
         return None
     try:
@@ -209,23 +210,21 @@ def extraction_bytes(config: RunConfig, shape: "ModelShape") -> int:
     return int(weights * _DTYPE_BYTES[config.models.dtype] + shard + hidden)
 
 
-def model_config(
-    config: RunConfig, steps: "Mapping[str, Step]", records: "Mapping[str, Record]", storage: "Storage"
-) -> Any:
+def model_config(config: RunConfig, data: "DataSteps", records: "Mapping[str, Record]", storage: "Storage") -> Any:
     """The chat model's transformers configuration; of a generated pair that is not built, what it will be."""
     from transformers import AutoConfig
 
     from pipeline.models.loading import check_pair
     from pipeline.stages.models import local_specs
 
-    locations = steps["tokens"].extra["locations"]
-    if locations[1].folder and "organism" not in records:
+    models = data.tokens.inputs.models
+    if models.chat.folder and "organism" not in records:
         from pipeline.organisms.build import spec_of as organism_of
         from pipeline.organisms.training import model_config as organism_model
 
         assert config.organism is not None
         return organism_model(organism_of(config.organism.size).model, vocab_size=500)
-    with local_specs(storage, *locations) as (base, chat):
+    with local_specs(storage, *models) as (base, chat):
         check_pair(base, chat, layer=config.activations.layer)
         folder = Path(chat.source).expanduser()
         source = str(folder) if folder.exists() else chat.source
@@ -261,24 +260,24 @@ def shape_of(model_config: Any) -> ModelShape:
     )
 
 
-def check_space(
-    config: RunConfig, steps: "Sequence[Step]", records: "Mapping[str, Record]", storage: "Storage"
-) -> None:
+def check_space(config: RunConfig, data: "DataSteps", records: "Mapping[str, Record]", storage: "Storage") -> None:
     """InputError where the activation store cannot fit the free space, naming what would fit.
 
     Shards that an earlier run has published need no space again. The space of an object store is not known.
     """
-    by_stage = {step.key.stage: step for step in steps}
     if storage.free_bytes() is None or "activations" in records:
         return
-    data = data_size(config, by_stage, records, storage)
-    if data is not None:
-        shape = shape_of(model_config(config, by_stage, records, storage))
-        require_space(config, data, shape, by_stage["activations"], storage)
+    size = data_size(config, data, records, storage)
+    if size is not None:
+        require_space(config, size, shape_of(model_config(config, data, records, storage)), data.activations, storage)
 
 
 def require_space(
-    config: RunConfig, data: DataSize, shape: "ModelShape", activations: "Step", storage: "Storage"
+    config: RunConfig,
+    size: DataSize,
+    shape: "ModelShape",
+    activations: "Step[ActivationsInputs]",
+    storage: "Storage",
 ) -> None:
     """As check_space, for this size of data and models of this shape."""
     from pipeline.stages.activations import finished_shards
@@ -287,18 +286,19 @@ def require_space(
     if free is None:
         return
     width, compression = shape.width, config.activations.compression
-    there = sum(int(shard["num_bytes"]) for shard in finished_shards(storage, activations.key.folder).values())
-    needed = store_bytes(data.stored_rows, width, compression) - there
+    there = sum(shard.num_bytes for shard in finished_shards(storage, activations.folder).values())
+    needed = store_bytes(size.stored_rows, width, compression) - there
     if needed <= free:
         return
-    options = [f"tokens.num_tokens: {int(data.num_tokens * (free + there) / (needed + there) * 0.98):,} fit"]
+    options = [f"tokens.num_tokens: {int(size.num_tokens * (free + there) / (needed + there) * 0.98):,} fit"]
     for other in ("lossless", "int8"):
-        size = store_bytes(data.stored_rows, width, other)
-        if size < store_bytes(data.stored_rows, width, compression) and size - there <= free:
-            options.append(f"activations.compression: {other} ({format_bytes(size)}) fits")
+        num_bytes = store_bytes(size.stored_rows, width, other)
+        if num_bytes < store_bytes(size.stored_rows, width, compression) and num_bytes - there <= free:
+            options.append(f"activations.compression: {other} ({format_bytes(num_bytes)}) fits")
     if config.activations.mode == "store":
-        size = store_bytes(round(data.num_rows * config.corpus.validation_frac), width, compression)
-        options.append(f"activations.mode: stream ({format_bytes(size)}) {'fits' if size <= free else 'does not'}")
+        num_bytes = store_bytes(round(size.num_rows * config.corpus.validation_frac), width, compression)
+        fits = "fits" if num_bytes <= free else "does not"
+        options.append(f"activations.mode: stream ({format_bytes(num_bytes)}) {fits}")
     raise InputError(
         f"storage.root: expected {format_bytes(needed)} of free space for the activations, got {format_bytes(free)} on "
         f"{storage.root}; {', '.join(options)}, or set storage.root elsewhere"

@@ -145,7 +145,7 @@ def _training_speed(config: RunConfig, width: int, flops: float, gpu: Gpu) -> fl
         update = rates.ADAM_BYTES.value * own / rates.GPU_MEMORY.value
         return rates.STEP_OVER_ENCODER.value * work / (GPU_SHARE.value * speed) / num_ranks + update
     from pipeline.planning.calibration import step_seconds
-    from pipeline.stages.crosscoder import spec_of
+    from pipeline.stages.crosscoder_spec import spec_of
 
     num_threads = max(1, int(ranks.cpus or len(os.sched_getaffinity(0)) / num_ranks))
     sections = [section for section in config.crosscoders if section.kind == "fitted"]

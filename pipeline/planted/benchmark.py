@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from pipeline.cluster import connect as cluster
+from pipeline.cluster.connect import connected, listening
+from pipeline.cluster.pools import Pool, run_pool
 from pipeline.config.run_file import validated
 from pipeline.errors import InputError
 from pipeline.planted.score import RULES, SCORE_COLUMNS, score_row, score_text, trial_score
 from pipeline.planted.settings import BenchmarkConfig, CheckpointSection
 from pipeline.planted.trial import MATCHES_NAME, Plant, Trial, read_truth
-from pipeline.stages.base import Pool, run_pool
 from pipeline.storage.artifacts import ArtifactKey, artifact_key, digest_of_path, read_record, write_record
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.tables import arrow_schema, read_table, write_frame
@@ -64,7 +64,7 @@ def run(config: BenchmarkConfig, reporter: Reporter) -> Results:
     ]
     if any(missing):
         storage.check_writable()
-        with cluster.connected(config.cluster, _log_path(storage)):
+        with connected(config.cluster, _log_path(storage)):
             _plant(config, storage, missing[0], reporter)
             _try(config, storage, missing[1], reporter)
     table = scored(config, storage, worlds, trials)
@@ -143,7 +143,7 @@ def _try(config: BenchmarkConfig, storage: Storage, jobs: Sequence[Job], reporte
         reporter.progress(progress.update(min(done, total), event[1]))
 
     reporter.progress(progress.update(0, f"{len(jobs)} trials"))
-    with cluster.listening(on_event) as board:
+    with listening(on_event) as board:
         pool = Pool("workers", config.workers, Trial, (storage, config.training, config.judge, board))
         for result in run_pool(pool, [job.item for job in jobs]):
             job = by_folder[result["folder"]]

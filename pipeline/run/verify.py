@@ -3,7 +3,7 @@
 Every finished artifact: its record (readable, of this version, identity and folder agree) and its files (there,
 checksums); for a store of activations every shard against the manifest (size, checksum, rows, finite numbers) and every
 row against the tokens: each kept token is there exactly once, with its own id, in the right split. Unfinished artifacts
-are counted, not judged. The price is one read of everything; memory holds one shard, and a few bytes per document.
+are counted, not checked. Everything is read once; memory holds one shard, and a few bytes per document.
 """
 
 import zlib
@@ -75,7 +75,7 @@ def all_folders(storage: Storage) -> list[str]:
 
 
 def verify(storage: Storage, folders: Sequence[str], reporter: Reporter) -> Verified:
-    """Check the finished artifacts among these folders; every fault is told to the reporter as it is found."""
+    """Check the finished artifacts among these folders; every fault is reported as it is found."""
     finished = [folder for folder in folders if storage.exists(f"{folder}/{RECORD_NAME}")]
     files = {folder: storage.files(folder) for folder in finished}
     sizes = {folder: sum(storage.size(f"{folder}/{name}") for name in files[folder]) for folder in finished}

@@ -1,9 +1,9 @@
-"""Asking about latents side by side, with every answer kept the moment it comes.
+"""Questions about latents in parallel, with every answer stored as soon as it comes.
 
-The unit of work is one latent: an explanation, then the requests that test it; when all are explained, each latent's
-contexts are judged once more by its neighbour's explanation, as control. Answers lie one by one in a folder of the
-storage and are found there by the next run; a request whose words have changed is made again. No Ray and no model here,
-only an endpoint and a storage, so that a run may be killed and continued in a test within a second.
+The unit of work is one latent: an explanation, then the requests that test it. When all are explained, each latent's
+contexts are judged once more by the next latent's explanation, as a control. Each answer is a file in a folder of the
+storage, where the next run finds it; a request whose words have changed is made again. Only an endpoint and a storage
+are needed here, no Ray and no model, so that a test can kill and continue a run within a second.
 """
 
 import hashlib
@@ -180,7 +180,7 @@ def pending_cost(answers: Answers, case: InterpTask, contexts_per_request: int, 
 def _parts(
     case: InterpTask, contexts_per_request: int
 ) -> Iterator[tuple[int, tuple[bool, ...], tuple[TokenWindow, ...]]]:
-    """Number, truth and contexts of each request that tests an explanation."""
+    """Number of each request that tests an explanation, whether the latent fires in its contexts, and the contexts."""
     for part, start in enumerate(range(0, len(case.judged), contexts_per_request)):
         own = slice(start, start + contexts_per_request)
         yield part, case.fires[own], case.judged[own]

@@ -21,7 +21,9 @@ from pipeline.planning.calibration import layer_seconds, matmul_flops, step_seco
 from pipeline.planning.estimate import Estimate, estimate, estimate_text
 from pipeline.planning.rates import GPU_SHARE, GPUS, STEP_OVER_ENCODER
 from pipeline.run import runner
+from pipeline.run.flow import build_flow
 from pipeline.run.runner import inspect
+from pipeline.stages.catalogue import DataSteps
 from pipeline.stages.tokens import INDEX_SCHEMA, select, tokens_per_corpus
 from pipeline.storage.filesystem import Storage
 from pipeline.terminal import SilentReporter
@@ -42,10 +44,9 @@ def config(tmp_path: Path) -> RunConfig:
     return load(path)
 
 
-def known(finished: Finished, *stages: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def known(finished: Finished, *stages: str) -> tuple[DataSteps, dict[str, Any]]:
     """Steps of the finished run, and the records of some of its stages alone."""
-    steps = {state.step.key.stage: state.step for state in finished.states.values()}
-    return steps, {stage: finished.states[stage].record for stage in stages}
+    return build_flow(finished.config).data, {stage: finished.states[stage].record for stage in stages}
 
 
 def gemma(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -101,10 +102,10 @@ def test_a_generated_pair_is_known_before_it_is_built_and_every_stage_has_its_ti
 
 
 def test_a_stream_stores_the_validation_rows_alone(config: RunConfig, tmp_path: Path) -> None:
-    steps = {state.step.key.stage: state.step for state in inspect(config, Storage(str(tmp_path)))}
+    data = build_flow(config).data
     section = config.activations.model_copy(update={"mode": "stream"})
     streaming = config.model_copy(update={"activations": section})
-    streamed, stored = (sizes.data_size(c, steps, {}, Storage(str(tmp_path))) for c in (streaming, config))
+    streamed, stored = (sizes.data_size(c, data, {}, Storage(str(tmp_path))) for c in (streaming, config))
     assert streamed.num_rows == stored.num_rows == stored.stored_rows
     assert streamed.stored_rows == pytest.approx(stored.num_rows / 5, abs=1)  # a fifth is held out
 
@@ -126,8 +127,8 @@ def test_a_finished_run_costs_nothing_more_and_no_model_is_read(
 
 @pytest.mark.ray
 def test_rows_and_bytes_are_exact_once_tokens_exist(finished: Finished) -> None:
-    steps, records = known(finished, "organism", "corpus", "tokens")
-    read = sizes.data_size(finished.config, steps, records, finished.storage)
+    data, records = known(finished, "organism", "corpus", "tokens")
+    read = sizes.data_size(finished.config, data, records, finished.storage)
     counts = finished.counts("activations")
     assert (read.num_tokens, read.num_rows) == (finished.counts("tokens")["num_tokens"], counts["num_rows"])
     width = counts["activation_dim"]
@@ -136,11 +137,11 @@ def test_rows_and_bytes_are_exact_once_tokens_exist(finished: Finished) -> None:
 
 @pytest.mark.ray
 def test_a_sample_of_the_corpus_comes_close(finished: Finished) -> None:
-    steps, records = known(finished, "organism", "corpus")
-    read = sizes.data_size(finished.config, steps, records, finished.storage)
+    data, records = known(finished, "organism", "corpus")
+    read = sizes.data_size(finished.config, data, records, finished.storage)
     assert read.source == "sampled"
     assert read.num_tokens == pytest.approx(finished.counts("tokens")["num_tokens"], rel=0.05)
-    guessed = sizes.data_size(finished.config, steps, {}, finished.storage)
+    guessed = sizes.data_size(finished.config, data, {}, finished.storage)
     assert guessed.source == "known of the organism"
     assert guessed.num_tokens == pytest.approx(read.num_tokens, rel=0.05)
 

@@ -8,9 +8,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from pipeline.cluster import connect as cluster
+from pipeline.cluster.connect import connected
+from pipeline.cluster.pools import Pool, run_pool
 from pipeline.config.resources import ClusterSection, WorkersSection
-from pipeline.stages.base import Pool, run_pool
 
 _NUM_ITEMS = (20, 420, 1220)
 
@@ -25,7 +25,7 @@ class Nothing:
 
 def main() -> None:
     """One line per number of items; the differences between lines are free of start-up."""
-    with tempfile.TemporaryDirectory() as folder, cluster.connected(ClusterSection(), Path(folder) / "ray.log"):
+    with tempfile.TemporaryDirectory() as folder, connected(ClusterSection(), Path(folder) / "ray.log"):
         for num_items in _NUM_ITEMS:
             pool = Pool("extraction", WorkersSection(workers=2), Nothing, (), uses_actors=True)
             wall, processor = time.monotonic(), time.process_time()

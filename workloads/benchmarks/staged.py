@@ -11,20 +11,18 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from pipeline.config.run_file import RunConfig, load
-from pipeline.run.flow import Group, build_flow
-from pipeline.stages.base import Context, Step
+from pipeline.organisms.build import build, spec_of
+from pipeline.run.flow import AnyStep, Group, build_flow
+from pipeline.stages.step import StageContext
 from pipeline.storage.filesystem import Storage
 from pipeline.terminal import SilentReporter
 
 
 def build_inputs(folder: Path, *, width: int, layers: int = 2, copies: int = 12) -> None:
     """Two random models, and `copies` of the organism's documents, in a folder."""
-    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
-
-    from pipeline.organisms.build import build, spec_of
-
     build(folder / "organism", spec_of("tiny"), lambda *_: None)
     tokenizer = AutoTokenizer.from_pretrained(folder / "organism" / "chat")
     config = Gemma2Config(
@@ -74,8 +72,8 @@ class Stage(NamedTuple):
 
     config: RunConfig
     group: Group
-    step: Step
-    context: Context
+    step: AnyStep
+    context: StageContext
 
     def run(self) -> None:
         """Make the artifact."""
@@ -85,8 +83,8 @@ class Stage(NamedTuple):
 def stage_of(path: Path, name: str) -> Stage:
     """The stage of this name in a run file."""
     config = load(path)
-    context = Context(
+    context = StageContext(
         Storage(config.storage.root), config.resources, SilentReporter(), Unwatched(), config.name, log_every_steps=4
     )
-    group = next(group for group in build_flow(config) if group.steps[0].key.stage == name)
+    group = next(group for group in build_flow(config).groups if group.steps[0].key.stage == name)
     return Stage(config, group, group.steps[0], context)

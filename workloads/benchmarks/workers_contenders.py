@@ -9,17 +9,19 @@ to one process, and to two at once.
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.cluster import connect as cluster
-from pipeline.config.data import ActivationsSection
-from pipeline.stages import activations, crosscoder
+from pipeline.cluster.connect import connected
+from pipeline.stages import activations
+from pipeline.stages.catalogue import ActivationsInputs, FittedCrosscoderInputs
+from pipeline.stages.crosscoder_spec import spec_of
 from pipeline.stages.extractor import Extractor
+from pipeline.stages.finished_crosscoder import CURVES_NAME
 from pipeline.stages.tokens import INDEX_NAME
 from pipeline.storage.activation_store import ActivationStore
 from pipeline.storage.row_order import ReadOptions, TrainingRows
@@ -38,12 +40,12 @@ class TimedShard(activations.ExtractShard):
         super().__init__(*arguments)
         self.built = time.time()
 
-    def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
+    def __call__(self, planned: activations.PlannedShard) -> activations.ShardDescription:
         """A shard, its times beside it."""
         began = time.time()
-        description = super().__call__(item)
+        description = super().__call__(planned)
         times = {"worker": f"{id(self)}-{self.built}", "built": self.built, "began": began, "ended": time.time()}
-        self.storage.write_json(f"{_TIMES}/{item['name']}.json", {**times, "tokens": description["num_tokens"]})
+        self.storage.write_json(f"{_TIMES}/{planned.name}.json", {**times, "tokens": description.num_tokens})
         return description
 
 
@@ -77,13 +79,13 @@ def run_stage(path: Path, name: str, after: Callable[[Stage, float], dict[str, f
         import_module(module)  # seconds that are no part of the cluster's start
     stage = stage_of(path, name)
     began = time.time()
-    with cluster.connected(stage.config.resources.cluster, path.with_suffix(".log")):
-        connected = time.time()
+    with connected(stage.config.resources.cluster, path.with_suffix(".log")):
+        started = time.time()
         with Watch() as watch:
             stage.run()
         ended = time.time()
-        found = {"ray_init": connected - began, "wall": ended - connected, **after(stage, connected)}
-    stage.context.storage.delete(stage.step.key.folder)
+        found = {"ray_init": started - began, "wall": ended - started, **after(stage, started)}
+    stage.context.storage.delete(stage.step.folder)
     return {**found, "cpu": watch.cpu_seconds()}
 
 
@@ -100,19 +102,19 @@ def run_extraction(path: Path) -> dict[str, Any]:
         return {**own_rates(shards), "pool": built - called, "first_shard": first_shards - called, "items": tokens}
 
     activations.ExtractShard = TimedShard  # type: ignore[misc]
-    return run_stage(path, activations.NAME, after)
+    return run_stage(path, ActivationsInputs.NAME, after)
 
 
 def run_training(path: Path) -> dict[str, Any]:
     """The crosscoder stage; `pool` is the time from its call until the first step begins."""
 
     def after(stage: Stage, called: float) -> dict[str, float]:
-        curve = read_table(stage.context.storage, f"{stage.step.key.folder}/{crosscoder.CURVES_NAME}").to_pylist()
+        curve = read_table(stage.context.storage, f"{stage.step.folder}/{CURVES_NAME}").to_pylist()
         training = stage.config.training
         found = curve_rate(curve, training.batch_rows)
         return {"rate": found["rate"], "pool": found["first_step"] - called, "items": training.num_rows}
 
-    return run_stage(path, crosscoder.NAME, after)
+    return run_stage(path, FittedCrosscoderInputs.NAME, after)
 
 
 def wait_for_start() -> None:
@@ -124,15 +126,16 @@ def wait_for_start() -> None:
 def bare_extraction(path: Path, seconds: float) -> dict[str, Any]:
     """The extraction worker's own code in this process."""
     torch.set_num_threads(1)
-    stage = stage_of(path, activations.NAME)
-    section, tokens = stage.step.section, stage.step.inputs["tokens"].key.folder
-    assert isinstance(section, ActivationsSection)
+    stage = stage_of(path, ActivationsInputs.NAME)
+    inputs = stage.step.inputs
+    assert isinstance(inputs, ActivationsInputs)
+    section, tokens = inputs.section, inputs.tokens.folder
     index = read_table(stage.context.storage, f"{tokens}/{INDEX_NAME}")
     extractor = Extractor(
         stage.context.storage,
         tokens,
         section=section,
-        loading=stage.step.extra["loading"],
+        loading=inputs.loading,
         corpora=sorted(set(index["corpus"].to_pylist())),
         max_rejected=0,
     )
@@ -143,7 +146,7 @@ def bare_extraction(path: Path, seconds: float) -> dict[str, Any]:
     began, done, number = time.monotonic(), 0, 0
     while time.monotonic() - began < seconds:
         number += 1
-        done += worker(plan[number % len(plan)])["num_tokens"]
+        done += worker(plan[number % len(plan)]).num_tokens
     seconds = time.monotonic() - began
     stage.context.storage.delete(worker.folder)
     return {"rate": done / seconds}
@@ -156,11 +159,13 @@ def bare_training(path: Path, seconds: float, *, rows_share: int = 1, latents_sh
     from pipeline.numerics.trainer import CrosscoderTrainer
 
     torch.set_num_threads(1)
-    stage = stage_of(path, crosscoder.NAME)
-    store = ActivationStore(stage.context.storage, stage.step.inputs["activations"].key.folder)
+    stage = stage_of(path, FittedCrosscoderInputs.NAME)
+    inputs = stage.step.inputs
+    assert isinstance(inputs, FittedCrosscoderInputs)
+    store = ActivationStore(stage.context.storage, inputs.activations.folder)
     training = stage.config.training
-    spec = crosscoder.spec_of(
-        stage.step.section,  # type: ignore[arg-type]
+    spec = spec_of(
+        inputs.section,
         training,
         stage.config.resources.training,
         num_models=store.manifest.num_models,
@@ -192,7 +197,7 @@ def bare_training(path: Path, seconds: float, *, rows_share: int = 1, latents_sh
 
 def make_stages(path: Path, names: list[str]) -> dict[str, Any]:
     """What the measured stage reads; no contender."""
-    with cluster.connected(stage_of(path, names[0]).config.resources.cluster, path.with_suffix(".log")):
+    with connected(stage_of(path, names[0]).config.resources.cluster, path.with_suffix(".log")):
         for name in names:
             stage_of(path, name).run()
     return {}
