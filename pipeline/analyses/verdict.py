@@ -45,9 +45,7 @@ def latent_table(
 ) -> pd.DataFrame:
     """schema.LATENT_COLUMNS, one row per latent in order, from the tables of three analyses; twins by `with_twins`.
 
-    The columns per corpus of `statistics` follow.
-
-    is_confident is true for a chat-specific latent or artifact of which both intervals lie on one side of their
+    The columns per corpus of `statistics` follow. is_confident is true for a chat-specific latent or artifact of which both intervals lie on one side of their
     thresholds, and for a latent judged by nu_act_centred whose interval does; false for every other verdict.
     """
     latents = ownership["latent"].to_numpy()
@@ -80,11 +78,12 @@ def latent_table(
         [np.broadcast_to(np.asarray(verdict, dtype=object), len(table)) for _, verdict in conditions],
         default=Verdict.CHAT_SPECIFIC,
     )
-    is_sure = _is_one_sided(table, "nu_eps", nu_eps_threshold) & _is_one_sided(table, "nu_r", nu_r_threshold)
-    is_sure_constructed = _is_one_sided(table, NU_BY_CONSTRUCTION, nu_eps_threshold)
-    table["is_confident"] = (
-        is_chat_only & ~is_dead & is_decidable & np.where(is_constructed, is_sure_constructed, is_sure)
+    is_sure = np.where(
+        is_constructed,
+        _is_one_sided(table, NU_BY_CONSTRUCTION, nu_eps_threshold),
+        _is_one_sided(table, "nu_eps", nu_eps_threshold) & _is_one_sided(table, "nu_r", nu_r_threshold),
     )
+    table["is_confident"] = is_chat_only & ~is_dead & is_decidable & is_sure
     thresholds = {"nu_eps": nu_eps_threshold, "nu_r": nu_r_threshold}
     table["reason"] = [_reason(row, thresholds, min_documents) for row in table.to_dict("records")]
     table["twin"] = np.full(len(table), -1, dtype=np.int32)
