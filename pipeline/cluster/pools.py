@@ -7,9 +7,8 @@ their items repeated. What a user must correct (a CrossrayError) arrives at the 
 import pickle
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from pipeline.cluster.connect import check_fits, pool_size, request, set_worker_threads, worker_cpus
 from pipeline.config.resources import WorkersSection
@@ -19,12 +18,11 @@ from pipeline.errors import CrossrayError, first_line
 if TYPE_CHECKING:
     import ray.data
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+Item = TypeVar("Item", contravariant=True)
+Result = TypeVar("Result", covariant=True)
 
 
-@dataclass(frozen=True)
-class Pool(Generic[Item, Result]):
+class Pool(NamedTuple, Generic[Item, Result]):
     """How independent items are spread over Ray Data workers."""
 
     name: str

@@ -10,7 +10,6 @@ from typing import NamedTuple, TypeVar
 
 from pipeline.config.crosscoder import AdoptedCrosscoderSection, CrosscoderSection
 from pipeline.config.data import OrganismCorpus
-from pipeline.config.resources import ModelWorkersSection
 from pipeline.config.run_file import RunConfig
 from pipeline.errors import InputError
 from pipeline.run.identities import (
@@ -35,7 +34,6 @@ from pipeline.stages.catalogue import (
     FittedCrosscoderInputs,
     LatentsInputs,
     OrganismInputs,
-    OtherSeed,
     PlantedInputs,
     ReportInputs,
     SteeringInputs,
@@ -118,13 +116,13 @@ def build_flow(config: RunConfig) -> Flow:
     crosscoders = [_crosscoder_step(section, config, data) for section in config.crosscoders]
     latents = [
         _step(
-            LatentsInputs(section=config.analyses.latent_scaling, crosscoder=step, activations=data.activations),
+            LatentsInputs(section=config.analyses.latent_scaling, crosscoder=step),
             crosscoder_name=step.crosscoder_name,
         )
         for step in crosscoders
     ]
     noise = noise_between(models["base"], models["chat"])
-    measured = tuple(_analysis_steps(config, data, own, _other_seeds(own, latents), noise=noise) for own in latents)
+    measured = tuple(_analysis_steps(config, own, _other_seeds(own, latents), noise) for own in latents)
     report = _step(
         ReportInputs(
             section=config.analyses,
@@ -161,18 +159,14 @@ def _data_steps(config: RunConfig, models: Mapping[str, Identity]) -> DataSteps:
         TokensInputs(section=config.tokens, organism=organism, corpus=corpus, models=pair, weights=weights),
         identity=config.tokens.model_dump(mode="json") | about_tokens,
     )
-    loaded = {"dtype": config.models.dtype, "attn_implementation": config.models.attn_implementation}
-    loading = _loading(config, pair, config.resources.extraction)
+    dtype, attention, pool = config.models.dtype, config.models.attn_implementation, config.resources.extraction
+    loading = Loading(pair, config.activations.layer, dtype, attention, pool.placement, pool.gpus)
+    about_models: Identity = {"models": models, "dtype": dtype, "attn_implementation": attention}
     activations = _step(
         ActivationsInputs(section=config.activations, organism=organism, tokens=tokens, loading=loading),
-        identity={**config.activations.model_dump(mode="json"), "models": models, **loaded},
+        identity=config.activations.model_dump(mode="json") | about_models,
     )
     return DataSteps(organism, corpus, tokens, activations)
-
-
-def _loading(config: RunConfig, models: ModelPairLocation, pool: ModelWorkersSection) -> Loading:
-    about = config.models
-    return Loading(models, config.activations.layer, about.dtype, about.attn_implementation, pool.placement, pool.gpus)
 
 
 def _chat_template(config: RunConfig) -> str:
@@ -206,102 +200,45 @@ def _crosscoder_step(
     )
 
 
-def _other_seeds(own: Step[LatentsInputs], every: Sequence[Step[LatentsInputs]]) -> tuple[OtherSeed, ...]:
-    """The crosscoders that differ from one in their seed alone."""
+def _other_seeds(own: Step[LatentsInputs], every: Sequence[Step[LatentsInputs]]) -> tuple[Step[LatentsInputs], ...]:
+    """Latent tables of the crosscoders that differ from one in their seed alone."""
     section = own.inputs.crosscoder.inputs.section
     found = []
     for other in every:
         theirs = other.inputs.crosscoder.inputs.section
         if isinstance(section, CrosscoderSection) and isinstance(theirs, CrosscoderSection):
-            same_but_seed = section.model_copy(update={"name": theirs.name, "seed": theirs.seed}) == theirs
-            if same_but_seed and section.seed != theirs.seed:
-                found.append(OtherSeed(other.crosscoder_name, other.inputs.crosscoder, other))
+            with_their_seed = section.model_copy(update={"name": theirs.name, "seed": theirs.seed})
+            if section.seed != theirs.seed and with_their_seed == theirs:
+                found.append(other)
     return tuple(found)
 
 
 def _analysis_steps(
-    config: RunConfig,
-    data: DataSteps,
-    latents: Step[LatentsInputs],
-    other_seeds: tuple[OtherSeed, ...],
-    *,
-    noise: float | None,
+    config: RunConfig, latents: Step[LatentsInputs], other_seeds: tuple[Step[LatentsInputs], ...], noise: float | None
 ) -> CrosscoderSteps:
     """Whichever analyses are on, for one crosscoder."""
-    sections, name = config.analyses, latents.crosscoder_name
-    crosscoder, activations, tokens = latents.inputs.crosscoder, data.activations, data.tokens
-    examples = planted = controls = autointerp = None
-    if sections.examples is not None:
-        shown = ExamplesInputs(
-            section=sections.examples,
-            crosscoder=crosscoder,
-            activations=activations,
-            latents=latents,
-            tokens=tokens,
-            chat=tokens.inputs.models.chat,
-        )
-        examples = _step(shown, crosscoder_name=name)
-    if sections.planted is not None:
-        scored = PlantedInputs(
-            section=sections.planted, crosscoder=crosscoder, activations=activations, latents=latents, tokens=tokens
-        )
-        planted = _step(scored, crosscoder_name=name)
-    if sections.controls is not None:
-        checked = ControlsInputs(
-            section=sections.controls,
-            crosscoder=crosscoder,
-            activations=activations,
-            latents=latents,
-            other_seeds=other_seeds,
-            noise=noise,
-        )
-        controls = _step(checked, crosscoder_name=name)
-    if sections.autointerp is not None and examples is not None:
-        asked = AutointerpInputs(
-            section=sections.autointerp,
-            crosscoder=crosscoder,
-            activations=activations,
-            latents=latents,
-            examples=examples,
-        )
-        autointerp = _step(asked, crosscoder_name=name)
-    causality = _causality_step(config, data, latents)
-    steering = _steering_step(config, data, latents, planted)
+    on, name = config.analyses, latents.crosscoder_name
+    pool = config.resources.analyses
+    loading = latents.inputs.activations.inputs.loading._replace(placement=pool.placement, gpus=pool.gpus)
+    examples = planted = controls = causality = steering = autointerp = None
+    if on.examples is not None:
+        examples = _step(ExamplesInputs(section=on.examples, latents=latents), crosscoder_name=name)
+    if on.planted is not None:
+        planted = _step(PlantedInputs(section=on.planted, latents=latents), crosscoder_name=name)
+    if on.controls is not None:
+        about_controls = ControlsInputs(section=on.controls, latents=latents, other_seeds=other_seeds, noise=noise)
+        controls = _step(about_controls, crosscoder_name=name)
+    if on.causality is not None:
+        about_causality = CausalityInputs(section=on.causality, latents=latents, loading=loading)
+        causality = _step(about_causality, crosscoder_name=name)
+    if on.steering is not None:
+        about_steering = SteeringInputs(section=on.steering, latents=latents, planted=planted, loading=loading)
+        steering = _step(about_steering, crosscoder_name=name, identity=steering_identity(on.steering))
+    if on.autointerp is not None and examples is not None:
+        about_autointerp = AutointerpInputs(section=on.autointerp, latents=latents, examples=examples)
+        autointerp = _step(about_autointerp, crosscoder_name=name)
+    crosscoder = latents.inputs.crosscoder
     return CrosscoderSteps(crosscoder, latents, examples, planted, controls, causality, steering, autointerp)
-
-
-def _causality_step(config: RunConfig, data: DataSteps, latents: Step[LatentsInputs]) -> Step[CausalityInputs] | None:
-    if config.analyses.causality is None:
-        return None
-    inputs = CausalityInputs(
-        section=config.analyses.causality,
-        organism=data.organism,
-        crosscoder=latents.inputs.crosscoder,
-        activations=data.activations,
-        latents=latents,
-        tokens=data.tokens,
-        loading=_loading(config, data.tokens.inputs.models, config.resources.analyses),
-    )
-    return _step(inputs, crosscoder_name=latents.crosscoder_name)
-
-
-def _steering_step(
-    config: RunConfig, data: DataSteps, latents: Step[LatentsInputs], planted: Step[PlantedInputs] | None
-) -> Step[SteeringInputs] | None:
-    if config.analyses.steering is None:
-        return None
-    inputs = SteeringInputs(
-        section=config.analyses.steering,
-        organism=data.organism,
-        crosscoder=latents.inputs.crosscoder,
-        activations=data.activations,
-        latents=latents,
-        tokens=data.tokens,
-        planted=planted,
-        loading=_loading(config, data.tokens.inputs.models, config.resources.analyses),
-    )
-    identity = steering_identity(config.analyses.steering)
-    return _step(inputs, crosscoder_name=latents.crosscoder_name, identity=identity)
 
 
 def _check_analyses(config: RunConfig) -> None:

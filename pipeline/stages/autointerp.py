@@ -141,16 +141,16 @@ def _quiet_contexts(storage: Storage, inputs: AutointerpInputs, chosen: Sequence
     """Windows of validation documents and which of the chosen latents fire in them; in a worker process."""
     store = ActivationStore(storage, inputs.activations.folder)
     left = [max(MIN_QUIET_PER_CORPUS, 4 * inputs.section.num_quiet)] * len(store.manifest.corpora)
-    examples = inputs.examples.inputs
+    window_tokens = inputs.examples.inputs.section.window_tokens
     found: list[QuietWindow] = []
     with (
-        local_specs(storage, examples.chat) as (spec,),
+        local_specs(storage, inputs.tokens.inputs.models.chat) as (spec,),
         open_crosscoder(storage, inputs.crosscoder.folder) as crosscoder,
     ):
         tokenizer = load_tokenizer(spec)
         for shard in store.manifest.of_split(Split.VALIDATION)[:_MAX_SHARDS]:
             rows = shard_rows(store, shard)
-            keep_B = choose_windows(rows["doc_id"], rows["corpus"], left, window_tokens=examples.section.window_tokens)
+            keep_B = choose_windows(rows["doc_id"], rows["corpus"], left, window_tokens=window_tokens)
             windows = batches(crosscoder, {name: value[keep_B] for name, value in rows.items()})
             found += quiet_windows(
                 windows,

@@ -1,7 +1,7 @@
 """Every stage in the order of the flow: its name, its VERSION and all that it needs to make one artifact.
 
-run/flow.py fills these classes from the run file; each stage's file reads them and nothing else. A field that holds a
-step is an artifact that the stage reads, and its name is the role under which the step's fingerprint enters the
+run/flow.py fills these classes from the run file; each stage's file reads them and nothing else. READS names the
+attributes whose artifacts a stage reads; these names are the roles under which the artifacts' fingerprints enter the
 identity of what is made. The classes stand here and not beside the stages because those import torch, Ray and pandas,
 which nobody must load to see that a run is finished.
 """
@@ -22,7 +22,7 @@ from pipeline.config.analyses import (
 )
 from pipeline.config.crosscoder import AdoptedCrosscoderSection, CrosscoderSection, TrainingSection
 from pipeline.config.data import ActivationsSection, CorpusSection, OrganismSection, TokensSection
-from pipeline.stages.locations import Loading, ModelLocation, ModelPairLocation
+from pipeline.stages.locations import Loading, ModelPairLocation
 from pipeline.stages.step import StageInputs, Step
 
 
@@ -41,6 +41,7 @@ class CorpusInputs(StageInputs):
 
     NAME = "corpus"
     VERSION = 2
+    READS = ("organism",)
     section: CorpusSection
     organism: Step[OrganismInputs] | None
     """Where a source is the organism's."""
@@ -52,6 +53,7 @@ class TokensInputs(StageInputs):
 
     NAME = "tokens"
     VERSION = 2
+    READS = ("organism", "corpus")
     section: TokensSection
     organism: Step[OrganismInputs] | None
     corpus: Step[CorpusInputs]
@@ -66,6 +68,7 @@ class ActivationsInputs(StageInputs):
 
     NAME = "activations"
     VERSION = 3
+    READS = ("organism", "tokens")
     section: ActivationsSection
     organism: Step[OrganismInputs] | None
     tokens: Step[TokensInputs]
@@ -78,6 +81,7 @@ class FittedCrosscoderInputs(StageInputs):
 
     NAME = "crosscoder"
     VERSION = 1
+    READS = ("activations",)
     section: CrosscoderSection
     activations: Step[ActivationsInputs]
     training: TrainingSection
@@ -89,6 +93,7 @@ class AdoptedCrosscoderInputs(StageInputs):
 
     NAME = "crosscoder"
     VERSION = 1
+    READS = ("activations",)
     section: AdoptedCrosscoderSection
     activations: Step[ActivationsInputs]
 
@@ -102,58 +107,76 @@ class LatentsInputs(StageInputs):
 
     NAME = "latents"
     VERSION = 4
+    READS = ("crosscoder", "activations")
     section: LatentScalingSection
     crosscoder: CrosscoderStep
-    activations: Step[ActivationsInputs]
+
+    @property
+    def activations(self) -> Step[ActivationsInputs]:
+        """The rows that the crosscoder reads."""
+        return self.crosscoder.inputs.activations
+
+
+_ANALYSIS_READS: tuple[str, ...] = ("crosscoder", "activations", "latents")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExamplesInputs(StageInputs):
+class AnalysisInputs(StageInputs):
+    """What every analysis of one crosscoder needs: its latent table, and through it all that came before."""
+
+    READS = _ANALYSIS_READS
+    latents: Step[LatentsInputs]
+
+    @property
+    def crosscoder(self) -> CrosscoderStep:
+        """The crosscoder."""
+        return self.latents.inputs.crosscoder
+
+    @property
+    def activations(self) -> Step[ActivationsInputs]:
+        """The rows that it reads."""
+        return self.latents.inputs.activations
+
+    @property
+    def tokens(self) -> Step[TokensInputs]:
+        """The documents of the rows."""
+        return self.activations.inputs.tokens
+
+    @property
+    def organism(self) -> Step[OrganismInputs] | None:
+        """The generated pair, if the run has one."""
+        return self.activations.inputs.organism
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExamplesInputs(AnalysisInputs):
     """Contexts in which latents fire."""
 
     NAME = "examples"
     VERSION = 4
+    READS = (*_ANALYSIS_READS, "tokens")
     section: ExamplesSection
-    crosscoder: CrosscoderStep
-    activations: Step[ActivationsInputs]
-    latents: Step[LatentsInputs]
-    tokens: Step[TokensInputs]
-    chat: ModelLocation
-    """Its tokenizer gives the texts."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlantedInputs(StageInputs):
+class PlantedInputs(AnalysisInputs):
     """Latents scored by planted labels."""
 
     NAME = "planted"
     VERSION = 4
+    READS = (*_ANALYSIS_READS, "tokens")
     section: PlantedSection
-    crosscoder: CrosscoderStep
-    activations: Step[ActivationsInputs]
-    latents: Step[LatentsInputs]
-    tokens: Step[TokensInputs]
-
-
-class OtherSeed(NamedTuple):
-    """A crosscoder of the run that differs from another one in its seed alone."""
-
-    name: str
-    crosscoder: CrosscoderStep
-    latents: Step[LatentsInputs]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ControlsInputs(StageInputs):
+class ControlsInputs(AnalysisInputs):
     """Controls of a crosscoder's verdict."""
 
     NAME = "controls"
     VERSION = 3
     section: ControlsSection
-    crosscoder: CrosscoderStep
-    activations: Step[ActivationsInputs]
-    latents: Step[LatentsInputs]
-    other_seeds: tuple[OtherSeed, ...]
+    other_seeds: tuple[Step[LatentsInputs], ...]
+    """Latent tables of the run's crosscoders that differ from this one in their seed alone."""
     noise: float | None
     """The weight noise that alone tells the two models apart, 0 for equal models; None where they differ otherwise."""
 
@@ -161,51 +184,41 @@ class ControlsInputs(StageInputs):
         """The other seeds too, under their names."""
         roles = super().reads()
         for other in self.other_seeds:
-            roles |= {f"crosscoder {other.name}": other.crosscoder, f"latents {other.name}": other.latents}
+            roles |= {other.inputs.crosscoder.name: other.inputs.crosscoder, other.name: other}
         return roles
 
 
 @dataclass(frozen=True, kw_only=True)
-class CausalityInputs(StageInputs):
+class CausalityInputs(AnalysisInputs):
     """KL of interventions."""
 
     NAME = "causality"
     VERSION = 2
+    READS = (*_ANALYSIS_READS, "tokens", "organism")
     section: CausalitySection
-    organism: Step[OrganismInputs] | None
-    crosscoder: CrosscoderStep
-    activations: Step[ActivationsInputs]
-    latents: Step[LatentsInputs]
-    tokens: Step[TokensInputs]
     loading: Loading
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteeringInputs(StageInputs):
+class SteeringInputs(AnalysisInputs):
     """Answers under steering."""
 
     NAME = "steering"
     VERSION = 2
+    READS = (*_ANALYSIS_READS, "tokens", "organism", "planted")
     section: SteeringSection
-    organism: Step[OrganismInputs] | None
-    crosscoder: CrosscoderStep
-    activations: Step[ActivationsInputs]
-    latents: Step[LatentsInputs]
-    tokens: Step[TokensInputs]
     planted: Step[PlantedInputs] | None
     loading: Loading
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutointerpInputs(StageInputs):
+class AutointerpInputs(AnalysisInputs):
     """Explanations of latents by a language model."""
 
     NAME = "autointerp"
     VERSION = 1
+    READS = (*_ANALYSIS_READS, "examples")
     section: AutointerpSection
-    crosscoder: CrosscoderStep
-    activations: Step[ActivationsInputs]
-    latents: Step[LatentsInputs]
     examples: Step[ExamplesInputs]
 
 

@@ -15,7 +15,7 @@ from pipeline.analyses.ownership import chat_only_latents, delta_norm
 from pipeline.analyses.rows import RowAnalysis, Sums
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.schema import CHAT, CONTROL_COLUMNS, SEED_COLUMNS, Verdict
-from pipeline.stages.catalogue import ControlsInputs, OtherSeed
+from pipeline.stages.catalogue import ControlsInputs, LatentsInputs
 from pipeline.stages.finished_crosscoder import open_crosscoder
 from pipeline.stages.latents import read_latents
 from pipeline.stages.row_pass import Measured
@@ -90,15 +90,15 @@ def publish_controls(
 
 
 def _matched(
-    inputs: ControlsInputs, other: OtherSeed, latents: pd.DataFrame, context: StageContext
+    inputs: ControlsInputs, other: Step[LatentsInputs], latents: pd.DataFrame, context: StageContext
 ) -> tuple[dict[str, object], pd.DataFrame]:
     """The row and the matches of one other seed."""
-    min_cosine, others = inputs.section.min_match_cosine, read_latents(context.storage, other.latents)
+    min_cosine, others = inputs.section.min_match_cosine, read_latents(context.storage, other)
     called = latents.loc[latents["verdict"] == Verdict.CHAT_SPECIFIC, "latent"]
     with (
         open_crosscoder(context.storage, inputs.crosscoder.folder) as crosscoder,
-        open_crosscoder(context.storage, other.crosscoder.folder) as second,
+        open_crosscoder(context.storage, other.inputs.crosscoder.folder) as second,
     ):
         matches = controls.match_latents(crosscoder.W_dec_FMD, second.W_dec_FMD, called.tolist(), min_cosine=min_cosine)
-    seeds = controls.seed_table(latents, others, matches, other=other.name)
-    return controls.seed_row(seeds, others, other=other.name, min_cosine=min_cosine), seeds
+    seeds = controls.seed_table(latents, others, matches, other=other.crosscoder_name)
+    return controls.seed_row(seeds, others, other=other.crosscoder_name, min_cosine=min_cosine), seeds

@@ -105,8 +105,8 @@ def cut_contexts(
     strongest = strongest.reset_index(drop=True)
     progress = Progress("cut examples", len(strongest), "contexts")
     context.report_progress(progress, 0)
-    window_tokens = inputs.section.window_tokens
-    arguments = (context.storage, store.folder, inputs.crosscoder.folder, inputs.chat, window_tokens, strongest)
+    window_tokens, chat = inputs.section.window_tokens, inputs.tokens.inputs.models.chat
+    arguments = (context.storage, store.folder, inputs.crosscoder.folder, chat, window_tokens, strongest)
     tables: list[pa.Table] = []
     for data in run_pool(Pool("analyses", context.resources.analyses, CutContexts, arguments), validation_calls(store)):
         tables.append(pa.ipc.open_stream(data).read_all())

@@ -5,7 +5,7 @@ stage makes it (stages/catalogue.py). Nothing heavy is imported here: a finished
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 from pipeline.config.resources import ResourcesSection
@@ -25,12 +25,14 @@ class StageInputs:
     """Of the stage, and of the folder that holds its artifacts."""
     VERSION: ClassVar[int]
     """Raise it when a change of code changes the bytes that are written."""
+    READS: ClassVar[tuple[str, ...]] = ()
+    """Attributes that hold the steps whose artifacts are read, or None."""
     section: Section
 
     def reads(self) -> "dict[str, Step[StageInputs]]":
-        """The steps whose artifacts are read, by role: the fields that hold a step, under the fields' names."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Step)}
+        """The steps whose artifacts are read, by role."""
+        steps = {role: getattr(self, role) for role in self.READS}
+        return {role: step for role, step in steps.items() if step is not None}
 
 
 Inputs = TypeVar("Inputs", bound=StageInputs, covariant=True)

@@ -11,7 +11,6 @@ from pipeline.run.flow import build_flow
 from pipeline.run.identities import noise_between
 from pipeline.schema import CONTROL_COLUMNS, LATENT_COLUMNS, SEED_COLUMNS, Control, Verdict, latent_corpus_columns
 from pipeline.stages import controls
-from pipeline.stages.catalogue import OtherSeed
 from pipeline.stages.latents import LATENTS_NAME
 from pipeline.stages.step import StageContext
 from pipeline.storage.tables import arrow_schema, read_table, write_frame
@@ -49,7 +48,7 @@ def test_seeds_of_one_crosscoder_and_known_nulls_are_recognised(finished: Finish
     path = run_file(finished.folder / "..", str(finished.root), crosscoders=crosscoders, models=models)
     a, b, c = build_flow(load(path)).crosscoders
     of_a, of_b, of_c = (own.controls.inputs for own in (a, b, c) if own.controls is not None)
-    assert of_a.other_seeds == (OtherSeed("b", b.crosscoder, b.latents),)
+    assert of_a.other_seeds == (b.latents,)
     assert of_a.reads()["latents b"] is b.latents
     assert of_b.reads()["crosscoder a"] is a.crosscoder
     assert of_c.other_seeds == ()
@@ -65,9 +64,9 @@ def test_a_second_seed_and_a_null_pair_fill_their_rows(finished: Finished) -> No
     latents = finished.table("latents batch_topk", "latents.parquet")
     latents.loc[latents["frequency"] > 0, "verdict"] = Verdict.CHAT_SPECIFIC
     called = dataclasses.replace(own.latents, key=own.latents.key._replace(fingerprint="called"))
-    schema = arrow_schema((*LATENT_COLUMNS, *latent_corpus_columns(["documents", "dialogues"])))
+    schema = arrow_schema((*LATENT_COLUMNS, *latent_corpus_columns(["dialogues", "documents"])))
     write_frame(finished.storage, f"{called.folder}/{LATENTS_NAME}", latents, schema)
-    twin = OtherSeed("twin", own.crosscoder, called)
+    twin = dataclasses.replace(called, crosscoder_name="twin")
     again = dataclasses.replace(
         own.controls,
         key=own.controls.key._replace(fingerprint="second"),
