@@ -45,8 +45,8 @@ def latent_table(
 ) -> pd.DataFrame:
     """schema.LATENT_COLUMNS, one row per latent in order, from the tables of three analyses; twins by `with_twins`.
 
-    The columns per corpus of `statistics` follow. is_confident is true for a chat-specific latent or artifact of which both intervals lie on one side of their
-    thresholds, and for a latent judged by nu_act_centred whose interval does; false for every other verdict.
+    The columns per corpus of `statistics` follow. is_confident is true for a chat-specific latent or artifact if both
+    intervals are on one side of their thresholds, or the one of nu_act_centred that judges it; else it is false.
     """
     latents = ownership["latent"].to_numpy()
     for name, other in (("Latent Scaling", scaling), ("activation statistics", statistics)):
