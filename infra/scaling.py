@@ -11,13 +11,15 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from pipeline.planning.rates import ADAM_BYTES, GPU_SHARE, GPUS, STEP_OVER_ENCODER
+
 
 class Constants(NamedTuple):
     """Rates and fixed costs. One node holds `gpus_per_node` GPUs and shares its network among them."""
 
-    gpu_flops: float = 989e12
-    """bfloat16, data sheet of an H100."""
-    gpu_share: float = 0.4
+    gpu_flops: float = GPUS["H100"].bfloat16
+    """Data sheet."""
+    gpu_share: float = GPU_SHARE.value
     """Of it that forward passes and training steps reach: assumed; no GPU has been measured."""
     memory_bytes_per_second: float = 3.35e12
     """Of a GPU, data sheet of an H100; Adam is bound by it."""
@@ -30,10 +32,10 @@ class Constants(NamedTuple):
     store_requests_per_second: float = 3500
     """PUT requests per prefix, a provider's published limit."""
     gpus_per_node: int = 8
-    step_factor: float = 1.41
+    step_factor: float = STEP_OVER_ENCODER.value
     """A training step over its encoder product: measured on a CPU (step_notes.md, one thread)."""
-    adam_bytes: int = 32
-    """Moved per parameter and step (pipeline/planning/times.py)."""
+    adam_bytes: float = ADAM_BYTES.value
+    """Moved per parameter and step."""
     pack_bytes_per_second: float = 0.55e9
     """Shards checked, hashed and written by one core: measured (store_notes.md)."""
     cores_per_gpu: int = 8

@@ -123,8 +123,8 @@ def _quieten() -> None:
 
 
 def _plan(parsed: argparse.Namespace) -> int:
-    from pipeline.planning.finished import finished_text
-    from pipeline.run.runner import DONE, inspect
+    from pipeline.planning.estimate import estimate_text
+    from pipeline.run.runner import inspect
     from pipeline.storage.filesystem import Storage
 
     config = _config(parsed)
@@ -136,12 +136,7 @@ def _plan(parsed: argparse.Namespace) -> int:
         print(f"  {state.state:<8}{state.step.name:<{width}}  {state.step.key.folder}")
         for line in state.drift:
             print(f"  {'':<8}{'':<{width}}    {line}")
-    if all(state.state == DONE for state in states):
-        print(finished_text(states))
-    else:
-        from pipeline.planning.estimate import estimate_text
-
-        print(estimate_text(config, states, storage, gpu=parsed.gpu))
+    print(estimate_text(config, states, storage, gpu=parsed.gpu))
     return 0
 
 

@@ -1,8 +1,8 @@
 """A model and its adapter on one copy of the weights: the base model is the same object with the adapter off.
 
-Used where base and chat are the same checkpoint and chat has an adapter; everywhere else an adapter is merged into the
-weights at loading. The trade-off: the adapter's products are computed in every chat forward instead of once, which for
-low ranks costs less than the memory of a second model.
+Used where base and chat are the same checkpoint and chat has an adapter; otherwise the adapter is merged into the
+weights at loading. The trade-off: every chat forward computes the adapter's products, which for low ranks costs less
+than the memory of a second model.
 """
 
 from typing import Any, NamedTuple
@@ -20,21 +20,16 @@ class AdapterSwitch:
         self._is_on = True
 
     def turn_on(self) -> None:
-        """The model is the fine-tuned one from here on."""
-        self._turn(is_on=True)
+        """The model is the fine-tuned one from now on."""
+        if not self._is_on:
+            self._tuner.enable_adapter_layers()
+        self._is_on = True
 
     def turn_off(self) -> None:
-        """The model is the base model from here on."""
-        self._turn(is_on=False)
-
-    def _turn(self, *, is_on: bool) -> None:
-        if is_on == self._is_on:
-            return
-        if is_on:
-            self._tuner.enable_adapter_layers()
-        else:
+        """The model is the base model from now on."""
+        if self._is_on:
             self._tuner.disable_adapter_layers()
-        self._is_on = is_on
+        self._is_on = False
 
 
 class AdaptedModel(NamedTuple):
@@ -49,7 +44,7 @@ class AdaptedModel(NamedTuple):
 def attach_adapter(model: Any, adapter: str, revision: str | None) -> AdaptedModel:
     """The model with the adapter that can be turned off; merged where turning it off would not give the base model."""
     adapted = _load_adapter(model, adapter, revision)
-    # Adapters that train biases write into the base model's own; prompts have no layers that could be turned off.
+    # Adapters that train biases overwrite the base model's own.
     if any(getattr(config, "bias", "none") != "none" for config in adapted.peft_config.values()):
         return AdaptedModel(adapted.merge_and_unload(), None)
     return AdaptedModel(adapted.get_base_model(), AdapterSwitch(adapted))
@@ -82,7 +77,7 @@ def _load_adapter(model: Any, adapter: str, revision: str | None) -> Any:
         raise InputError(f"expected an adapter of this model at {adapter!r}: {first_line(error)}") from error
     if any(config.is_prompt_learning for config in adapted.peft_config.values()):
         raise InputError(
-            f"expected an adapter of weights (LoRA and its kin) at {adapter!r}, got one that learns a prompt; both "
-            "models must read the same tokens"
+            f"expected an adapter of weights, such as LoRA, at {adapter!r}, got one that learns a prompt; both models "
+            "must read the same tokens"
         )
     return adapted.eval().requires_grad_(False)

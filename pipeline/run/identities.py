@@ -15,7 +15,7 @@ from pipeline.config.crosscoder import AdoptedCrosscoderSection
 from pipeline.config.data import CorpusSection, HubModel, OrganismModel
 from pipeline.errors import InputError
 from pipeline.storage.artifacts import digest_of_path
-from pipeline.text.files import expand_paths, reading
+from pipeline.text.files import as_input_error, expand_paths
 
 Identity = dict[str, Any]
 """JSON that is hashed into a fingerprint; no stage reads it."""
@@ -24,7 +24,7 @@ Identity = dict[str, Any]
 def file_identity(path: str, where: str) -> str:
     """The content of a local file, or URL and version of one elsewhere."""
     expand_paths([path], where)
-    with reading(f"{where}: {path}"):
+    with as_input_error(f"{where}: {path}"):
         fs, inner = fsspec.core.url_to_fs(path)
         if "file" in fs.protocol:
             return f"sha256:{digest_of_path(Path(inner))}"

@@ -68,7 +68,7 @@ class ShardDescription:
     """[M, D]."""
     num_layers: int
     rejected: list[dict[str, Any]]
-    """Quarantined documents: schema.REJECTED_COLUMNS by name."""
+    """Quarantined documents: schema.QUARANTINE_COLUMNS by name."""
 
 
 def run(steps: Sequence[Step[ActivationsInputs]], context: StageContext) -> None:

@@ -12,26 +12,25 @@ from typing import Any, NamedTuple
 
 from pipeline.analyses.autointerp import (
     MIN_QUIET_PER_CORPUS,
-    Case,
     Interpretation,
-    QuietContext,
+    InterpTask,
+    QuietWindow,
     Sizes,
-    case_of,
     choose_windows,
-    chosen_latents,
+    interp_task,
     interpretation_numbers,
     interpretation_table,
-    quiet_contexts,
+    quiet_windows,
 )
 from pipeline.analyses.autointerp_prompts import Cost, cost_text
-from pipeline.analyses.verdict import latents_with
+from pipeline.analyses.latent_sets import interpreted_latents
 from pipeline.cluster.pools import run_task
 from pipeline.config.analyses import AutointerpSection
 from pipeline.config.resources import EndpointSection
 from pipeline.errors import InputError
 from pipeline.models.endpoint import Endpoint, EndpointOptions, read_key
 from pipeline.models.loading import load_tokenizer
-from pipeline.schema import ANSWER_COLUMNS, AUTOINTERP_COLUMNS, InterpStatus, Split, Verdict
+from pipeline.schema import ANSWER_COLUMNS, AUTOINTERP_COLUMNS, InterpStatus, Split
 from pipeline.stages.catalogue import AutointerpInputs
 from pipeline.stages.examples import EXAMPLES_NAME
 from pipeline.stages.finished_crosscoder import open_crosscoder
@@ -61,7 +60,7 @@ class _Prepared(NamedTuple):
     """One step with its contexts."""
 
     step: Step[AutointerpInputs]
-    cases: dict[int, Case | None]
+    cases: dict[int, InterpTask | None]
     """By latent, in order; None where its contexts do not suffice."""
     answers: Answers
 
@@ -125,23 +124,22 @@ def _prepare(step: Step[AutointerpInputs], context: StageContext) -> _Prepared:
     latents = read_latents(storage, step.inputs.latents)
     examples = read_table(storage, f"{step.inputs.examples.folder}/{EXAMPLES_NAME}").to_pandas()
     answers = Answers(storage, f"{step.folder}/{ANSWERS_FOLDER}")
-    ranked = latents_with(latents, [Verdict.CHAT_SPECIFIC])
-    chosen = chosen_latents(latents, ranked, named=section.latents, max_latents=section.max_latents)
+    chosen = interpreted_latents(latents, named=section.latents, max_latents=section.max_latents)
     if not chosen:
         return _Prepared(step, {}, answers)
-    quiet: list[QuietContext] = run_task(_quiet_contexts, storage, step.inputs, chosen, num_cpus=1)
+    quiet: list[QuietWindow] = run_task(_quiet_contexts, storage, step.inputs, chosen, num_cpus=1)
     own = {int(str(latent)): rows for latent, rows in examples.groupby("latent", sort=False)}
     sizes = Sizes(section.num_explaining, section.num_active, section.num_quiet, section.seed)
-    cases = {latent: case_of(latent, own.get(latent, examples.head(0)), quiet, sizes) for latent in chosen}
+    cases = {latent: interp_task(latent, own.get(latent, examples.head(0)), quiet, sizes) for latent in chosen}
     return _Prepared(step, cases, answers)
 
 
-def _quiet_contexts(storage: Storage, inputs: AutointerpInputs, chosen: Sequence[int]) -> list[QuietContext]:
+def _quiet_contexts(storage: Storage, inputs: AutointerpInputs, chosen: Sequence[int]) -> list[QuietWindow]:
     """Windows of validation documents and which of the chosen latents fire in them; in a worker process."""
     store = ActivationStore(storage, inputs.activations.folder)
     left = [max(MIN_QUIET_PER_CORPUS, 4 * inputs.section.num_quiet)] * len(store.manifest.corpora)
     window_tokens = inputs.examples.inputs.section.window_tokens
-    found: list[QuietContext] = []
+    found: list[QuietWindow] = []
     with (
         local_specs(storage, inputs.tokens.inputs.models.chat) as (spec,),
         open_crosscoder(storage, inputs.crosscoder.folder) as crosscoder,
@@ -151,7 +149,7 @@ def _quiet_contexts(storage: Storage, inputs: AutointerpInputs, chosen: Sequence
             rows = shard_rows(store, shard)
             keep_B = choose_windows(rows["doc_id"], rows["corpus"], left, window_tokens=window_tokens)
             windows = batches(crosscoder, {name: value[keep_B] for name, value in rows.items()})
-            found += quiet_contexts(
+            found += quiet_windows(
                 windows,
                 chosen,
                 corpora=store.manifest.corpora,
@@ -183,7 +181,7 @@ def _report_cost(prepared: Sequence[_Prepared], context: StageContext) -> None:
     context.reporter.message("; ".join(parts))
 
 
-def _pending(one: _Prepared, case: Case) -> Cost:
+def _pending(one: _Prepared, case: InterpTask) -> Cost:
     section = one.step.inputs.section
     return pending_cost(one.answers, case, section.contexts_per_request, with_control=section.with_control)
 

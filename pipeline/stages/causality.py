@@ -14,7 +14,8 @@ import torch
 
 from pipeline.analyses.causal_tables import Bootstrap
 from pipeline.analyses.causality import Causality, causality_batches
-from pipeline.analyses.interventions import Intervention, candidate_latents, plan_curve, plan_interventions
+from pipeline.analyses.interventions import Intervention, plan_curve, plan_interventions
+from pipeline.analyses.latent_sets import causality_latents
 from pipeline.analyses.rows import sums_from_bytes, sums_to_bytes
 from pipeline.cluster.connect import worker_cpus
 from pipeline.cluster.pools import Pool, run_pool, run_task
@@ -103,7 +104,7 @@ def run(steps: Sequence[Step[CausalityInputs]], context: StageContext) -> None:
 
 def _interventions(inputs: CausalityInputs, storage: Storage) -> tuple[Intervention, ...]:
     section, latents = inputs.section, read_latents(storage, inputs.latents)
-    chosen = candidate_latents(latents, num_latents=section.max_latents, min_latents=section.min_latents)
+    chosen = causality_latents(latents, num_latents=section.max_latents, min_latents=section.min_latents)
     return (
         *plan_interventions(
             chosen, num_random_halves=section.num_random_halves, seed=section.seed, with_mean_difference=True

@@ -10,12 +10,11 @@ from collections.abc import Mapping
 import pandas as pd
 
 from pipeline.analyses import controls
-from pipeline.analyses.control_columns import CONTROL_COLUMNS, SEED_COLUMNS
 from pipeline.analyses.latent_scaling import LatentScaling
 from pipeline.analyses.ownership import chat_only_latents, delta_norm
 from pipeline.analyses.rows import RowAnalysis, Sums
 from pipeline.numerics.crosscoder import Crosscoder
-from pipeline.schema import CHAT, Verdict
+from pipeline.schema import CHAT, CONTROL_COLUMNS, SEED_COLUMNS, Verdict
 from pipeline.stages.catalogue import ControlsInputs, LatentsInputs
 from pipeline.stages.finished_crosscoder import open_crosscoder
 from pipeline.stages.latents import read_latents

@@ -14,8 +14,8 @@ import pyarrow as pa
 import torch
 
 from pipeline.analyses.examples import Examples, contexts
+from pipeline.analyses.latent_sets import latents_with
 from pipeline.analyses.rows import RowAnalysis, Sums
-from pipeline.analyses.verdict import latents_with
 from pipeline.cluster.pools import Pool, run_pool
 from pipeline.config.analyses import ExamplesSection
 from pipeline.errors import ArtifactError, InputError

@@ -15,10 +15,10 @@ import torch
 
 from pipeline.config.data import ActivationsSection
 from pipeline.extraction.activations import ExtractRows, RowOptions
-from pipeline.extraction.quarantine import Rejected, extract_screened, refusal
+from pipeline.extraction.quarantine import QuarantinedDocument, extract_with_quarantine, too_many_quarantined
 from pipeline.models.memory import automatic_tokens_per_batch
 from pipeline.models.pair import Verification
-from pipeline.schema import REJECTED_COLUMNS
+from pipeline.schema import QUARANTINE_COLUMNS
 from pipeline.stages.locations import Loading
 from pipeline.stages.models import load_pair
 from pipeline.stages.tokens import INDEX_NAME
@@ -30,7 +30,7 @@ _NUM_CHECKED, _NUM_CANDIDATES, _CHECKED_TOKENS = 3, 16, 256
 """Documents that the check against the plain forward runs, those it looks at to find them, tokens of each."""
 
 REJECTED_NAME = "rejected.parquet"
-REJECTED_SCHEMA = arrow_schema(REJECTED_COLUMNS)
+REJECTED_SCHEMA = arrow_schema(QUARANTINE_COLUMNS)
 
 
 class Extracted(NamedTuple):
@@ -39,7 +39,7 @@ class Extracted(NamedTuple):
     rows: Rows
     """In the order of the documents, positions ascending."""
     rejected: tuple[dict[str, Any], ...]
-    """Quarantined documents: schema.REJECTED_COLUMNS by name."""
+    """Quarantined documents: schema.QUARANTINE_COLUMNS by name."""
     real_token_frac: float
     """Tokens over tokens computed, padding included."""
     num_capped: int
@@ -116,13 +116,13 @@ class Extractor:
     def __call__(self, places: np.ndarray) -> Extracted:
         """Rows of the documents at these places of the index."""
         documents = read_token_rows(self.storage, self.tokens_folder, self._index.take(places))
-        screened = extract_screened(
+        result = extract_with_quarantine(
             self._ready.extract,
             documents,
             vocab_size=self._ready.extract.pair.vocab_size,
-            max_rejected=self.max_rejected,
+            max_quarantined=self.max_rejected,
         )
-        extracted = screened.rows
+        extracted = result.rows
         about = {
             doc_id: (corpus, split, 0 if ids is None else len(ids))
             for doc_id, corpus, split, ids in zip(
@@ -140,7 +140,7 @@ class Extractor:
         )
         rejected = tuple(
             dict(zip(("corpus", "split", "num_tokens"), about[doc_id], strict=True), doc_id=doc_id, reason=reason)
-            for doc_id, reason in screened.rejected
+            for doc_id, reason in result.quarantined
         )
         return Extracted(rows, rejected, extracted.real_token_frac, extracted.num_capped, extracted.num_out_of_memory)
 
@@ -153,7 +153,8 @@ def row_options(section: ActivationsSection, tokens_per_batch: int) -> RowOption
 def check_rejected(rejected: Sequence[Mapping[str, Any]], max_rejected: int) -> None:
     """InputError where more documents than `max_rejected` are quarantined."""
     if len(rejected) > max_rejected:
-        raise refusal([Rejected(document["doc_id"], document["reason"]) for document in rejected], limit=max_rejected)
+        quarantined = [QuarantinedDocument(document["doc_id"], document["reason"]) for document in rejected]
+        raise too_many_quarantined(quarantined, limit=max_rejected)
 
 
 def write_rejected(storage: Storage, folder: str, rejected: Sequence[Mapping[str, Any]]) -> None:
@@ -188,5 +189,5 @@ def read_token_rows(storage: Storage, tokens_folder: str, index: pa.Table) -> di
 
 
 def _lists(column: pa.ChunkedArray) -> list[np.ndarray | None]:
-    """Rows of a list column as int32 arrays; None where there is none, for the screening to name."""
+    """Rows of a list column as int32 arrays; None where there is none, for the quarantine to name."""
     return [np.asarray(row.values, dtype=np.int32) if row.is_valid else None for row in column]

@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 
 import pandas as pd
 
-from pipeline.analyses.autointerp import Case, Context, Interpretation, detection
+from pipeline.analyses.autointerp import Interpretation, InterpTask, TokenWindow, detection
 from pipeline.analyses.autointerp_prompts import (
     Cost,
     Message,
@@ -102,7 +102,7 @@ class Interview(NamedTuple):
     num_repeats: int
     """Further tries after an answer that cannot be used."""
 
-    def about(self, case: Case) -> Interpretation:
+    def about(self, case: InterpTask) -> Interpretation:
         """Explanation and judgements of one latent."""
         kept, explanation = self._ask(case.latent, "explain", explain_messages(case), parse_explanation)
         if explanation is None:
@@ -110,9 +110,9 @@ class Interview(NamedTuple):
         fires, judged, spent = self._judge(case, explanation, "detect")
         status = InterpStatus.SCORED if set(fires) == {True, False} else InterpStatus.EXPLAINED
         result = _interpretation(case.latent, status, [kept, *spent])
-        return result._replace(explanation=explanation, fires=tuple(fires), said=tuple(judged))
+        return result._replace(explanation=explanation, fires=tuple(fires), answers=tuple(judged))
 
-    def control(self, case: Case, found: Interpretation, other: str) -> Interpretation:
+    def control(self, case: InterpTask, found: Interpretation, other: str) -> Interpretation:
         """The same latent with the score that another latent's explanation reaches on its contexts."""
         fires, judged, spent = self._judge(case, other, "control")
         cost = _interpretation(case.latent, found.status, spent)
@@ -123,7 +123,7 @@ class Interview(NamedTuple):
             tokens_out=found.tokens_out + cost.tokens_out,
         )
 
-    def _judge(self, case: Case, explanation: str, kind: str) -> tuple[list[bool], list[bool], list[Kept]]:
+    def _judge(self, case: InterpTask, explanation: str, kind: str) -> tuple[list[bool], list[bool], list[Kept]]:
         """Of each judged context: whether the latent fires, and what the model answered; and the stored answers."""
         fires: list[bool] = []
         judged: list[bool] = []
@@ -158,7 +158,7 @@ class Interview(NamedTuple):
         return kept, parsed
 
 
-def pending_cost(answers: Answers, case: Case, contexts_per_request: int, *, with_control: bool) -> Cost:
+def pending_cost(answers: Answers, case: InterpTask, contexts_per_request: int, *, with_control: bool) -> Cost:
     """The expected cost of what is not answered yet about a latent."""
     messages = explain_messages(case)
     kept = answers.find(case.latent, "explain", messages)
@@ -177,7 +177,9 @@ def pending_cost(answers: Answers, case: Case, contexts_per_request: int, *, wit
     return cost
 
 
-def _parts(case: Case, contexts_per_request: int) -> Iterator[tuple[int, tuple[bool, ...], tuple[Context, ...]]]:
+def _parts(
+    case: InterpTask, contexts_per_request: int
+) -> Iterator[tuple[int, tuple[bool, ...], tuple[TokenWindow, ...]]]:
     """Number of each request that tests an explanation, whether the latent fires in its contexts, and the contexts."""
     for part, start in enumerate(range(0, len(case.judged), contexts_per_request)):
         own = slice(start, start + contexts_per_request)
@@ -198,13 +200,13 @@ def _interpretation(latent: int, status: str, spent: Sequence[Kept]) -> Interpre
     )
 
 
-def interview_all(interview: Interview, cases: Sequence[Case], *, concurrency: int) -> Iterator[Interpretation]:
+def interview_all(interview: Interview, cases: Sequence[InterpTask], *, concurrency: int) -> Iterator[Interpretation]:
     """Interpretations in the order in which they are ready, `concurrency` latents at a time."""
     yield from _side_by_side(interview, [partial(interview.about, case) for case in cases], concurrency)
 
 
 def control_all(
-    interview: Interview, cases: Sequence[Case], found: Mapping[int, Interpretation], *, concurrency: int
+    interview: Interview, cases: Sequence[InterpTask], found: Mapping[int, Interpretation], *, concurrency: int
 ) -> Iterator[Interpretation]:
     """The scored latents again, each with the score of the next latent's explanation on its contexts.
 

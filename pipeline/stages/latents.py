@@ -6,12 +6,12 @@ from typing import Any
 
 import pandas as pd
 
+from pipeline.analyses.activation_statistics import ActivationStatistics
 from pipeline.analyses.controls import stated_error
 from pipeline.analyses.fidelity import Fidelity
 from pipeline.analyses.latent_scaling import LatentScaling
 from pipeline.analyses.ownership import ownership_table
 from pipeline.analyses.rows import RowAnalysis, Sums
-from pipeline.analyses.templates import Templates
 from pipeline.analyses.twins import Twins
 from pipeline.analyses.verdict import artifact_frac, latent_table, verdict_counts, with_twins
 from pipeline.config.analyses import LatentScalingSection
@@ -82,7 +82,7 @@ def verdict_analyses(
             seed=section.seed,
             thresholds=(section.nu_eps_threshold, section.nu_r_threshold),
         ),
-        "templates": Templates(num_latents=num_latents, corpora=corpora),
+        "templates": ActivationStatistics(num_latents=num_latents, corpora=corpora),
     }
 
 

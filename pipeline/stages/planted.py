@@ -6,9 +6,9 @@ The first pass over the rows gives the mean difference of the models, a baseline
 import time
 from collections.abc import Mapping
 
+from pipeline.analyses.latent_sets import latents_with
 from pipeline.analyses.planted import MeanDifference, Planted
 from pipeline.analyses.rows import RowAnalysis, Sums
-from pipeline.analyses.verdict import latents_with
 from pipeline.errors import InputError
 from pipeline.schema import PLANTED_COLUMNS, Verdict
 from pipeline.stages.catalogue import PlantedInputs

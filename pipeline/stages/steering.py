@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import fsspec
 import pandas as pd
 
+from pipeline.analyses.latent_sets import most_specific_latents
 from pipeline.analyses.planted import CHAT_SPECIFIC_LATENT
 from pipeline.analyses.steering import SteeringOptions, SteeringRequest, steer
 from pipeline.analyses.steering_inputs import (
     BehaviorPrompts,
     directions_of,
-    most_specific_latents,
     parse_prompts,
     random_controls,
 )

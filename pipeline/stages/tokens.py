@@ -25,6 +25,7 @@ from pipeline.stages.step import StageContext, Step
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.tables import TOKEN_SCHEMA, arrow_schema, read_table, write_table
 from pipeline.terminal import Progress
+from pipeline.text.mixing import tokens_to_take
 from pipeline.text.tokenise import Tokenise, check_vocabularies, split_dropped, tokenizer_hash
 
 INDEX_NAME = "index.parquet"
@@ -163,14 +164,11 @@ def select(
 ) -> pa.Table:
     """The documents that are used, mixed evenly: each corpus gives its share of tokens, in order of its hashes.
 
-    A share is met to within one document. mixing "by_weight": the shares hold whatever the corpora's sizes are; the one
-    that runs out first sets the total. "everything": a corpus that runs out gives all that it has and the others keep
-    their parts of the budget; without a budget every document is used.
+    A share (text/mixing.py) is met to within one document.
     """
     corpora = np.asarray(index["corpus"].to_pylist(), dtype=object)
     doc_ids = index["doc_id"].to_numpy()
     lengths = index["num_tokens"].to_numpy().astype(np.int64)
-    shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
     rows_of: dict[str, np.ndarray] = {}
     for name in weights:
         rows = np.flatnonzero(corpora == name)
@@ -180,13 +178,12 @@ def select(
                 "check its text, the chat template and tokens.max_tokens_per_document"
             )
         rows_of[name] = rows[np.argsort(doc_ids[rows], kind="stable")]
-    total = float("inf") if num_tokens is None else float(num_tokens)
-    if mixing == "by_weight":
-        total = min(total, *(lengths[rows].sum() / shares[name] for name, rows in rows_of.items()))
+    have = {name: int(lengths[rows].sum()) for name, rows in rows_of.items()}
+    take = tokens_to_take(have, weights, num_tokens, mixing=mixing)
     kept: list[np.ndarray] = []
     places: list[np.ndarray] = []
     for name, rows in rows_of.items():
-        fitting = int(np.searchsorted(np.cumsum(lengths[rows]), total * shares[name] * (1 + 1e-12), side="right"))
+        fitting = int(np.searchsorted(np.cumsum(lengths[rows]), take[name] * (1 + 1e-12), side="right"))
         taken = rows[: max(1, fitting)]
         kept.append(taken)
         places.append((np.arange(len(taken)) + 0.5) / len(taken))

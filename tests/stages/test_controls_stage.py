@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from runs import TINY, Finished, run_file
 
-from pipeline.analyses.control_columns import CONTROL_COLUMNS, SEED_COLUMNS, Control
 from pipeline.config.run_file import load
 from pipeline.run.flow import build_flow
 from pipeline.run.identities import noise_between
 from pipeline.run.runner import Unlogged
-from pipeline.schema import LATENT_COLUMNS, Verdict, latent_corpus_columns
+from pipeline.schema import CONTROL_COLUMNS, LATENT_COLUMNS, SEED_COLUMNS, Control, Verdict, latent_corpus_columns
 from pipeline.stages import controls
 from pipeline.stages.latents import LATENTS_NAME
 from pipeline.stages.step import StageContext

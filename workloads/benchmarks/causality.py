@@ -23,10 +23,12 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config
 
-from pipeline.analyses.causality import Causality, Edit, causality_batches
-from pipeline.analyses.interventions import candidate_latents, plan_curve, plan_interventions
-from pipeline.extraction.activations import RowOptions, pad_documents, plan_batches
+from pipeline.analyses.causality import Causality, causality_batches, without_name
+from pipeline.analyses.interventions import plan_curve, plan_interventions
+from pipeline.analyses.latent_sets import causality_latents
+from pipeline.extraction.activations import RowOptions, plan_batches
 from pipeline.models.decoder import SplitDecoder
+from pipeline.models.padding import pad_tokens
 from pipeline.models.pair import ModelPair
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.schema import BASE, CHAT, Flag, Ownership
@@ -124,11 +126,10 @@ def make_analysis(case: Case, pair: ModelPair, dialogues: dict[str, list[Any]]) 
     with torch.no_grad():
         crosscoder.W_dec_FMD.normal_().div_(case.dim**0.5)
         crosscoder.W_enc_FMD.normal_().div_(case.dim**0.5)
-        padded = pad_documents(*(dialogues[name][:8] for name in ("input_ids", "flags")))
-        x_BMD = pair.activations(padded.ids_BT, padded.mask_BT).flatten(0, 1).float()
+        x_BMD = pair.activations(*pad_tokens(dialogues["input_ids"][:8])).flatten(0, 1).float()
         score_BF = torch.einsum("BMD,FMD->BF", x_BMD, crosscoder.W_enc_FMD)
         crosscoder.threshold.fill_(float(score_BF.quantile(1 - case.k / case.latents)) if score_BF.numel() < 1e7 else 2)
-    chosen = candidate_latents(table)
+    chosen = causality_latents(table)
     return Causality(crosscoder, (*plan_interventions(chosen, with_mean_difference=True), *plan_curve(chosen)))
 
 
@@ -136,8 +137,8 @@ def read(case: Case) -> Reading:
     """Yardsticks and analysis in turn, `repeats` times."""
     pair, dialogues = make_pair(case), make_dialogues(case)
     analysis = make_analysis(case, pair, dialogues)
-    own = {Edit(i.kind, i.latents) for i in analysis.interventions if i.latents or i.kind not in ("replace", "add")}
-    num_edits = len(own)  # `base` is one run of an upper half like the others
+    edits = {without_name(i) for i in analysis.interventions if i.latents or i.kind not in ("replace", "add")}
+    num_edits = len(edits)  # `base` is one run of an upper half like the others
     mean_D = torch.randn(case.dim)
     parts: dict[str, float] = defaultdict(float)
 
@@ -157,8 +158,8 @@ def read(case: Case) -> Reading:
 
 
 def _halves(case: Case, pair: ModelPair, dialogues: dict[str, list[Any]], num_edits: int) -> None:
-    for ids, flags in _batches(case, dialogues):
-        padded = pad_documents(ids, flags)
+    for ids, _ in _batches(case, dialogues):
+        padded = pad_tokens(ids)
         for model in (BASE, CHAT):
             h_BTD = pair.lower(model, padded.ids_BT, padded.mask_BT)
         for _ in range(num_edits):

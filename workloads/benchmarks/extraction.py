@@ -35,7 +35,7 @@ from pipeline.extraction.activations import ActivationRows, ExtractRows, RowOpti
 from pipeline.models.adapters import AdapterSwitch
 from pipeline.models.decoder import SplitDecoder
 from pipeline.models.pair import ModelPair
-from pipeline.models.prefix import count_unadapted_layers
+from pipeline.models.shared_layers import count_unadapted_layers
 from pipeline.schema import MODEL_NAMES
 
 MEDIAN_LENGTH, LENGTH_SIGMA, MAX_LENGTH = 150, 0.95, 1024
