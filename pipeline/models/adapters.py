@@ -131,8 +131,8 @@ def _overwritten_tensors(adapted: Any, adapter: str, revision: str | None) -> se
 
 def _changes_anything(adapted: Any) -> bool:
     """Whether any adapted module differs from its original; True for kinds that cannot tell."""
-    modules = [module for _, module in adapted_modules(adapted)]
-    can_tell = [module for module in modules if hasattr(module, "get_delta_weight")]
-    if len(can_tell) < len(modules) or not modules:
+    modules: list[Any] = [module for _, module in adapted_modules(adapted)]
+    if not all(hasattr(module, "get_delta_weight") for module in modules):
         return True
-    return any(bool(module.get_delta_weight(name).any()) for module in can_tell for name in module.active_adapters)
+    deltas = (module.get_delta_weight(name) for module in modules for name in module.active_adapters)
+    return any(bool(delta.any()) for delta in deltas)
