@@ -126,7 +126,7 @@ def _overwritten_tensors(adapted: Any, adapter: str, revision: str | None) -> se
     from peft.utils import load_peft_weights
 
     own = {name for name, _ in adapted.named_parameters()}
-    return own & load_peft_weights(adapter, device="cpu", revision=revision).keys()
+    return own & set(load_peft_weights(adapter, device="cpu", revision=revision))
 
 
 def _changes_anything(adapted: Any) -> bool:
