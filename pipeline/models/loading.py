@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from pipeline.errors import InputError, first_line
-from pipeline.models.adapters import attach_adapter, merge_adapter
+from pipeline.models.adapters import attach_adapter, merge_adapter, require_all_keys
 from pipeline.models.decoder import SplitDecoder
 from pipeline.models.noise import add_weight_noise
 from pipeline.models.placement import Placement, put
@@ -196,12 +196,7 @@ def _load_model(spec: ModelSpec, options: LoadOptions) -> Any:
     if options.attn_implementation is not None:
         settings["attn_implementation"] = options.attn_implementation
     model, info = _load(AutoModelForCausalLM, spec, "a causal language model", output_loading_info=True, **settings)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise InputError(
-            f"expected all weights of the model {spec.source!r}, its files lack {len(missing)} of them, first "
-            f"{missing[0]!r}; they would be random, so download or save the model again"
-        )
+    require_all_keys(f"model {spec.source!r}", missing=info["missing_keys"], unused=info["unexpected_keys"])
     if spec.weight_noise:
         add_weight_noise(model, scale=spec.weight_noise, seed=spec.weight_noise_seed)
     return model.requires_grad_(False)
