@@ -19,7 +19,7 @@ class LatentScalingSection(Section):
     """Latent Scaling: how strongly each latent is present in each model (arXiv 2504.02922, section 3)."""
 
     nu_eps_threshold: PositiveFloat = 0.2
-    """A chat-only latent with a nu_eps of at least this is a shrinkage artifact. Raising it calls more chat-specific."""
+    """A chat-only latent whose nu_eps is at least this is a shrinkage artifact. Raising it calls more chat-specific."""
     nu_r_threshold: PositiveFloat = 0.5
     """A chat-only latent with a nu_r of at least this is a decoupling artifact. Raising it calls more chat-specific."""
     min_documents: PositiveInt = 10

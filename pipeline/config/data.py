@@ -246,7 +246,7 @@ class ActivationsSection(Section):
     rows_per_shard: PositiveInt = 50_000
     """Rows in one shard, a file of the store. Raising it gives fewer files, and a killed run repeats more rows."""
     compression: Literal["none", "lossless", "int8"] = "none"
-    """Form of the shards on disk. lossless keeps the same numbers in about two thirds of the bytes, and writes and reads
+    """Form of the shards on disk. lossless keeps the same numbers in two thirds of the bytes, but writes and reads
     more slowly. int8 takes half the bytes and adds noise of at most 1/254 of the largest value of a row."""
     tokens_per_batch: PositiveInt | Literal["auto"] = "auto"
     """Tokens in one forward pass, padding included. auto takes what the GPU has memory for, and 16,384 on a CPU. A
