@@ -1,9 +1,9 @@
 """Where time and bytes go on 1 to 1,000 GPUs: `python infra/scaling.py` prints the tables of SCALING.md.
 
 Two stages run one after the other: extraction (compute, writing, the driver's work per shard) and training (compute,
-Adam's memory traffic, exchange between ranks, reading). A stage takes as long as its slowest resource, and the name of that
-resource says what saturates first. Each constant says where it comes from: a benchmark of this project, a data sheet, or
-a provider's published limit.
+Adam's memory traffic, exchange between ranks, reading). A stage takes as long as its slowest resource, and the name of
+that resource says what saturates first. Each constant says where it comes from: a benchmark of this project, a data
+sheet, or a provider's published limit.
 """
 
 import argparse
@@ -155,8 +155,8 @@ def table(rows: int, c: Constants) -> str:
             total = c.start_seconds + first.seconds + second.seconds
             num_bytes = rows * NUM_MODELS * pair.width * 2
             lines.append(
-                f"| {pair.name} | {num_gpus:,} | {num_bytes / 1e12:.2f} TB | {format_time(first.seconds)} | {first.bound} | "
-                f"{format_time(second.seconds)} ({used}) | {second.bound} | {format_time(total)} |"
+                f"| {pair.name} | {num_gpus:,} | {num_bytes / 1e12:.2f} TB | {duration(first.seconds)} | {first.bound} | "
+                f"{duration(second.seconds)} ({used}) | {second.bound} | {duration(total)} |"
             )
     return "\n".join(lines)
 
@@ -167,7 +167,7 @@ def largest_rows(pair: Pair, num_gpus: int, seconds: float, c: Constants) -> dic
     return {name: ROWS * seconds / own for name, own in busy.items()}
 
 
-def format_time(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """`40 s`, `12 min`, `3.1 h`."""
     if seconds < 120:
         return f"{seconds:.0f} s"

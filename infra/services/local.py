@@ -1,8 +1,8 @@
 """An S3-compatible store and an MLflow server on this machine, without docker: `python infra/services/local.py`.
 
 For development and tests. It uses Ceph's object gateway if that is installed, else the smaller moto server, and
-PostgreSQL, else SQLite. It prints which, and the settings that point crossray at them, and runs until SIGTERM or Ctrl-C.
-Everything listens on loopback. All data is deleted at the end, so keep no results here.
+PostgreSQL, else SQLite. It prints which, and the settings that point crossray at them, and runs until SIGTERM or
+Ctrl-C. Everything listens on loopback. All data is deleted at the end, so keep no results here.
 
 Debian: `apt-get install --no-install-recommends ceph-mon ceph-osd ceph-common radosgw postgresql`.
 """
