@@ -153,9 +153,9 @@ def table(rows: int, c: Constants) -> str:
             used = training_gpus(pair, num_gpus, rows, c)
             second = training(pair, used, rows, c)
             total = c.start_seconds + first.seconds + second.seconds
-            num_bytes = rows * NUM_MODELS * pair.width * 2
+            terabytes = rows * NUM_MODELS * pair.width * 2 / 1e12
             lines.append(
-                f"| {pair.name} | {num_gpus:,} | {num_bytes / 1e12:.2f} TB | {duration(first.seconds)} | {first.bound} | "
+                f"| {pair.name} | {num_gpus:,} | {terabytes:.2f} TB | {duration(first.seconds)} | {first.bound} | "
                 f"{duration(second.seconds)} ({used}) | {second.bound} | {duration(total)} |"
             )
     return "\n".join(lines)
