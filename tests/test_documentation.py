@@ -1,6 +1,7 @@
 """What the documents say can be done: run files load, commands parse, code compiles, links and paths lead somewhere."""
 
 import argparse
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -146,6 +147,17 @@ def test_every_file_that_a_document_names_is_there(path: Path) -> None:
     assert [
         name for name in named_paths(path.read_text()) if not any((place / name).exists() for place in places)
     ] == []
+
+
+def test_every_file_that_a_module_docstring_names_is_there() -> None:
+    missing = []
+    for path in files("*.py"):
+        named = re.findall(
+            r"(?<![\w/.{-])((?:[\w-]+/)*[\w-]+\.(?:py|md|yaml))\b", ast.get_docstring(ast.parse(path.read_text())) or ""
+        )
+        places = [path.parent, *(ROOT / place for place in PLACES)]
+        missing += [(by_name(path), name) for name in named if not any((place / name).exists() for place in places)]
+    assert missing == []
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=by_name)
