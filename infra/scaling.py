@@ -18,7 +18,7 @@ class Constants(NamedTuple):
     gpu_flops: float = 989e12
     """bfloat16, data sheet of an H100."""
     gpu_share: float = 0.4
-    """Share of gpu_flops that forward passes and training steps reach. Assumed: no GPU has been measured."""
+    """Of it that forward passes and training steps reach: assumed; no GPU has been measured."""
     memory_bytes_per_second: float = 3.35e12
     """Memory of a GPU, data sheet of an H100. It limits Adam."""
     link_bytes_per_second: float = 450e9
@@ -33,7 +33,7 @@ class Constants(NamedTuple):
     step_factor: float = 1.41
     """A training step over its encoder product: measured on a CPU (step_notes.md, one thread)."""
     adam_bytes: int = 32
-    """Bytes moved per parameter and step (pipeline/planning/times.py)."""
+    """Moved per parameter and step (pipeline/planning/times.py)."""
     pack_bytes_per_second: float = 0.55e9
     """One core checks, hashes and writes shards this fast: measured (store_notes.md)."""
     cores_per_gpu: int = 8

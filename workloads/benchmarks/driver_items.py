@@ -24,7 +24,7 @@ class Nothing:
 
 
 def main() -> None:
-    """Print one line per number of items. Differences between lines exclude the start-up."""
+    """One line per number of items; the differences between lines are free of start-up."""
     with tempfile.TemporaryDirectory() as folder, cluster.connected(ClusterSection(), Path(folder) / "ray.log"):
         for num_items in _NUM_ITEMS:
             pool = Pool("extraction", WorkersSection(workers=2), Nothing, (), uses_actors=True)

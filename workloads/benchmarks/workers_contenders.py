@@ -39,7 +39,7 @@ class TimedShard(activations.ExtractShard):
         self.built = time.time()
 
     def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
-        """Extract a shard and write its times beside it."""
+        """A shard, its times beside it."""
         began = time.time()
         description = super().__call__(item)
         times = {"worker": f"{id(self)}-{self.built}", "built": self.built, "began": began, "ended": time.time()}
@@ -166,7 +166,7 @@ def bare_training(path: Path, seconds: float, *, rows_share: int = 1, latents_sh
         num_models=store.manifest.num_models,
         activation_dim=store.manifest.activation_dim,
     )
-    # Half of the latents keep half of the pairs, as in a mesh.
+    # Half the latents keep half the pairs, as the ranks of a mesh do together.
     spec = replace(spec, num_latents=spec.num_latents // latents_share, k=max(1, (spec.k or 1) // latents_share))
     rows = TrainingRows(
         store,
@@ -191,7 +191,7 @@ def bare_training(path: Path, seconds: float, *, rows_share: int = 1, latents_sh
 
 
 def make_stages(path: Path, names: list[str]) -> dict[str, Any]:
-    """Make the inputs of the measured stage. This is no contender."""
+    """What the measured stage reads; no contender."""
     with cluster.connected(stage_of(path, names[0]).config.resources.cluster, path.with_suffix(".log")):
         for name in names:
             stage_of(path, name).run()
