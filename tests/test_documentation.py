@@ -155,7 +155,7 @@ def test_every_file_that_a_module_docstring_names_is_there() -> None:
         named = re.findall(
             r"(?<![\w/.{-])((?:[\w-]+/)*[\w-]+\.(?:py|md|yaml))\b", ast.get_docstring(ast.parse(path.read_text())) or ""
         )
-        places = [path.parent, *(ROOT / place for place in PLACES)]
+        places = [*path.parents, *(ROOT / place for place in PLACES)]
         missing += [(by_name(path), name) for name in named if not any((place / name).exists() for place in places)]
     assert missing == []
 
