@@ -1,7 +1,7 @@
-"""What one item of a worker pool costs the driver: processor time of this process per result, worker doing nothing.
+"""The driver's cost of one item of a worker pool: its processor time per result, with workers that do nothing.
 
 Run from the repository's root: `python -m workloads.benchmarks.driver_items`. A shard of a store is such an item, so
-the figure bounds how many shards one driver can follow (infra/SCALING.md). Half a minute on two cores.
+the figure limits how many shards one driver can handle (infra/SCALING.md). Half a minute on two cores.
 """
 
 import tempfile
@@ -16,7 +16,7 @@ _NUM_ITEMS = (20, 420, 1220)
 
 
 class Nothing:
-    """A worker whose results look like a shard's description."""
+    """A worker whose results have the size of a shard's description."""
 
     def __call__(self, item: dict[str, int]) -> dict[str, object]:
         """About 300 bytes."""

@@ -1,7 +1,7 @@
-"""What benchmarks need to run the pipeline's real stages: a random pair, a corpus, a run file and a context.
+"""Inputs with which benchmarks run the pipeline's real stages: a random pair, a corpus, a run file and a context.
 
-The models are random Gemma-2 models of any size with the tiny organism's tokenizer, the corpus its documents, repeated
-with a number so that no two are equal. `stage_of` opens one stage of a run file, to be run within a started cluster.
+The models are random Gemma-2 models of any size with the tiny organism's tokenizer. The corpus holds its documents,
+repeated with a number so that no two are equal. `stage_of` gives one stage of a run file, to run in a started cluster.
 """
 
 import json
@@ -62,7 +62,7 @@ def write_run_file(folder: Path, name: str, settings: Mapping[str, Any]) -> Path
 
 
 class Stage(NamedTuple):
-    """One stage of a run, ready to go."""
+    """One stage of a run, with everything that it needs."""
 
     config: RunConfig
     group: Group

@@ -1,9 +1,9 @@
-"""The contenders of the workers benchmark, each run in a process of its own: `workers.py` starts them.
+"""The contenders of the workers benchmark, each run in its own process by `workers.py`.
 
-Two are the pipeline's own stages on a fresh local Ray cluster of two CPUs. Their throughput is taken where the work is
-done, so that start-up is not in it: shards by the extraction worker's own clock, training steps by the time stamps of
-the curve. The others are the same code without Ray and without any exchange, for a fixed time: what the machine gives
-to one process, and to two at once.
+Two are the pipeline's own stages on a fresh local Ray cluster of two CPUs. Their throughput excludes the start-up:
+shards are timed by the clock of the extraction worker, training steps by the time stamps of the curve. The others run
+the same code without Ray and without exchange for a fixed time, to show what the machine gives to one process and to
+two at once.
 """
 
 import sys
@@ -30,11 +30,11 @@ from workloads.benchmarks.processes import Watch
 from workloads.benchmarks.staged import Stage, stage_of
 
 _TIMES = "times"
-"""Folder of the storage root where workers leave their clocks."""
+"""Folder of the storage root in which workers write their times."""
 
 
 class TimedShard(activations.ExtractShard):
-    """The extraction worker, and when it was built and busy."""
+    """The extraction worker, which also records when it was built and when it was busy."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -50,7 +50,7 @@ class TimedShard(activations.ExtractShard):
 
 
 def own_rates(shards: list[dict[str, Any]]) -> dict[str, float]:
-    """Tokens per second of every worker together, each from the end of its first shard to the end of its last.
+    """Tokens per second of all workers together, each from the end of its first shard to the end of its last.
 
     The first shard of a worker holds the loading of the models and their check. Idle time between shards counts.
     """
@@ -74,9 +74,9 @@ def curve_rate(curve: list[dict[str, float]], batch_rows: int) -> dict[str, floa
 
 
 def run_stage(path: Path, name: str, after: Callable[[Stage, float], dict[str, float]]) -> dict[str, Any]:
-    """One stage on a fresh cluster; its seconds and processor time by role, and what `after` finds."""
+    """Run one stage on a fresh cluster; its seconds, its processor time by role, and the result of `after`."""
     for module in ("ray.data", "ray.train.torch"):
-        import_module(module)  # seconds that are no part of the cluster's start
+        import_module(module)  # imported first, so that its seconds do not count as start of the cluster
     stage = stage_of(path, name)
     began = time.time()
     with connected(stage.config.resources.cluster, path.with_suffix(".log")):
@@ -90,7 +90,7 @@ def run_stage(path: Path, name: str, after: Callable[[Stage, float], dict[str, f
 
 
 def run_extraction(path: Path) -> dict[str, Any]:
-    """The activations stage; `pool` is the time from its call until the first worker is built."""
+    """Run the activations stage; `pool` is the time from its call until the first worker is built."""
 
     def after(stage: Stage, called: float) -> dict[str, float]:
         storage = stage.context.storage
@@ -106,7 +106,7 @@ def run_extraction(path: Path) -> dict[str, Any]:
 
 
 def run_training(path: Path) -> dict[str, Any]:
-    """The crosscoder stage; `pool` is the time from its call until the first step begins."""
+    """Run the crosscoder stage; `pool` is the time from its call until the first step begins."""
 
     def after(stage: Stage, called: float) -> dict[str, float]:
         curve = read_table(stage.context.storage, f"{stage.step.folder}/{CURVES_NAME}").to_pylist()
@@ -118,13 +118,13 @@ def run_training(path: Path) -> dict[str, Any]:
 
 
 def wait_for_start() -> None:
-    """Tell the benchmark that everything is loaded, and wait until all contenders are."""
+    """Report that everything is loaded, and wait until all contenders are ready."""
     print("ready", flush=True)
     sys.stdin.readline()
 
 
 def bare_extraction(path: Path, seconds: float) -> dict[str, Any]:
-    """The extraction worker's own code in this process."""
+    """Run the code of the extraction worker in this process."""
     torch.set_num_threads(1)
     stage = stage_of(path, ActivationsInputs.NAME)
     inputs = stage.step.inputs
@@ -153,7 +153,7 @@ def bare_extraction(path: Path, seconds: float) -> dict[str, Any]:
 
 
 def bare_training(path: Path, seconds: float, *, rows_share: int = 1, latents_share: int = 1) -> dict[str, Any]:
-    """The training loop's own code in this process, on a share of the rows of a batch or of the latents."""
+    """Run the training loop in this process, on a share of the rows of a batch or of the latents."""
     from dataclasses import replace
 
     from pipeline.numerics.sparsities.batch_topk import BatchTopK
