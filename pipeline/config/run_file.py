@@ -2,8 +2,8 @@
 
 `load(path, overrides)` gives a frozen `RunConfig` or raises one InputError. A preset fills what the file leaves open.
 Overrides are applied to the resolved tree, not to the YAML, so that `--set crosscoders.l1.sparsity.mu=0.02` works
-whether or not the file mentions the key. No file inheritance, no interpolation, no environment variables. Needs
-pydantic and yaml alone.
+whether or not the file mentions the key. No file inheritance, no interpolation, no environment variables. Needs only
+pydantic and yaml.
 """
 
 import difflib
