@@ -79,7 +79,7 @@ def test_imports_go_only_to_the_right_and_ray_and_mlflow_stay_at_the_rim(path: P
         assert place[0] in ("stages", "cluster")
     if "mlflow" in tops:
         assert place == ("tracking", "mlflow_tracker.py")
-    if "httpx2" in tops:
+    if "openai" in tops:
         assert place == ("models", "endpoint.py")
     room = place[0] if len(place) > 1 else ""
     entered = {name.split(".")[1] for name in imported if name.startswith("pipeline.")} - {room}

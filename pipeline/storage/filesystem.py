@@ -15,7 +15,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -190,13 +190,21 @@ class Storage:
 
     def _do(self, action: str, key: str, function: Callable[[], _Result]) -> _Result:
         """The function's result; transient faults of an object store are tried again, others told to the user."""
-        seconds = storage_faults.RETRY_SECONDS if self._has_answered else storage_faults.FIRST_ANSWER_SECONDS
-        url = self.url(key)
+        if self.is_local:
+            attempt = function
+        else:
+            retries = storage_faults.RETRIES if self._has_answered else storage_faults.FIRST_RETRIES
+            attempt = partial(
+                retries.call,
+                function,
+                server=f"storage {self.root}",
+                is_transient=storage_faults.is_transient,
+                describe=storage_faults.describe,
+            )
         try:
-            if self.is_local:
-                return function()
-            result = storage_faults.persist(function, seconds=seconds, what=f"{action} {url}")
+            result = attempt()
         except Exception as error:
+            url = self.url(key)
             explained = storage_faults.explain(error, action, url)
             if explained is None:
                 raise
