@@ -23,8 +23,9 @@ from pipeline.stages.models import ModelLocation
 from pipeline.storage.artifacts import Record, nearest_drift, read_record
 from pipeline.storage.filesystem import Storage
 from pipeline.terminal import Reporter, format_seconds
+from pipeline.tracking.choose import make_tracker
 from pipeline.tracking.run_log import RunLog
-from pipeline.tracking.tracker import Tracker, make_tracker
+from pipeline.tracking.tracker import Tracker
 
 DONE, PARTIAL, MISSING, STALE = "done", "partial", "missing", "stale"
 

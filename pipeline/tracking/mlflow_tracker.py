@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipeline.errors import InputError, first_line
+from pipeline.errors import InputError, causes, first_line
 from pipeline.tracking.tracker import ENTRY_TAG, Dataset, Point, TrackerAwayError, flatten
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -183,10 +183,7 @@ def is_absence(error: BaseException) -> bool:
     """Whether an error of MLflow means that nobody answered, or that a gateway answered in its place."""
     from requests import RequestException
 
-    chain: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in chain:
-        chain.append(current)
-        current = current.__cause__ or current.__context__
     has_code = re.search(r"(error code|status code|server error|HTTP)\D{0,3}(429|50[0234])", str(error), re.IGNORECASE)
-    return has_code is not None or any(isinstance(link, RequestException | ConnectionError) for link in chain)
+    return has_code is not None or any(
+        isinstance(link, RequestException | ConnectionError) for link in causes(error, with_context=True)
+    )

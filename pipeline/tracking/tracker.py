@@ -1,18 +1,13 @@
-"""Where numbers, figures, inputs and models are logged: one seam of a few methods.
+"""What a tracker can do: the few methods by which numbers, figures, inputs and models are logged.
 
 Every call names its run, so one tracker serves parent and child runs. `NoopTracker` logs nothing, `RecordingTracker`
-keeps all in memory for tests. MLflow is in mlflow_tracker.py; spool.py bears a server that is away.
+keeps everything in memory, for tests. MLflow is in mlflow_tracker.py, what waits while its server is away in spool.py;
+choose.py picks one of them.
 """
 
-import contextlib
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
-
-from pipeline.config.resources import TrackingSection
-from pipeline.errors import InputError
-from pipeline.storage.filesystem import Storage
 
 ENTRY_TAG = "crossray.entry"
 """Tag by which a run is found again when the answer to its creation was lost."""
@@ -199,30 +194,6 @@ class RecordingTracker:
     def link(self, run: str) -> str:
         """The run's id."""
         return run
-
-
-def make_tracker(section: TrackingSection, storage: Storage, say: Callable[[str], object] = lambda _: None) -> Tracker:
-    """The tracker of a run. Without a URI: MLFLOW_TRACKING_URI, else a SQLite file under a local storage root.
-
-    What a server cannot take at once waits on the storage root; `say` is told when that begins and ends.
-    """
-    if section.kind == "none":
-        return NoopTracker()
-    from pipeline.tracking.mlflow_tracker import MlflowTracker
-
-    uri = section.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if uri:
-        from pipeline.tracking.spool import SpooledTracker
-
-        return SpooledTracker(MlflowTracker(uri, section.experiment, None), storage, say)
-    root = Path(storage.root) if storage.is_local else Path("runs").resolve()
-    folder = root / "mlflow"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"tracking: cannot create {folder}: {error.strerror}; set tracking.uri") from error
-    with contextlib.redirect_stderr(None):  # the first use of a SQLite file announces each of its tables
-        return MlflowTracker(f"sqlite:///{folder / 'mlflow.db'}", section.experiment, (folder / "artifacts").as_uri())
 
 
 def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
