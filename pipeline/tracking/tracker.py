@@ -5,6 +5,7 @@ keeps everything in memory, for tests. MLflow is in mlflow_tracker.py, what wait
 choose.py picks one of them.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -194,6 +195,11 @@ class RecordingTracker:
     def link(self, run: str) -> str:
         """The run's id."""
         return run
+
+
+def now_ms() -> int:
+    """Now, in milliseconds since 1970: the time of a point of a curve."""
+    return time.time_ns() // 1_000_000
 
 
 def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
