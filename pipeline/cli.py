@@ -10,7 +10,6 @@ import select
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,9 +61,19 @@ def _is_output_closed() -> bool:
     return True
 
 
+class _Version(argparse.Action):
+    """Looks the version up where it is asked for: importing the package metadata takes as long as all else here."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"crossray {version('crossray')}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="crossray", description=_DESCRIPTION)
-    parser.add_argument("--version", action="version", version=f"crossray {version('crossray')}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show program's version number and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, text in (
         ("plan", "print every step with its state, and what the run will cost; touches nothing"),

@@ -6,11 +6,9 @@ tracking server, a language model's endpoint, a cluster that starts) and tells t
 Everything else is left to propagate with its traceback.
 """
 
-import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
@@ -18,7 +16,6 @@ if TYPE_CHECKING:
 _NOTICEABLE_SECONDS = 2.0
 """Waiting for less than this is nothing that a user must know."""
 
-_log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 
@@ -53,12 +50,11 @@ def causes(error: BaseException, *, with_context: bool = False) -> Iterator[Base
         current = current.__cause__ or (current.__context__ if with_context else None)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RetryPolicy:
+class RetryPolicy(NamedTuple):
     """When a failed call is made again: exponential waits with jitter until a deadline or a number of attempts."""
 
     first_wait_seconds: float
-    """Before the second attempt; doubled for each further one, with up to this much at random on top."""
+    """Before the second attempt; doubled for each further one. A random part of up to this much is added to each."""
     longest_wait_seconds: float
     """Bound of each wait."""
     deadline_seconds: float | None = None
@@ -83,8 +79,11 @@ class RetryPolicy:
 
         server: what does not answer, for the user. asked_wait: seconds for which the fault asks to wait, if it does.
         """
+        import logging  # here, like tenacity, so that `crossray --help` does not wait for them
+
         from tenacity import Retrying, retry_if_exception, wait_exponential_jitter
 
+        log = logging.getLogger(__name__)
         started, told = self.clock(), False
         growing = wait_exponential_jitter(
             multiplier=self.first_wait_seconds, max=self.longest_wait_seconds, jitter=self.first_wait_seconds
@@ -106,10 +105,10 @@ class RetryPolicy:
         def tell(state: "RetryCallState") -> None:
             nonlocal told
             fault, seconds = describe(_fault(state)), state.upcoming_sleep
-            _log.info("%s: attempt %d: %s; the next in %.1f s", server, state.attempt_number, fault, seconds)
+            log.info("%s: attempt %d: %s; the next in %.1f s", server, state.attempt_number, fault, seconds)
             if not told and self.clock() - started + seconds >= _NOTICEABLE_SECONDS:
                 told = True
-                _log.warning("%s does not answer (%s): trying again %s", server, fault, self._limit())
+                log.warning("%s does not answer (%s): trying again %s", server, fault, self._limit())
 
         result = Retrying(
             retry=retry_if_exception(is_transient),
@@ -120,7 +119,7 @@ class RetryPolicy:
             reraise=True,
         )(attempt)
         if told:
-            _log.info("%s answers again", server)
+            log.info("%s answers again", server)
         return result
 
     def _limit(self) -> str:

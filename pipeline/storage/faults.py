@@ -7,14 +7,13 @@ at once. filesystem.py does the trying; nothing here reads or writes.
 """
 
 import errno
-from dataclasses import replace
 from http.client import IncompleteRead
 from typing import Any
 
 from pipeline.errors import InputError, RetryPolicy, causes
 
 RETRIES = RetryPolicy(first_wait_seconds=0.2, longest_wait_seconds=20.0, deadline_seconds=300.0, min_attempts=3)
-FIRST_RETRIES = replace(RETRIES, deadline_seconds=10.0)
+FIRST_RETRIES = RETRIES._replace(deadline_seconds=10.0)
 REQUEST_ATTEMPTS = 3
 READ_TIMEOUT_SECONDS = 30
 CONNECT_TIMEOUT_SECONDS = 10

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +114,7 @@ def give_up_soon(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     def sleep(wait: float) -> None:
         seconds[0] += wait
 
-    policy = replace(storage_faults.FIRST_RETRIES, sleep=sleep, clock=lambda: seconds[0])
+    policy = storage_faults.FIRST_RETRIES._replace(sleep=sleep, clock=lambda: seconds[0])
     monkeypatch.setattr(storage_faults, "FIRST_RETRIES", policy)
     monkeypatch.setattr(storage_faults, "REQUEST_ATTEMPTS", 1)
     return seconds

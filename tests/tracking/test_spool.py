@@ -4,7 +4,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +169,7 @@ def test_closing_waits_for_the_server_until_the_deadline(storage: Storage) -> No
         seconds[0] += wait
         server.is_away = seconds[0] < 20
 
-    retries = replace(RETRIES, sleep=sleep, clock=lambda: seconds[0])
+    retries = RETRIES._replace(sleep=sleep, clock=lambda: seconds[0])
     tracker = SpooledTracker(server, storage, said.append, retries=retries)
     run = tracker.start_run("first", {})
     server.is_away = True
