@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _is_output_closed() -> bool:
-    """True where whoever read standard output, like `head`, has left; then nothing more is written to it."""
+    """Whether the reader of standard output, like `head`, has closed it; if so, nothing more is written to it."""
     output = sys.stdout.fileno()
     poll = select.poll()
     poll.register(output, select.POLLOUT)
@@ -174,7 +174,7 @@ def _run(parsed: argparse.Namespace) -> int:
 
 @contextmanager
 def _console() -> Iterator["Console"]:
-    """Progress on a copy of standard error: the original goes to a log file while Ray works (cluster.connected)."""
+    """Progress on a copy of standard error: cluster.connected sends the original to a log file while Ray runs."""
     from pipeline.terminal import Console
 
     with os.fdopen(os.dup(2), "w") as terminal, closing(Console(terminal)) as console:
@@ -230,7 +230,7 @@ def _submit(parsed: argparse.Namespace) -> int:
 
 
 def _follow(jobs: "Jobs", name: str) -> int:
-    """Copy a job's log to the terminal until it ends; its exit code is ours, and why it failed is the last line."""
+    """Copy a job's log to the terminal until it ends, then say why it failed if it did; the job's exit code."""
     try:
         state = jobs.follow(name, lambda text: print(text, end="", flush=True))
     except KeyboardInterrupt:

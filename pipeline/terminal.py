@@ -44,7 +44,7 @@ class Reporter(Protocol):
         ...
 
     def progress(self, progress: "Progress") -> None:
-        """The state of the stage at hand; called as often as one likes."""
+        """How far the current stage is; may be called as often as one likes."""
         ...
 
 

@@ -41,7 +41,7 @@ class TrackerAwayError(Exception):
 
 
 class Tracker(Protocol):
-    """What a run tells the outside world. Every call may be repeated: nothing is then there twice."""
+    """Where a run logs. Every call may be repeated without anything being there twice."""
 
     def start_run(
         self, name: str, tags: Mapping[str, str], parent: str | None = None, time_ms: int | None = None
@@ -83,7 +83,7 @@ class Tracker(Protocol):
 
 
 class TrackingServer(Tracker, Protocol):
-    """A tracker that may be away (TrackerAwayError) and remembers runs by tag."""
+    """A tracker whose server may be away (TrackerAwayError) and finds runs by their tag."""
 
     def find_run(self, entry: str) -> str:
         """The id of the run whose tag ENTRY_TAG has this value."""
@@ -100,7 +100,7 @@ class NoopTracker:
         parent: str | None = None,  # noqa: ARG002
         time_ms: int | None = None,  # noqa: ARG002
     ) -> str:
-        """Return an id that leads nowhere."""
+        """Return an id that means nothing."""
         return "none"
 
     def log_params(self, run: str, params: Mapping[str, Any]) -> None:
@@ -130,7 +130,7 @@ class NoopTracker:
 
 
 class RecordedRun(NamedTuple):
-    """All that a RecordingTracker was told about one run."""
+    """Everything that was logged of one run."""
 
     name: str
     parent: str | None

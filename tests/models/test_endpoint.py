@@ -143,7 +143,7 @@ def test_a_reply_without_text_is_an_empty_answer(talker: Talker, endpoint: Makin
     assert endpoint().ask(ASKED).text == ""
 
 
-def test_a_key_in_an_answer_is_blotted_out(talker: Talker, endpoint: Making) -> None:
+def test_a_key_in_an_answer_is_removed(talker: Talker, endpoint: Making) -> None:
     talker.reply = lambda request: chat_reply(f"your header was {request.key}")
     assert endpoint().ask(ASKED).text == "your header was Bearer [key]"
 
