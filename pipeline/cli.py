@@ -8,10 +8,8 @@ import argparse
 import os
 import select
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib.metadata import version
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,10 +25,17 @@ _DESCRIPTION = "Tells what fine-tuning changed inside a language model, and prov
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
-    parsed = _parser().parse_args(arguments)
-    _quieten()
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    if parsed.command is None:
+        parser.print_help()
+        return 0
+    _set_library_defaults()
     try:
-        code = int(_COMMANDS[parsed.command](parsed))
+        from pipeline.tracking.log_file import terminal_logging
+
+        with terminal_logging(lambda text: print(text, file=sys.stderr)):
+            code = int(_COMMANDS[parsed.command](parsed))
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -46,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _is_output_closed() -> bool:
-    """True where whoever read standard output, like `head`, has left; then nothing more is written to it."""
+    """Whether the reader of standard output, like `head`, has closed it; if so, nothing more is written to it."""
     output = sys.stdout.fileno()
     poll = select.poll()
     poll.register(output, select.POLLOUT)
@@ -56,10 +61,20 @@ def _is_output_closed() -> bool:
     return True
 
 
+class _Version(argparse.Action):
+    """Looks the version up where it is asked for: importing the package metadata takes as long as all else here."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"crossray {version('crossray')}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="crossray", description=_DESCRIPTION)
-    parser.add_argument("--version", action="version", version=f"crossray {version('crossray')}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show program's version number and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, text in (
         ("plan", "print every step with its state, and what the run will cost; touches nothing"),
         ("run", "make what is missing, then print the verdict"),
@@ -114,12 +129,11 @@ def _config(parsed: argparse.Namespace) -> "RunConfig":
     return load(Path(parsed.file), parsed.set)
 
 
-def _quieten() -> None:
-    """Keep libraries' start-up noise from the terminal; errors still come through."""
+def _set_library_defaults() -> None:
+    """Turn off progress bars and start-up messages that libraries write past logging; the user may set them again."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore")
 
 
 def _plan(parsed: argparse.Namespace) -> int:
@@ -142,25 +156,29 @@ def _plan(parsed: argparse.Namespace) -> int:
 
 def _run(parsed: argparse.Namespace) -> int:
     from pipeline.run import runner
+    from pipeline.storage.filesystem import Storage
     from pipeline.terminal import format_seconds
+    from pipeline.tracking.log_file import run_logging
 
     config = _config(parsed)
-    with _console() as console:
+    with _console() as console, run_logging(Storage(config.storage.root), config.name, console.note) as log:
         outcome = runner.run(config, console)
     print(outcome.verdict)
     print(f"report   {outcome.report_path}")
     print(f"mlflow   {outcome.tracking_link or 'unchanged: this run had nothing to log'}")
+    if log.is_written:
+        print(f"log      {log.url}")
     print(f"time     {format_seconds(outcome.seconds)}")
     return 0
 
 
 @contextmanager
 def _console() -> Iterator["Console"]:
-    """Progress on a copy of standard error: the original goes to a log file while Ray works (cluster/connect.py)."""
+    """Progress on a copy of standard error: cluster.connected sends the original to a log file while Ray runs."""
     from pipeline.terminal import Console
 
-    with os.fdopen(os.dup(2), "w") as terminal:
-        yield Console(lambda text: print(text, end="", file=terminal, flush=True), is_terminal=terminal.isatty())
+    with os.fdopen(os.dup(2), "w") as terminal, closing(Console(terminal)) as console:
+        yield console
 
 
 def _report(parsed: argparse.Namespace) -> int:
@@ -177,7 +195,9 @@ def _benchmark(parsed: argparse.Namespace) -> int:
     from pipeline.config.run_file import load_as, read_tree
     from pipeline.planted import benchmark, pair
     from pipeline.planted.settings import BenchmarkConfig
+    from pipeline.storage.filesystem import Storage
     from pipeline.terminal import format_seconds
+    from pipeline.tracking.log_file import run_logging
 
     path = Path(parsed.file)
     if "world" not in read_tree(path):
@@ -186,7 +206,8 @@ def _benchmark(parsed: argparse.Namespace) -> int:
         print(pair.run(_config(parsed)))
         return 0
     config = benchmark.with_checkpoints(load_as(BenchmarkConfig, path, parsed.set), parsed.checkpoint)
-    with _console() as console:
+    storage = Storage(config.storage.root)
+    with _console() as console, run_logging(storage, config.name, console.note):
         results = benchmark.run(config, console)
     seed, activations = next(iter(results.activations.items()))
     print(results.text)
@@ -209,7 +230,7 @@ def _submit(parsed: argparse.Namespace) -> int:
 
 
 def _follow(jobs: "Jobs", name: str) -> int:
-    """Copy a job's log to the terminal until it ends; its exit code is ours, and why it failed is the last line."""
+    """Copy a job's log to the terminal until it ends, then say why it failed if it did; the job's exit code."""
     try:
         state = jobs.follow(name, lambda text: print(text, end="", flush=True))
     except KeyboardInterrupt:
@@ -266,7 +287,6 @@ def _verify(parsed: argparse.Namespace) -> int:
     from pipeline.run.flow import build_flow
     from pipeline.run.verify import all_folders, verify
     from pipeline.storage.filesystem import Storage
-    from pipeline.terminal import Console
 
     if parsed.root is not None:
         storage = Storage(parsed.root)
@@ -275,8 +295,8 @@ def _verify(parsed: argparse.Namespace) -> int:
         config = _config(parsed)
         storage = Storage(config.storage.root)
         folders = [step.folder for step in build_flow(config).steps]
-    console = Console(lambda text: print(text, end="", file=sys.stderr, flush=True), is_terminal=sys.stderr.isatty())
-    result = verify(storage, folders, console)
+    with _console() as console:
+        result = verify(storage, folders, console)
     unfinished = f", {result.num_unfinished} unfinished" if result.num_unfinished else ""
     print(f"{result.num_artifacts} artifacts, {result.num_bytes:,} bytes: {len(result.faults)} faults{unfinished}")
     return 2 if result.faults else 0

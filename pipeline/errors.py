@@ -1,8 +1,22 @@
-"""The two kinds of failure that a user can act on.
+"""Failures: the two kinds that a user can act on, and the one policy for those that may pass.
 
-All other errors propagate with their traceback. `cli.main` turns these into one line and an exit code; code below it
-catches them only to add where the fault is and raise again.
+`cli.main` turns a CrossrayError into one line and an exit code; code below it catches them only to add where the fault
+is and raise again. A `RetryPolicy` repeats a call to a server that is busy or away (the object store, the tracking
+server, a language model's endpoint, a cluster that starts) and tells the user when that takes noticeably long. All
+other errors propagate with their traceback.
 """
+
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
+
+_NOTICEABLE_SECONDS = 2.0
+"""Waiting for less than this is nothing that a user must know."""
+
+_Result = TypeVar("_Result")
 
 
 class CrossrayError(Exception):
@@ -24,3 +38,98 @@ class ArtifactError(InputError):
 def first_line(error: BaseException) -> str:
     """What another library's exception says, on one line; its class where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def causes(error: BaseException, *, with_context: bool = False) -> Iterator[BaseException]:
+    """The error and the ones that it was raised from, newest first; with_context adds what was being handled then."""
+    seen: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in seen:
+        seen.append(current)
+        yield current
+        current = current.__cause__ or (current.__context__ if with_context else None)
+
+
+class RetryPolicy(NamedTuple):
+    """When a failed call is made again: exponential waits with jitter until a deadline or a number of attempts."""
+
+    first_wait_seconds: float
+    """Before the second attempt; doubled for each further one. A random part of up to this much is added to each."""
+    longest_wait_seconds: float
+    """Bound of each wait."""
+    deadline_seconds: float | None = None
+    """No further attempt starts so long after the first one began; None: max_attempts alone decides."""
+    min_attempts: int = 1
+    """Made even where the deadline has passed, as after one attempt that took very long."""
+    max_attempts: int | None = None
+    """None: the deadline alone decides."""
+    sleep: Callable[[float], None] = time.sleep
+    clock: Callable[[], float] = time.monotonic
+
+    def call(
+        self,
+        attempt: Callable[[], _Result],
+        *,
+        server: str,
+        is_transient: Callable[[BaseException], bool],
+        describe: Callable[[BaseException], str] = first_line,
+        asked_wait: Callable[[BaseException], float] = lambda _: 0.0,
+    ) -> _Result:
+        """The result of `attempt`, which must be safe to repeat; the last fault is raised as it came.
+
+        server: what does not answer, for the user. asked_wait: seconds for which the fault asks to wait, if it does.
+        """
+        import logging  # here, like tenacity, so that `crossray --help` does not wait for them
+
+        from tenacity import Retrying, retry_if_exception, wait_exponential_jitter
+
+        log = logging.getLogger(__name__)
+        started, told = self.clock(), False
+        growing = wait_exponential_jitter(
+            multiplier=self.first_wait_seconds, max=self.longest_wait_seconds, jitter=self.first_wait_seconds
+        )
+
+        def left() -> float:
+            passed = self.clock() - started
+            return float("inf") if self.deadline_seconds is None else max(0.0, self.deadline_seconds - passed)
+
+        def is_over(state: "RetryCallState") -> bool:
+            number = state.attempt_number
+            is_last = self.max_attempts is not None and number >= self.max_attempts
+            return is_last or (left() == 0 and number >= self.min_attempts)
+
+        def wait(state: "RetryCallState") -> float:
+            longest = min(self.longest_wait_seconds, max(left(), self.first_wait_seconds))
+            return min(longest, max(growing(state), asked_wait(_fault(state))))
+
+        def tell(state: "RetryCallState") -> None:
+            nonlocal told
+            fault, seconds = describe(_fault(state)), state.upcoming_sleep
+            log.info("%s: attempt %d: %s; the next in %.1f s", server, state.attempt_number, fault, seconds)
+            if not told and self.clock() - started + seconds >= _NOTICEABLE_SECONDS:
+                told = True
+                log.warning("%s does not answer (%s): trying again %s", server, fault, self._limit())
+
+        result = Retrying(
+            retry=retry_if_exception(is_transient),
+            stop=is_over,
+            wait=wait,
+            before_sleep=tell,
+            sleep=self.sleep,
+            reraise=True,
+        )(attempt)
+        if told:
+            log.info("%s answers again", server)
+        return result
+
+    def _limit(self) -> str:
+        if self.deadline_seconds is None:
+            return f"up to {(self.max_attempts or 1) - 1} times"
+        return f"for up to {self.deadline_seconds:.0f} s"
+
+
+def _fault(state: "RetryCallState") -> BaseException:
+    assert state.outcome is not None
+    fault = state.outcome.exception()
+    assert fault is not None
+    return fault

@@ -1,15 +1,35 @@
-"""What a user sees while a run works: done, total, rate and time left of the stage at hand.
+"""What a user sees while a run works, and tables of text: the only file that imports rich.
 
-`Progress` does the arithmetic, `Console` turns it into lines for a terminal (one that is overwritten) or for a log (a
-new one every few seconds). Nothing here prints: the command line hands in the function that writes.
+`Progress` does the arithmetic, `Console` shows it: on a terminal as one line with a bar that is redrawn in place, in a
+log as a new plain line every few seconds. Messages go to the run's log file too (tracking/log_file.py). rich is
+imported when the first line is drawn, so that commands which draw nothing do not wait for it.
 """
 
+import logging
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import cached_property
+from typing import IO, TYPE_CHECKING, Protocol
 
-_LINE_EVERY_SECONDS = {True: 0.2, False: 10.0}  # a terminal's line is overwritten, a log's lines pile up
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+_TERMINAL_SECONDS, _LOG_SECONDS = 0.2, 10.0
+"""Between two lines: a terminal's is redrawn in place, a log's pile up."""
+_WINDOW_SECONDS = 30.0
+"""Over which the rate is measured."""
+_SAMPLE_SECONDS = 0.25
+"""Between two points of that window."""
+_BAR_WIDTHS = (8, 24)
+"""Fewest and most letters of a bar."""
+_UNLIMITED_WIDTH = 10_000
+
+_log = logging.getLogger(__name__)
 
 
 class Reporter(Protocol):
@@ -19,8 +39,12 @@ class Reporter(Protocol):
         """A line that stays."""
         ...
 
+    def step(self, number: int, total: int) -> None:
+        """Which step of the run begins, from 1; shown with the progress of this step."""
+        ...
+
     def progress(self, progress: "Progress") -> None:
-        """The state of the stage at hand; called as often as one likes."""
+        """How far the current stage is; may be called as often as one likes."""
         ...
 
 
@@ -28,7 +52,9 @@ class Reporter(Protocol):
 class Progress:
     """How far a stage is.
 
-    Rate and time left are measured from the first update, so that start-up does not make an estimate look bad.
+    The rate is that of the last _WINDOW_SECONDS, counted from the first update, so that neither a slow start nor a
+    change of pace spoils the time left. rich keeps such a window too, but not without a display, and it leaves out the
+    first sample, which is half of what a stage with few updates has.
     """
 
     stage: str
@@ -36,23 +62,27 @@ class Progress:
     unit: str
     done: int = 0
     note: str = ""
-    _start: tuple[float, int] | None = field(default=None, repr=False)
+    clock: Callable[[], float] = field(default=time.monotonic, repr=False)
+    _samples: deque[tuple[float, int]] = field(default_factory=deque, repr=False)
 
     def update(self, done: int, note: str = "") -> "Progress":
         """Set the units done so far (not the increment)."""
-        if self._start is None:
-            self._start = (time.monotonic(), done)
         self.done, self.note = done, note
+        now = self.clock()
+        if len(self._samples) > 1 and now - self._samples[-2][0] < _SAMPLE_SECONDS:
+            self._samples.pop()
+        self._samples.append((now, done))
+        while len(self._samples) > 2 and self._samples[1][0] <= now - _WINDOW_SECONDS:
+            self._samples.popleft()
         return self
 
     @property
     def per_second(self) -> float | None:
-        """Units per second since the first update; None while that cannot be told."""
-        if self._start is None:
+        """Units per second in the window; None while that cannot be told."""
+        if not self._samples:
             return None
-        seconds = time.monotonic() - self._start[0]
-        gained = self.done - self._start[1]
-        return gained / seconds if seconds > 0 and gained > 0 else None
+        (start, first), (end, last) = self._samples[0], self._samples[-1]
+        return (last - first) / (end - start) if end > start and last > first else None
 
     @property
     def seconds_left(self) -> float | None:
@@ -60,10 +90,10 @@ class Progress:
         rate = self.per_second
         return (self.total - self.done) / rate if rate else None
 
-    def line(self) -> str:
-        """`activations  120,000/300,000 rows  40%  21,000 rows/s  8 s left`."""
+    def details(self) -> str:
+        """`120,000/300,000 rows  40%  21,000 rows/s  8 s left`."""
         share = f"{100 * self.done / self.total:.0f}%" if self.total else "100%"
-        parts = [f"{self.stage:<12}", f"{self.done:,}/{self.total:,} {self.unit}", share]
+        parts = [f"{self.done:,}/{self.total:,} {self.unit}", share]
         if rate := self.per_second:
             parts.append(f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2g} {self.unit}/s")
         if (left := self.seconds_left) is not None:
@@ -71,6 +101,10 @@ class Progress:
         if self.note:
             parts.append(self.note)
         return "  ".join(parts)
+
+    def line(self) -> str:
+        """The stage and its details, as a log shows them."""
+        return f"{self.stage:<12}  {self.details()}"
 
 
 def format_seconds(seconds: float) -> str:
@@ -84,40 +118,88 @@ def format_seconds(seconds: float) -> str:
 
 
 class Console:
-    """A Reporter for a terminal or a log file.
+    """A Reporter for a terminal or a log file; to be closed, which leaves the terminal as it was.
 
-    Args of the constructor: `write` puts text out without adding a newline; `is_terminal` says whether a line may be
-    overwritten.
+    Args of the constructor: `file`, an open text stream; `is_terminal`, whether a line of it can be redrawn (default:
+    the stream's own answer).
     """
 
-    def __init__(self, write: Callable[[str], object], *, is_terminal: bool) -> None:
-        self._write = write
-        self._is_terminal = is_terminal
-        self._last = 0.0
-        self._open_line = ""
+    def __init__(
+        self, file: IO[str], *, is_terminal: bool | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._file = file
+        self._is_terminal = file.isatty() if is_terminal is None else is_terminal
+        self._clock = clock
+        self._last_seconds = float("-inf")
+        self._last_progress: Progress | None = None
+        self._step = ""
+        self._live: Live | None = None
+
+    @cached_property
+    def _rich(self) -> "RichConsole":
+        from rich.console import Console as RichConsole
+
+        return RichConsole(file=self._file, force_terminal=True, markup=False, highlight=False, emoji=False)
 
     def message(self, text: str) -> None:
-        """Write a line that stays, below a finished progress line."""
-        self._close_line()
-        self._write(f"{text}\n")
+        """Write a line that stays, above the progress line; keep it in the run's log file too."""
+        _log.info("%s", text)
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """Write a line that stays without logging it, as what shows what was logged must."""
+        if self._live is not None:
+            self._rich.print(text, soft_wrap=True)
+        else:
+            self._file.write(f"{text}\n")
+            self._file.flush()
+
+    def step(self, number: int, total: int) -> None:
+        """Show this position with the progress from now on."""
+        self._step = f"step {number} of {total}"
 
     def progress(self, progress: Progress) -> None:
-        """Write the progress line if enough time has passed since the last one, or if the stage is finished."""
-        now = time.monotonic()
-        if now - self._last < _LINE_EVERY_SECONDS[self._is_terminal] and progress.done < progress.total:
+        """Show the progress if enough time has passed since it was last shown, or if the stage is finished."""
+        now, is_finished = self._clock(), progress.done >= progress.total
+        is_new = self._is_terminal and progress is not self._last_progress
+        pause = _TERMINAL_SECONDS if self._is_terminal else _LOG_SECONDS
+        if now - self._last_seconds < pause and not is_finished and not is_new:
             return
-        self._last = now
-        line = progress.line()
+        self._last_seconds, self._last_progress = now, progress
         if self._is_terminal:
-            self._write(f"\r{line:<{len(self._open_line)}}")
-            self._open_line = line
+            self._draw(progress)
+            if is_finished:
+                self.close()
         else:
-            self._write(f"{line}\n")
+            self.note("  ".join(part for part in (self._step, progress.line()) if part))
 
-    def _close_line(self) -> None:
-        if self._open_line:
-            self._write("\n")
-            self._open_line = ""
+    def close(self) -> None:
+        """Leave the progress line as it is and begin a new one below it."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _draw(self, progress: Progress) -> None:
+        from rich.live import Live
+
+        if self._live is None:
+            self._live = Live(console=self._rich, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+            self._live.start()
+        self._live.update(self._line(progress), refresh=True)
+
+    def _line(self, progress: Progress) -> "Table | Text":
+        """One line, cut where the terminal ends; the bar takes what room there is."""
+        from rich.progress_bar import ProgressBar
+        from rich.table import Column, Table
+        from rich.text import Text
+
+        head, details = f"{self._step}  {progress.stage}".strip(), progress.details()
+        room = min(_BAR_WIDTHS[1], self._rich.width - len(f"{head}    {details}"))
+        if room < _BAR_WIDTHS[0]:
+            return Text(f"{head}  {details}", no_wrap=True, overflow="ellipsis")
+        line = Table.grid(Column(no_wrap=True), Column(width=room), Column(no_wrap=True), padding=(0, 2, 0, 0))
+        line.add_row(head, ProgressBar(progress.total, progress.done), details)
+        return line
 
 
 class SilentReporter:
@@ -130,5 +212,38 @@ class SilentReporter:
         """Keep the line."""
         self.messages.append(text)
 
+    def step(self, number: int, total: int) -> None:
+        """Nothing is shown."""
+
     def progress(self, progress: Progress) -> None:
         """Nothing is shown."""
+
+
+def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, align_numbers: bool = True) -> str:
+    """A table as plain text of any width: a header, a rule, and the rows, without a final newline.
+
+    align_numbers: columns after the first whose cells all begin with a digit or "-" are aligned to the right.
+    """
+    from io import StringIO
+
+    from rich.console import Console as RichConsole
+    from rich.rule import Rule
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = list(rows)
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for place in range(len(columns)):
+        is_number = align_numbers and place > 0 and all(_is_number(row[place]) for row in rows)
+        table.add_column(justify="right" if is_number else "left", no_wrap=True)
+    table.add_row(*map(Text, columns))
+    table.add_row(*(Rule(characters="-", style="") for _ in columns))
+    for row in rows:
+        table.add_row(*map(Text, row))
+    text = StringIO()
+    RichConsole(file=text, width=_UNLIMITED_WIDTH, color_system=None, force_terminal=False).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def _is_number(cell: str) -> bool:
+    return cell[:1].isdigit() or cell[:1] == "-"

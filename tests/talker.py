@@ -24,6 +24,7 @@ class Request(NamedTuple):
     path: str
     key: str
     body: dict[str, Any]
+    headers: dict[str, str]
 
     @property
     def words(self) -> str:
@@ -90,7 +91,8 @@ def talking() -> Iterator[Talker]:
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            status, headers, data = talker.handle(Request(self.path, self.headers.get("Authorization", ""), body))
+            key = self.headers.get("Authorization", "")
+            status, headers, data = talker.handle(Request(self.path, key, body, dict(self.headers)))
             try:
                 self.send_response(status)
                 for name, value in {**headers, "Content-Length": str(len(data))}.items():

@@ -1,26 +1,51 @@
-"""Rate, time left and lines of progress."""
+"""Rate, time left, the lines of a log, the redrawn line of a terminal, and tables; time is injected."""
+
+import io
+import re
 
 import pytest
 
-from pipeline.terminal import Console, Progress, format_seconds
+from pipeline.terminal import Console, Progress, format_seconds, text_table
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.seconds = 100.0
+
+    def __call__(self) -> float:
+        return self.seconds
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    now = [100.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
-    return now
+def clock() -> Clock:
+    return Clock()
 
 
-def test_rate_and_time_left_count_from_the_first_update(clock: list[float]) -> None:
-    progress = Progress("activations", 300, "rows").update(100)
+def test_rate_and_time_left_count_from_the_first_update(clock: Clock) -> None:
+    progress = Progress("activations", 300, "rows", clock=clock).update(100)
     assert progress.per_second is None
     assert progress.seconds_left is None
-    clock[0] += 10
+    clock.seconds += 10
     progress.update(200)
     assert progress.per_second == 10.0
     assert progress.seconds_left == 10.0
     assert progress.line() == "activations   200/300 rows  67%  10 rows/s  10 s left"
+
+
+def test_the_rate_forgets_what_is_older_than_half_a_minute(clock: Clock) -> None:
+    progress = Progress("x", 10_000, "rows", clock=clock)
+    for second in range(100):
+        progress.update(second if second < 50 else 50 + 20 * (second - 50))
+        clock.seconds += 1
+    assert progress.per_second == 20.0
+
+
+def test_many_updates_in_one_moment_are_one_point_of_the_window(clock: Clock) -> None:
+    progress = Progress("x", 10_000, "rows", clock=clock)
+    for done in range(5000):
+        progress.update(done)
+        clock.seconds += 0.001
+    assert progress.per_second == pytest.approx(1000.0)
 
 
 def test_an_empty_stage_is_complete() -> None:
@@ -34,26 +59,75 @@ def test_durations_read_well(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
 
 
-def test_a_terminal_line_is_overwritten_and_messages_stay(clock: list[float]) -> None:
-    written: list[str] = []
-    console = Console(written.append, is_terminal=True)
-    progress = Progress("x", 10, "rows")
-    console.progress(progress.update(1))
-    clock[0] += 1
-    console.progress(progress.update(5))
-    console.message("done")
-    assert written[0].startswith("\rx")
-    assert written[1].startswith("\rx")
-    assert written[2:] == ["\n", "done\n"]
-
-
-def test_a_log_gets_few_lines_but_always_the_last(clock: list[float]) -> None:
-    written: list[str] = []
-    console = Console(written.append, is_terminal=False)
-    progress = Progress("x", 100, "rows")
+def test_a_log_gets_few_lines_but_always_the_last(clock: Clock) -> None:
+    file = io.StringIO()
+    console = Console(file, is_terminal=False, clock=clock)
+    progress = Progress("x", 100, "rows", clock=clock)
+    console.step(5, 19)
     for done in range(101):
         console.progress(progress.update(done))
-        clock[0] += 0.5
-    assert len(written) == 6
-    assert "100/100" in written[-1]
-    assert all(line.endswith("\n") for line in written)
+        clock.seconds += 0.5
+    console.message("done")
+    console.close()
+    lines = file.getvalue().splitlines()
+    assert len(lines) == 7
+    assert all(line.startswith("step 5 of 19  x ") for line in lines[:-1])
+    assert "100/100" in lines[-2] and lines[-1] == "done"
+    assert file.getvalue().isascii() and "\x1b" not in file.getvalue()
+
+
+def drawn(file: io.StringIO) -> list[str]:
+    """What was drawn, line by line and state by state, without colours and movements of the cursor."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).replace("\r", "\n").splitlines()
+
+
+@pytest.mark.parametrize("width", [20, 50, 80, 200])
+def test_a_terminal_line_is_redrawn_and_never_wider_than_the_terminal(
+    clock: Clock, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm-256color")
+    file = io.StringIO()
+    console = Console(file, is_terminal=True, clock=clock)
+    console.step(12, 19)
+    progress = Progress("activations", 1_000_000, "rows", clock=clock)
+    for done in range(0, 900_001, 100_000):
+        console.progress(progress.update(done, "loss 9.741  5.063"))
+        clock.seconds += 1
+    console.message("a message that stays")
+    console.close()
+    lines = drawn(file)
+    assert max(len(line) for line in lines) <= width
+    assert lines.count("a message that stays") == 1
+    states = [line for line in lines if line.startswith("step 12 of 19")]
+    assert len(states) >= 10 and file.getvalue().count("\n") == 2  # the message's line, and the last state's
+    assert ("loss 9.741  5.063" in states[-1]) == (width == 200)
+
+
+def test_a_terminal_is_left_with_its_cursor(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    file = io.StringIO()
+    console = Console(file, is_terminal=True, clock=clock)
+    console.progress(Progress("x", 10, "rows", clock=clock).update(1))
+    assert file.getvalue().count("\x1b[?25h") == 0
+    console.close()
+    assert file.getvalue().count("\x1b[?25l") == file.getvalue().count("\x1b[?25h") == 1
+
+
+def test_a_table_is_plain_text_with_numbers_to_the_right() -> None:
+    rows = [["l1", "[bold]a", "1,024"], ["batch_topk", "", "-"]]
+    assert text_table(["", "word", "latents"], rows).splitlines() == [
+        "            word     latents",
+        "----------  -------  -------",
+        "l1          [bold]a    1,024",
+        "batch_topk                 -",
+    ]
+    left = text_table(["", "word", "latents"], rows, align_numbers=False).splitlines()
+    assert left[2:] == ["l1          [bold]a  1,024", "batch_topk           -"]
+
+
+def test_a_table_may_be_wider_than_any_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    header, rule, row = text_table(["a", "b"], [["x" * 300, "y" * 300]]).splitlines()
+    assert row == f"{'x' * 300}  {'y' * 300}" and rule == f"{'-' * 300}  {'-' * 300}"
+    assert header == f"a{' ' * 301}b"

@@ -22,6 +22,7 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
+_log = logging.getLogger(__name__)
 _OBJECT_STORE_LIMIT = 2_000_000_000
 _POLL_SECONDS = 0.5
 _autoscales = False
@@ -61,22 +62,27 @@ def _start(section: ClusterSection) -> None:
     common: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     if section.address == "local":
         memory = section.object_store_bytes or min(_OBJECT_STORE_LIMIT, _memory_bytes() // 10)
-        ray.init(
+        info = ray.init(
             address="local",
             num_cpus=section.num_cpus,
             include_dashboard=False,
             object_store_memory=memory,
             **common,
         )
+        _name_log(info.address_info)
         return
     try:
         use_token()
-        ray.init(address=section.address, **common)
+        _name_log(ray.init(address=section.address, **common).address_info)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(
             f"resources.cluster.address: expected a running Ray cluster at {section.address!r}: "
             f"{first_line(error)}; start one with `ray start --head` or use address: local"
         ) from error
+
+
+def _name_log(address_info: Mapping[str, Any]) -> None:
+    _log.info("what workers log is in Ray's session log: %s/logs", address_info.get("session_dir"))
 
 
 def use_token() -> None:
@@ -253,10 +259,16 @@ def listening(on_event: Callable[[Any], None]) -> Iterator[Board]:
 
 
 def set_worker_threads(cpus: float) -> None:
-    """Set the threads of this worker's torch to its CPUs, at least one."""
+    """Give this worker's torch as many threads as it was given CPUs, at least one; send its log to Ray's session log.
+
+    Ray keeps a worker's standard error there, which is where basicConfig writes.
+    """
     import torch
 
     torch.set_num_threads(max(1, int(cpus)))
+    logging.basicConfig(format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+    logging.captureWarnings(True)
 
 
 def timestamp_ms() -> int:

@@ -1,11 +1,11 @@
 """Runs as jobs of a distant Ray cluster: packed, submitted, watched, stopped.
 
 A job carries this project's code, the resolved run file and the small local files that it names; the cluster needs
-nothing but the same Python packages. Where a submitted run keeps its artifacts and its tracking must be reachable from
-every node, so folders of this machine are refused here rather than lost there.
+only the same Python packages. Every node must reach the storage root and the tracking server of a submitted run, so
+folders of this machine are refused before the job is sent.
 
-No secret travels: Ray keeps a job's environment in clear text and shows it in the dashboard. Credentials belong into
-the environment of the cluster's nodes.
+A job carries no secrets: Ray keeps a job's environment in clear text and shows it in the dashboard. Credentials belong
+in the environment of the cluster's nodes.
 """
 
 import asyncio
@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.util import find_spec
@@ -25,7 +24,7 @@ from urllib.parse import urlsplit
 
 from pipeline.cluster.connect import use_token
 from pipeline.config.run_file import RunConfig
-from pipeline.errors import InputError
+from pipeline.errors import InputError, RetryPolicy
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _PACKAGES = ("pipeline",)
@@ -34,16 +33,15 @@ _FILE_KEYS = frozenset({"paths", "prompts_path", "chat_template", "source", "ada
 """Keys of a run file whose values may name a file or folder of this machine."""
 _MAX_FILE_BYTES = 100_000_000
 """Of all local files together; more belongs on the object store, once, not into every job."""
-_START_SECONDS = 60.0
-"""A cluster answers before its nodes take jobs; so long a submission is tried again."""
-_TALKATIVE = (
+_START_RETRIES = RetryPolicy(first_wait_seconds=0.5, longest_wait_seconds=2.0, deadline_seconds=60.0)
+_NOISY_LOGGERS = (
     "ray.dashboard.modules.job.sdk",
     "ray.dashboard.modules.dashboard_sdk",
     "ray._private.runtime_env.packaging",
 )
-"""Loggers that tell of uploads and closed sockets."""
-_SENDER = "crossray: "
-"""What the command line puts before the line in which it refuses."""
+"""They report uploads and closed sockets at INFO."""
+_ERROR_PREFIX = "crossray: "
+"""What the command line puts before an error."""
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 
 
@@ -71,8 +69,8 @@ class Jobs:
         from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
-        for talkative in _TALKATIVE:
-            logging.getLogger(talkative).setLevel(logging.WARNING)
+        for name in _NOISY_LOGGERS:
+            logging.getLogger(name).setLevel(logging.WARNING)
         self.address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
         if urlsplit(self.address).scheme not in ("http", "https"):
             raise InputError(
@@ -119,15 +117,12 @@ class Jobs:
         return name
 
     def _submit(self, **job: Any) -> None:
-        deadline = time.monotonic() + _START_SECONDS
-        while True:
-            try:
-                self._asked(self._client.submit_job, **job)
-                return
-            except InputError as error:
-                if "No available agent" not in str(error) or time.monotonic() > deadline:
-                    raise
-            time.sleep(1)
+        """A cluster answers before its nodes take jobs, so this is tried for a while."""
+        _START_RETRIES.call(
+            lambda: self._asked(self._client.submit_job, **job),
+            server=self.address,
+            is_transient=lambda error: isinstance(error, InputError) and "No available agent" in str(error),
+        )
 
     def states(self, name: str | None = None) -> list[JobState]:
         """One job, or all of them, newest first."""
@@ -174,8 +169,8 @@ class Jobs:
             lines = self._log_lines(job.submission_id)
             last_line = lines[-1] if status == "RUNNING" and lines else ""
             if status == "FAILED":
-                said = str(job.message or "").partition(", last available logs")[0]  # which may be long
-                last_line = _reason(lines) or " ".join(said.split())
+                message = str(job.message or "").partition(", last available logs")[0]  # which may be long
+                last_line = _reason(lines) or " ".join(message.split())
         return JobState(
             job.submission_id,
             status,
@@ -195,9 +190,9 @@ class Jobs:
 
 
 def _reason(lines: Sequence[str]) -> str:
-    """The line with which a run said why it ended, without its sender; empty where it said nothing."""
-    said = [line.removeprefix(_SENDER) for line in lines if line.startswith(_SENDER)]
-    return said[-1] if said else ""
+    """The last error of a run's log, without the prefix; empty where there is none."""
+    errors = [line.removeprefix(_ERROR_PREFIX) for line in lines if line.startswith(_ERROR_PREFIX)]
+    return errors[-1] if errors else ""
 
 
 def pack(config: RunConfig, folder: Path) -> None:
@@ -216,7 +211,7 @@ def pack(config: RunConfig, folder: Path) -> None:
         assert spec is not None, package
         source = Path(next(iter(spec.submodule_search_locations or ())))
         shutil.copytree(source, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
-    # JSON is YAML; a machine's file says so by being complete.
+    # JSON is YAML too.
     (folder / _RUN_FILE).write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
@@ -238,22 +233,22 @@ class _Files:
         return self._copied(Path(value).expanduser(), key) if is_local else value
 
     def _copied(self, path: Path, key: str) -> str:
-        shown = str(path)
-        if shown in self._moved:
-            return self._moved[shown]
+        source = str(path)
+        if source in self._moved:
+            return self._moved[source]
         files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
         self._num_bytes += sum(p.stat().st_size for p in files)
         if self._num_bytes > _MAX_FILE_BYTES:
             raise InputError(
                 f"{key}: expected local files of at most {_MAX_FILE_BYTES // 10**6} MB in a job, got "
-                f"{self._num_bytes // 10**6} MB up to {shown!r}; put it on the object store and name its URL"
+                f"{self._num_bytes // 10**6} MB up to {source!r}; put it on the object store and name its URL"
             )
         inside = f"{len(self._moved):03d}-{path.name}"
         target = self._folder / inside
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(path, target) if path.is_dir() else shutil.copy2(path, target)
-        self._moved[shown] = f"./files/{inside}"
-        return self._moved[shown]
+        self._moved[source] = f"./files/{inside}"
+        return self._moved[source]
 
 
 def _check_places(config: RunConfig) -> None:

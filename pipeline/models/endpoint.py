@@ -1,32 +1,37 @@
-"""Asking a language model over HTTP: one call of the OpenAI chat protocol, with patience and without secrets in sight.
+"""A language model behind an HTTP endpoint that speaks the OpenAI chat protocol: one question, one answer.
 
-The only file that speaks HTTP. Overload (429), server errors, time-outs and lost connections are waited out within a
-limit; a refusal (a wrong key, an unknown model) ends the run with the endpoint's own words. The key comes from an
-environment variable, goes into one header and is blotted out of everything that is passed on, also where the server
-sends it back. httpx2 is used because huggingface_hub brings it along and its client may be shared by threads.
+The only file that uses the OpenAI client. Overload (429), server errors, timeouts and lost connections are tried again
+under our own RetryPolicy, not the client's (max_retries=0): its waits must end when another request has failed for
+good, and the user must see them. A refusal (a wrong key, an unknown model) ends the run with the endpoint's own words.
+The key comes from an environment variable, goes into one header and is removed from everything that is passed on, also
+where the server repeats it.
+
+Requests run on an event loop in a thread of their own, because only there can one limit hold for a whole request: the
+timeouts of a blocking client start again with every byte that arrives.
 """
 
+import asyncio
 import os
-import random
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError
+from functools import partial
 from typing import Any, NamedTuple
 
-import httpx2
-
-from pipeline.errors import CrossrayError, InputError
+from pipeline.errors import CrossrayError, InputError, RetryPolicy
 
 _LONGEST_WAIT_SECONDS = 60.0
-_SHOWN_LETTERS = 300
-_BLOTTED = "[key]"
+_MAX_QUOTED_LETTERS = 300
+_REMOVED_KEY = "[key]"
 
 
 class EndpointOptions(NamedTuple):
-    """Where and how to ask."""
+    """Where the model is and how long to wait for it."""
 
     base_url: str
     api_key: str | None
     timeout_seconds: float
+    """For one attempt, from the first byte sent to the last one read."""
     max_retries: int
     backoff_seconds: float
 
@@ -49,6 +54,15 @@ class Stopped(Exception):  # noqa: N818
     """Another request failed for good, so this one was given up."""
 
 
+class _TransientFault(Exception):  # noqa: N818
+    """An attempt failed in a way that may pass."""
+
+    def __init__(self, text: str, wait_seconds: float = 0.0) -> None:
+        super().__init__(text)
+        self.wait_seconds = wait_seconds
+        """For which the endpoint asks not to be called."""
+
+
 def read_key(api_key_env: str | None) -> str | None:
     """The key from its environment variable; None where none is named, an InputError where it is not set."""
     if api_key_env is None:
@@ -63,103 +77,141 @@ def read_key(api_key_env: str | None) -> str | None:
 
 
 class Endpoint:
-    """A chat endpoint, usable from many threads. `fields` are sent with every request (model, temperature ...)."""
+    """A chat endpoint, usable from many threads.
 
-    def __init__(self, options: EndpointOptions, fields: Mapping[str, Any]) -> None:
+    Args of the constructor: `fields`, sent with every request (model, temperature ...); `sleep`, how to wait between
+    attempts: by default until `stop`.
+    """
+
+    def __init__(
+        self, options: EndpointOptions, fields: Mapping[str, Any], *, sleep: Callable[[float], None] | None = None
+    ) -> None:
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Omit
+
         self._options = options
         self._fields = dict(fields)
         self._url = f"{options.base_url}/chat/completions"
         self._stop = threading.Event()
-        headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
-        limits = httpx2.Limits(max_connections=None)
-        self._client = httpx2.Client(headers=headers, timeout=options.timeout_seconds, limits=limits)
+        self._retries = RetryPolicy(
+            first_wait_seconds=options.backoff_seconds,
+            longest_wait_seconds=_LONGEST_WAIT_SECONDS,
+            max_attempts=options.max_retries + 1,
+            sleep=sleep or self._wait,
+        )
+        # The client would fill these from environment variables of its own, and follow redirects with the key.
+        unwanted = ["OpenAI-Organization", "OpenAI-Project", *([] if options.api_key else ["Authorization"])]
+        self._headers = {name: Omit() for name in unwanted}
+        self._client = AsyncOpenAI(
+            base_url=options.base_url,
+            api_key=options.api_key or "none",
+            max_retries=0,
+            timeout=None,
+            http_client=DefaultAsyncHttpxClient(follow_redirects=False),
+        )
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="crossray-endpoint", daemon=True)
+        self._thread.start()
 
     def ask(self, messages: Sequence[Mapping[str, str]]) -> Answer:
         """The model's answer, with an empty text where the reply could not be read.
 
         InputError where the endpoint refuses, CrossrayError where it stays silent or overloaded, Stopped after `stop`.
         """
-        body = {**self._fields, "messages": list(messages)}
-        for attempt in range(self._options.max_retries + 1):
-            if self._stop.is_set():
-                raise Stopped
-            fault, wait = self._try(body)
-            if isinstance(fault, Answer):
-                return fault
-            if attempt < self._options.max_retries:
-                doubled = self._options.backoff_seconds * 2.0**attempt * random.uniform(0.75, 1.25)
-                self._stop.wait(min(max(doubled, wait), _LONGEST_WAIT_SECONDS))
-        raise CrossrayError(
-            f"resources.autointerp.base_url: expected an answer from {self._url}, got {fault} in "
-            f"{self._options.max_retries + 1} tries; answers so far are kept: run again later, lower "
-            "resources.autointerp.concurrency, or set analyses.autointerp to null"
-        )
+        try:
+            return self._retries.call(
+                partial(self._attempt, messages),
+                server=self._url,
+                is_transient=lambda error: isinstance(error, _TransientFault),
+                asked_wait=lambda error: error.wait_seconds if isinstance(error, _TransientFault) else 0.0,
+            )
+        except _TransientFault as fault:
+            raise CrossrayError(
+                f"resources.autointerp.base_url: expected an answer from {self._url}, got {fault} in "
+                f"{self._options.max_retries + 1} tries; answers so far are kept: run again later, lower "
+                "resources.autointerp.concurrency, or set analyses.autointerp to null"
+            ) from None
 
     def stop(self) -> None:
-        """End all waiting, so that threads return soon."""
+        """End all waiting, so that threads return soon; requests under way are still answered."""
         self._stop.set()
 
     def close(self) -> None:
-        """End all waiting and close the connections."""
+        """End all waiting and all requests, and close the connections."""
         self.stop()
-        self._client.close()
+        if self._loop.is_closed():
+            return
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
-    def _try(self, body: Mapping[str, Any]) -> tuple[Answer | str, float]:
-        """An answer, or what stood in its way and how many seconds the endpoint wants to be left alone."""
+    def _wait(self, seconds: float) -> None:
+        self._stop.wait(seconds)
+
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._client.close()
+
+    def _attempt(self, messages: Sequence[Mapping[str, str]]) -> Answer:
+        """One request. Faults are raised without the client's own, which hold the request and its headers."""
+        from openai import APIConnectionError, APIStatusError
+
+        if self._stop.is_set():
+            raise Stopped
         try:
-            response = self._client.post(self._url, json=body)
-        except httpx2.TimeoutException:
-            return f"no answer within {self._options.timeout_seconds:g} s", 0.0
-        except httpx2.RequestError as error:
-            return self._shown(f"{type(error).__name__}: {error}"), 0.0
-        except RuntimeError:  # the client was closed under us
-            if self._stop.is_set():
-                raise Stopped from None
-            raise
-        status = response.status_code
-        if status == 429 or status == 408 or status >= 500:
-            return self._shown(f"status {status}: {response.text}"), _retry_after(response)
-        if status != 200:
+            return asyncio.run_coroutine_threadsafe(self._request(messages), self._loop).result()
+        except CancelledError:
+            raise Stopped from None
+        except TimeoutError:
+            raise _TransientFault(f"no answer within {self._options.timeout_seconds:g} s") from None
+        except APIConnectionError as error:
+            cause = error.__cause__ or error
+            raise _TransientFault(self._quoted(f"{type(cause).__name__}: {cause}")) from None
+        except APIStatusError as error:
+            status, words = error.status_code, self._quoted(error.response.text)
+            if status in (408, 429) or status >= 500:
+                wait_seconds = _seconds(error.response.headers.get("retry-after"))
+                raise _TransientFault(f"status {status}: {words}", wait_seconds) from None
             raise InputError(
-                f"resources.autointerp: {self._url} refused the request with status {status}: "
-                f"{self._shown(response.text)}; correct base_url, the key, or analyses.autointerp.model and its fields"
+                f"resources.autointerp: {self._url} refused the request with status {status}: {words}; correct "
+                "base_url, the key, or analyses.autointerp.model and its fields"
+            ) from None
+
+    async def _request(self, messages: Sequence[Mapping[str, str]]) -> Answer:
+        async with asyncio.timeout(self._options.timeout_seconds):
+            reply = await self._client.chat.completions.create(
+                messages=list(messages),  # type: ignore[arg-type]  # plain dictionaries of the same keys
+                model=self._fields["model"],
+                extra_body=self._fields,
+                extra_headers=self._headers,
             )
-        return self._read(response), 0.0
-
-    def _read(self, response: httpx2.Response) -> Answer:
         try:
-            reply = response.json()
-        except ValueError:
+            text, usage = reply.choices[0].message.content, reply.usage
+        except (AttributeError, IndexError, TypeError):  # the client hands on what is no reply as it came
             return Answer("", 0, 0)
-        text = _at(reply, "choices", 0, "message", "content")
-        tokens = [_at(reply, "usage", name) for name in ("prompt_tokens", "completion_tokens")]
-        tokens_in, tokens_out = (one if isinstance(one, int) and one >= 0 else 0 for one in tokens)
-        return Answer(self._blotted(text) if isinstance(text, str) else "", tokens_in, tokens_out)
+        tokens_in, tokens_out = (_count(usage, name) for name in ("prompt_tokens", "completion_tokens"))
+        return Answer(self._without_key(text) if isinstance(text, str) else "", tokens_in, tokens_out)
 
-    def _shown(self, text: str) -> str:
-        """What an error message may show of a server's words."""
-        return " ".join(self._blotted(text).split())[:_SHOWN_LETTERS]
+    def _quoted(self, text: str) -> str:
+        """What an error message may quote of a server's words."""
+        return " ".join(self._without_key(text).split())[:_MAX_QUOTED_LETTERS]
 
-    def _blotted(self, text: str) -> str:
+    def _without_key(self, text: str) -> str:
         key = self._options.api_key
-        return text.replace(key, _BLOTTED) if key else text
+        return text.replace(key, _REMOVED_KEY) if key else text
 
 
-def _at(value: Any, *path: str | int) -> Any:
-    """The value at a path of keys and indices, or None where the path ends early."""
-    for step in path:
-        if isinstance(step, str) and isinstance(value, dict):
-            value = value.get(step)
-        elif isinstance(step, int) and isinstance(value, list) and len(value) > step:
-            value = value[step]
-        else:
-            return None
-    return value
+def _count(usage: object, name: str) -> int:
+    value = getattr(usage, name, 0)
+    return value if isinstance(value, int) and value >= 0 else 0
 
 
-def _retry_after(response: httpx2.Response) -> float:
+def _seconds(retry_after: str | None) -> float:
     """Seconds of a Retry-After header; 0 without one, or where it is a date."""
     try:
-        return max(0.0, float(response.headers.get("retry-after", "0")))
+        return max(0.0, float(retry_after or 0))
     except ValueError:
         return 0.0

@@ -17,6 +17,7 @@ import torch
 from pipeline.numerics.statistics import student_t_quantile
 from pipeline.planted.world import Truth
 from pipeline.schema import Column
+from pipeline.terminal import text_table
 
 RULES = {"by_delta_norm": "Delta_norm", "by_latent_scaling": "Latent Scaling"}
 """Column of a match table and the name of the rule that it holds."""
@@ -116,13 +117,13 @@ def score_row(
 
 def score_text(table: pd.DataFrame) -> str:
     """The table for a terminal."""
-    header = ["recipe", "called by", "precision [95%]", "recall [95%]", "called", "wrong", "L0", "FVE"]
-    lines = [header]
+    columns = ["recipe", "called by", "precision [95%]", "recall [95%]", "called", "wrong", "L0", "FVE"]
+    rows = []
     for row in table.to_dict("records"):
         wrong = ", ".join(
             f"{row[key]:.1f} {name}" for name in MISTAKES if row[key := f"wrong_{name}".replace("-", "_")] > 0
         )
-        lines.append(
+        rows.append(
             [
                 str(row["recipe"]),
                 str(row["rule"]),
@@ -133,11 +134,7 @@ def score_text(table: pd.DataFrame) -> str:
                 f"{row['fve']:.3f}",
             ]
         )
-    widths = [max(len(line[place]) for line in lines) for place in range(len(header))]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    return text_table(columns, rows, align_numbers=False)
 
 
 def _with_interval(row: dict[Any, Any], name: str) -> str:

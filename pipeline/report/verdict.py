@@ -8,6 +8,7 @@ from pipeline.report import formatting as fmt
 from pipeline.report.data import CrosscoderReport, ReportData
 from pipeline.report.summary import PlantedScore, SteeringEffect, planted_rows, steering_effects, verdict_counts
 from pipeline.schema import Verdict
+from pipeline.terminal import text_table
 
 VERDICT_ROWS = (
     ("latents alive / all", "alive"),
@@ -38,12 +39,12 @@ def verdict_text(data: ReportData) -> str:
     models = data.models
     depth = f"layer {models.layer}" + (f" of {models.num_layers}" if models.num_layers is not None else "")
     lines = [f"{data.run_name}: {models.base} (base) against {models.chat} (chat), {depth}", ""]
-    lines.extend(_aligned(verdict_table(data)))
-    planted = _planted_table(data)
-    if len(planted) > 1:
-        lines.append("")
-        lines.extend(_aligned(planted))
-    return "\n".join(_ascii(line) for line in lines)
+    header, *rows = verdict_table(data)
+    lines.append(text_table(header, map(_ascii, rows)))
+    header, *rows = _planted_table(data)
+    if rows:
+        lines += ["", text_table(header, map(_ascii, rows))]
+    return "\n".join(lines)
 
 
 def _column(crosscoder: CrosscoderReport) -> dict[str, str]:
@@ -107,23 +108,5 @@ def effect_text(effect: SteeringEffect | None) -> str:
     return text
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
-    number_like = [False] + [_is_numeric([row[index] for row in rows[1:]]) for index in range(1, len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, number_like, strict=True)
-        ]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return lines
-
-
-def _is_numeric(cells: list[str]) -> bool:
-    return all(cell == fmt.DASH or cell[:1].isdigit() or cell[:1] == "-" for cell in cells)
-
-
-def _ascii(line: str) -> str:
-    return line.replace(fmt.DASH, "-")
+def _ascii(cells: list[str]) -> list[str]:
+    return [cell.replace(fmt.DASH, "-") for cell in cells]

@@ -4,6 +4,7 @@ The cluster is started when the first missing step needs it. Whatever can be ref
 written. Imported only where something is to be done: a finished run does without it.
 """
 
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -23,8 +24,11 @@ from pipeline.stages.step import StageContext
 from pipeline.storage.artifacts import read_record
 from pipeline.storage.filesystem import Storage
 from pipeline.terminal import Reporter, format_seconds
+from pipeline.tracking.choose import make_tracker
 from pipeline.tracking.run_log import RunLog
-from pipeline.tracking.tracker import Tracker, make_tracker
+from pipeline.tracking.tracker import Tracker
+
+_log = logging.getLogger(__name__)
 
 
 def execute(config: RunConfig, flow: Flow, storage: Storage, reporter: Reporter, tracker: Tracker | None) -> str:
@@ -74,7 +78,7 @@ def _make_groups(config: RunConfig, flow: Flow, context: StageContext, log: RunL
     """Run the groups in order; the cluster is started when the first missing step needs it."""
     with ExitStack() as stack:
         is_connected = False
-        for group in flow.groups:
+        for number, group in enumerate(flow.groups, 1):
             found = {step.name: read_record(context.storage, step.key) for step in group.steps}
             missing = [step for step in group.steps if found[step.name] is None]
             if missing:
@@ -83,9 +87,11 @@ def _make_groups(config: RunConfig, flow: Flow, context: StageContext, log: RunL
                     is_connected = True
                 if flow.data.activations in missing:
                     _check_space(config, flow, context.storage)  # exact now that the tokens are there
+                context.reporter.step(number, len(flow.groups))
                 started = time.monotonic()
                 _make(group, missing, context)
                 names = ", ".join(step.name for step in missing)
+                _log.info("%s: made in %.1f s", names, time.monotonic() - started)
                 context.reporter.message(f"{names}: done in {format_seconds(time.monotonic() - started)}")
             for step in group.steps:
                 record = found[step.name]

@@ -168,5 +168,5 @@ class ActivationStore:
         raise ArtifactError(
             f"damaged shard {self._where(shard)}: expected {shard.num_bytes} bytes with SHA-256 "
             f"{shard.sha256[:12]}, got {came}; "
-            "remove it and the record.json beside it and run again: only this shard is extracted anew"
+            "remove it and the record.json beside it and run again: only this shard is extracted again"
         )

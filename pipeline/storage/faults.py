@@ -1,41 +1,28 @@
-"""What went wrong with the storage: whether trying again may help, and the line that tells the user what to do.
+"""Faults of the storage: whether trying again may help, and the line that tells the user what to do.
 
-A transient fault (503, 500, 429, a timeout, a cut connection) is tried again with growing, jittered pauses for
-RETRY_SECONDS, or for FIRST_ANSWER_SECONDS where the store has never answered, since then the address is more likely
-wrong than the service down. Below this s3fs sends a single request (a part of a large upload) up to REQUEST_ATTEMPTS
-times. Everything else is explained at once. Storage does the trying; nothing here reads or writes.
+A transient fault of an object store (503, 500, 429, a timeout, a cut connection) is tried again under RETRIES, or under
+FIRST_RETRIES while the store has never answered: then the address is more likely wrong than the service down. Below
+this, s3fs sends a single request (a part of a large upload) up to REQUEST_ATTEMPTS times. Everything else is explained
+at once. filesystem.py does the trying; nothing here reads or writes.
 """
 
 import errno
-import itertools
-import logging
-import random
-import time
-from collections.abc import Callable, Iterator
 from http.client import IncompleteRead
-from typing import Any, TypeVar
+from typing import Any
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, RetryPolicy, causes
 
-RETRY_SECONDS = 300.0
-"""How long a fault of a store that has answered before is borne."""
-FIRST_ANSWER_SECONDS = 10.0
-"""The same before the first answer."""
+RETRIES = RetryPolicy(first_wait_seconds=0.2, longest_wait_seconds=20.0, deadline_seconds=300.0, min_attempts=3)
+FIRST_RETRIES = RETRIES._replace(deadline_seconds=10.0)
 REQUEST_ATTEMPTS = 3
 READ_TIMEOUT_SECONDS = 30
 CONNECT_TIMEOUT_SECONDS = 10
-_FEWEST_ATTEMPTS = 3
-"""Also where one attempt takes longer than all the time there is."""
-_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.2, 20.0
 _TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
 _TRANSIENT_CODES = ("SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "OperationAborted")
 
-_log = logging.getLogger(__name__)
-_Result = TypeVar("_Result")
-
 
 def client_options(scheme: str) -> dict[str, Any]:
-    """Arguments for the file system of this kind of URL: timeouts, and no pauses of the client's own."""
+    """Arguments for the file system of this kind of URL: timeouts, and no retries of botocore's own."""
     if scheme not in ("s3", "s3a"):
         return {}
     return {
@@ -45,26 +32,6 @@ def client_options(scheme: str) -> dict[str, Any]:
             "read_timeout": READ_TIMEOUT_SECONDS,
         }
     }
-
-
-def persist(attempt: Callable[[], _Result], *, seconds: float, what: str) -> _Result:
-    """The result of `attempt`, repeated while its faults are transient and less than `seconds` have passed.
-
-    `attempt` must be safe to repeat. The last fault is raised as it came.
-    """
-    started = time.monotonic()
-    for number in itertools.count(1):
-        try:
-            return attempt()
-        except Exception as error:
-            left = max(0.0, seconds - (time.monotonic() - started))
-            if not is_transient(error) or (left == 0 and number >= _FEWEST_ATTEMPTS):
-                raise
-            longest = min(_LONGEST_PAUSE_SECONDS, max(left, _FIRST_PAUSE_SECONDS))
-            pause = min(_FIRST_PAUSE_SECONDS * 2 ** (number - 1), longest) * random.uniform(0.5, 1.5)
-            _log.warning("%s: %s; trying again in %.1f s, %.0f s of patience left", what, _brief(error), pause, left)
-            time.sleep(pause)
-    raise AssertionError("unreachable: the loop ends by returning or raising")
 
 
 def is_transient(error: BaseException) -> bool:
@@ -78,7 +45,7 @@ def is_transient(error: BaseException) -> bool:
         *(TimeoutError, ConnectionError, IncompleteRead, aiohttp.ClientError),
         *(ClientConnectionError, HTTPClientError, ResponseParserError),
     )
-    for cause in _causes(error):
+    for cause in causes(error):
         status, code = _answer(cause)
         if isinstance(cause, passing) or status in _TRANSIENT_STATUS or code in _TRANSIENT_CODES:
             return True
@@ -109,8 +76,8 @@ def _explain_service(error: Exception, tried: str) -> str | None:
     """The line for a fault of an object store."""
     from botocore.exceptions import BotoCoreError, NoCredentialsError, PartialCredentialsError
 
-    came = _brief(error)
-    codes = {_answer(cause)[1] for cause in _causes(error)}
+    came = describe(error)
+    codes = {_answer(cause)[1] for cause in causes(error)}
     if "InvalidObjectState" in codes:
         return f"{tried}: the object is in an archive and cannot be read ({came}); restore it, then run again"
     if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
@@ -134,9 +101,9 @@ def _explain_service(error: Exception, tried: str) -> str | None:
     return None
 
 
-def _brief(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """Class, code and message of a fault in one line."""
-    codes = [code for cause in _causes(error) if (code := _answer(cause)[1])]
+    codes = [code for cause in causes(error) if (code := _answer(cause)[1])]
     message = " ".join(str(error).split())
     named = codes[0] if codes else type(error).__name__
     return named if message in ("", "None", named) else f"{named}: {message}"
@@ -148,10 +115,3 @@ def _answer(error: BaseException) -> tuple[int | None, str | None]:
     if not isinstance(response, dict):
         return None, None
     return response.get("ResponseMetadata", {}).get("HTTPStatusCode"), response.get("Error", {}).get("Code")
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__

@@ -1,9 +1,9 @@
 """All reading and writing, over one fsspec file system: a local folder or an object store.
 
-A `Storage` is a root URL and nothing else, so it travels to any worker; keys below it are plain `a/b/c` strings.
-Writing is atomic: locally a temporary name and a rename, on an object store one put, or parts that are joined last.
+A `Storage` is only a root URL, so it can be sent to any worker; keys below it are plain `a/b/c` strings. Writing is
+atomic: locally a temporary name and a rename, on an object store one put, or parts that are joined last.
 No other file of the package builds a path under the root. An object store's transient faults are tried again
-(faults.py); credentials are the client's own business (`AWS_*` variables for s3).
+(faults.py); the client finds credentials itself (`AWS_*` variables for s3).
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -55,7 +55,7 @@ class Storage:
             "is_local": self.is_local,
             "root": self.root,
             "_has_answered": self._has_answered,
-        }  # the file system holds sockets: made anew where unpickled
+        }  # the file system holds sockets, so it is made again after unpickling
 
     @cached_property
     def _fs(self) -> Any:
@@ -93,7 +93,7 @@ class Storage:
             ) from error
 
     def local_path(self, key: str) -> Path | None:
-        """Where a file lies on this machine, for mapping it into memory; None on an object store."""
+        """The path of a file on this machine, for mapping it into memory; None on an object store."""
         return Path(self.url(key)) if self.is_local else None
 
     def size(self, key: str) -> int:
@@ -190,13 +190,21 @@ class Storage:
 
     def _do(self, action: str, key: str, function: Callable[[], _Result]) -> _Result:
         """The function's result; transient faults of an object store are tried again, others told to the user."""
-        seconds = storage_faults.RETRY_SECONDS if self._has_answered else storage_faults.FIRST_ANSWER_SECONDS
-        url = self.url(key)
+        if self.is_local:
+            attempt = function
+        else:
+            retries = storage_faults.RETRIES if self._has_answered else storage_faults.FIRST_RETRIES
+            attempt = partial(
+                retries.call,
+                function,
+                server=f"storage {self.root}",
+                is_transient=storage_faults.is_transient,
+                describe=storage_faults.describe,
+            )
         try:
-            if self.is_local:
-                return function()
-            result = storage_faults.persist(function, seconds=seconds, what=f"{action} {url}")
+            result = attempt()
         except Exception as error:
+            url = self.url(key)
             explained = storage_faults.explain(error, action, url)
             if explained is None:
                 raise
@@ -222,12 +230,12 @@ def _write_local(path: Path, parts: Sequence[bytes | memoryview]) -> None:
 
 
 def _write_piece(file: io.FileIO, piece: memoryview) -> None:
-    """Append a piece and have it written to the disk from now on, so that fsync finds most of the work done."""
+    """Append a piece and start writing it to the disk, so that little is left for fsync to do."""
     start, left = file.tell(), piece
     while len(left):
         left = left[file.write(left) :]
     if _HAS_ADVICE:
-        # Of pages that are not yet on the disk this advice only starts the writing; they stay in the cache.
+        # For pages that are not yet on the disk this advice only starts the writing; they stay in the cache.
         os.posix_fadvise(file.fileno(), start, len(piece), os.POSIX_FADV_DONTNEED)
 
 

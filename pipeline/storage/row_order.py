@@ -1,14 +1,14 @@
-"""The rows that training reads: every row once an epoch, in an order that seed and epoch decide, for any rank.
+"""The rows that training reads: every row once per epoch, in an order that depends on seed and epoch, for any rank.
 
-Shards are permuted, taken a few at a time (a window), and the rows of a window are permuted; batches run on across
-windows and epochs. Inside a batch, where their order means nothing, rows stand in the order of the files, so that a
-file is read forwards. So the rows of any step are known without having read the ones before, a resumed run reads
-exactly the next ones, and R ranks that each take their slice of every global batch see the same batches as one rank.
+Shards are permuted and taken a few at a time (a window), and the rows of a window are permuted; batches continue across
+windows and epochs. The order inside a batch does not matter, so its rows are taken in the order of the files, which are
+then read forwards. The rows of any step are known without reading the ones before it. Therefore a resumed run reads
+exactly the next rows, and R ranks that each take their slice of every global batch see the same batches as one rank.
 
 A rank takes only its own rows out of a window, so R ranks on one machine share the work of copying and converting.
-They share the checksums too: each shard is compared by one rank, and no step on a window's rows can end before all
-ranks have opened the window. What is not mapped from a local file (an object store, lossless compression) every rank
-fetches or decompresses whole.
+They share the checksums too: one rank compares each shard, and no step on a window's rows can end before all ranks have
+opened the window. What is not mapped from a local file (an object store, lossless compression) is fetched or
+decompressed whole by every rank.
 
 Shapes: N rows of this rank's slice of a batch, M models, D width.
 """
@@ -34,12 +34,12 @@ _WINDOW_SHARDS = 4
 
 
 class ReadOptions(NamedTuple):
-    """How rows are read; never which."""
+    """How rows are read; does not change which."""
 
     dtype: torch.dtype = torch.bfloat16
     """Of the batches. The values are the same; float32 saves a CPU trainer the conversion."""
     memory_bytes: int = 4 << 30
-    """Bound of what is read ahead beyond the window at hand: batches, and shards that are not mapped."""
+    """Bound of what is read ahead beyond the current window: batches, and shards that are not mapped."""
     num_threads: int = 2
     """Threads that open shards, and threads that take rows."""
 
@@ -61,7 +61,7 @@ class _Piece(NamedTuple):
     places: slice
     """Of the whole batch, in the window's order."""
     own: slice
-    """Of those, sorted, what this rank takes; empty where it only has to wait for the window."""
+    """Of those, once sorted, what this rank takes; empty where it only waits for the window."""
 
 
 class TrainingRows:
@@ -104,7 +104,7 @@ class TrainingRows:
             ahead: deque[Future[Tensor]] = deque()
             try:
                 for pieces in islice(self._slices_from(first_step, openers), max(0, last_step - first_step)):
-                    # Made in this thread, where it is freed too: the allocator then has it at hand for the next one.
+                    # Allocated in this thread, where it is freed too: the allocator can then use it again.
                     out_NMD = torch.empty(shape, dtype=self.options.dtype)
                     ahead.append(takers.submit(self._take, pieces, out_NMD))
                     if len(ahead) > depth:
@@ -116,7 +116,7 @@ class TrainingRows:
                 openers.shutdown(cancel_futures=True)
 
     def _slices_from(self, first_step: int, openers: ThreadPoolExecutor) -> Iterator[list[_Piece]]:
-        """Where this rank's rows of every step from the given one on are, for ever."""
+        """Where this rank's rows are, for every step from the given one on, without an end."""
         own_rows = self.batch_rows // self.num_ranks
         windows = self._opened(first_step * self.batch_rows, openers)
         window, at = next(windows), 0
@@ -156,7 +156,7 @@ class TrainingRows:
         return self.store.open(shard, verify=shard.name in self._own_shards)
 
     def _windows(self, epoch: int, skip: int) -> Iterator[_Window]:
-        """Windows from the given row of an epoch on, for ever."""
+        """Windows from the given row of an epoch on, without an end."""
         while True:
             order = torch.randperm(len(self.shards), generator=self._generator(epoch, 0)).tolist()
             for number, at in enumerate(range(0, len(order), _WINDOW_SHARDS)):

@@ -1,12 +1,13 @@
-"""One file of the activation store: rows to bytes and back, three kinds of compression, its description.
+"""One file of the activation store: rows to bytes and back, three kinds of compression, statistics of the rows.
 
 A shard is a safetensors file, so any tool reads it. `none` holds schema.SHARD_TENSORS as they are. `lossless` splits
 every bfloat16 into its exponent (8 bits, compressed with zstd) and the rest (sign and 7 mantissa bits, which hold no
 redundancy); it gives back the same bits. `int8` keeps round(x / scale) with one scale per row and model, scale =
 max |x| / 127. The other columns are stored as they are. The same rows give the same bytes, with one version of zstd.
 
-Files are written from the rows' own memory and hashed by a second thread meanwhile; local files are read by mapping,
-so opening costs nothing until rows are taken. Knows neither manifest nor order.
+Our own reader and writer, because the safetensors library copies what it writes and cannot hash it on the way: files
+are written from the rows' own memory while a second thread hashes them. Local files are mapped, so opening one costs
+nothing until rows are taken. Knows neither manifest nor order.
 
 Shapes: B rows of the shard, N rows taken, M models, D width.
 """
@@ -43,7 +44,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _FRAME_VALUES = 1 << 20
 """Values whose exponents form one zstd frame: large enough for its tables, small enough for the cache."""
 _ZSTD_LEVEL = 1
-"""Higher levels search for matches, of which exponents have none: slower and no smaller."""
+"""Higher levels search for repeated sequences, which exponents do not have: slower and no smaller."""
 _CHUNK_ROWS = 1024
 """Rows that are described or packed at once."""
 _CHUNK_VALUES = 1 << 18
@@ -71,7 +72,7 @@ class ShardFile(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """What a shard's description tells of its rows."""
+    """Statistics of a shard's rows."""
 
     moments: Moments
     mean_norm_M: Tensor

@@ -1,7 +1,7 @@
 """A bounded buffer of rows from which training draws at random, for rows that arrive in blocks and are not kept.
 
-Every row that is put in is drawn exactly once. Beside each row the buffer keeps where it came from, so that a
-checkpoint can say which rows of a block are still to come without holding any activation. The order is a function of
+Every row that is put in is drawn exactly once. With each row the buffer keeps where it came from, so that a checkpoint
+can say which rows of a block are still to come without storing activations. The order is a function of
 the seed and of the blocks in their order; a larger buffer mixes better and costs rows x M x D x 2 bytes.
 
 Shapes: n rows held, B rows drawn, M models, D width.
@@ -30,7 +30,7 @@ class ShuffleBuffer:
 
     @property
     def is_full(self) -> bool:
-        """Whether there is no need of another block."""
+        """Whether no further block is needed."""
         return self._held >= self.num_rows
 
     def origins(self) -> Tensor:

@@ -1,7 +1,7 @@
-"""MLflow behind the seam of tracker.py: the only file that imports mlflow.
+"""The tracker that logs to MLflow: the only file that imports mlflow.
 
-MLflow writes curves in batches: one call per metric and step would take longer than the training they describe. A
-server that does not answer is a TrackerAwayError; what it answers, its refusals too, stays as it is.
+Curves are written in batches: one call per metric and step would take longer than the training that they describe. A
+server that does not answer is a TrackerAwayError; errors that it answers with are left as they are.
 """
 
 import contextlib
@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipeline.errors import InputError, first_line
+from pipeline.errors import InputError, causes, first_line
 from pipeline.tracking.tracker import ENTRY_TAG, Dataset, Point, TrackerAwayError, flatten
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
-# A server that is away is noticed soon: whoever calls decides how long to wait for it (spool.py).
+# A server that is away is noticed soon; spool.py decides how long to wait for it.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
@@ -58,7 +58,7 @@ class MlflowTracker:
 
     @contextlib.contextmanager
     def _reaching(self) -> Iterator[None]:
-        """Turn a server that does not answer into TrackerAwayError; what it answers stays as it is."""
+        """Raise TrackerAwayError where the server does not answer; leave its own errors as they are."""
         from mlflow.exceptions import MlflowException
         from requests import RequestException
 
@@ -117,7 +117,7 @@ class MlflowTracker:
                 self._client.log_artifact(run, str(path), artifact_path=None if parent == "." else parent)
 
     def log_inputs(self, run: str, datasets: Sequence[Dataset]) -> None:
-        """What a run reads, as the datasets of its page; the server knows them again by name and digest."""
+        """What a run reads, as the datasets of its page; the server recognises them by name and digest."""
         from mlflow.entities import Dataset as Entity
         from mlflow.entities import DatasetInput
 
@@ -153,7 +153,7 @@ class MlflowTracker:
 
     @contextlib.contextmanager
     def _as_default(self) -> Iterator[None]:
-        """MLflow's log_model knows no client, only a default that it also writes into the environment."""
+        """MLflow's log_model takes no client, only a default that it also writes into the environment."""
         before = os.environ.get("MLFLOW_TRACKING_URI")
         self._mlflow.set_tracking_uri(self.uri)
         try:
@@ -180,13 +180,10 @@ class MlflowTracker:
 
 
 def is_absence(error: BaseException) -> bool:
-    """Whether an error of MLflow means that nobody answered, or that a gateway answered in its place."""
+    """Whether an error of MLflow means that the server did not answer, or only a gateway before it."""
     from requests import RequestException
 
-    chain: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in chain:
-        chain.append(current)
-        current = current.__cause__ or current.__context__
     has_code = re.search(r"(error code|status code|server error|HTTP)\D{0,3}(429|50[0234])", str(error), re.IGNORECASE)
-    return has_code is not None or any(isinstance(link, RequestException | ConnectionError) for link in chain)
+    return has_code is not None or any(
+        isinstance(link, RequestException | ConnectionError) for link in causes(error, with_context=True)
+    )

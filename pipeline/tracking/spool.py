@@ -1,36 +1,50 @@
-"""A tracker that outlives its server: what cannot be delivered waits on the storage root, in order.
+"""A tracker whose server may be away: what cannot be delivered waits on the storage root, in order.
 
-While the server answers, every call goes straight through and nothing is written. When it does not, the call and all
-that follow become entries below `tracking/` on the storage root, each published before the call returns, so neither a
+While the server answers, every call goes straight through and nothing is written. When it does not, this call and all
+later ones become entries below `tracking/` on the storage root. Each is published before the call returns, so neither a
 long absence nor the end of this process loses one. They are delivered in order as soon as the server is back; what
 still waits when a run ends is delivered by the next run on the same root.
 
-Nothing arrives twice: a call whose answer was lost is repeated, and every call of an inner tracker may be repeated (a
-run is found again by the tag `crossray.entry`; points, parameters, files, inputs and models replace themselves).
+Nothing arrives twice: a call whose answer was lost is repeated, and every call of a tracker may be repeated (a run is
+found again by the tag `crossray.entry`; points, parameters, files, inputs and models replace what is there).
+
+Our own code, because MLflow's asynchronous logging keeps what waits in memory only.
 """
 
 import json
-import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
+from pipeline.errors import RetryPolicy
 from pipeline.storage.filesystem import Storage
-from pipeline.tracking.tracker import ENTRY_TAG, Dataset, Point, TrackerAwayError, TrackingServer, flatten
+from pipeline.tracking.tracker import ENTRY_TAG, Dataset, Point, TrackerAwayError, TrackingServer, flatten, now_ms
 
 FOLDER = "tracking"
 """Below the storage root; empty unless a server was away."""
-_RETRY_SECONDS = 5.0
-"""Between two looks at a server that is away; each may take as long as its timeout."""
+RETRIES = RetryPolicy(first_wait_seconds=5.0, longest_wait_seconds=5.0, deadline_seconds=60.0)
+"""The first wait also lies between two attempts during the run, of which each may take as long as its timeout; the
+deadline is that of the last delivery, when the run ends."""
 
 
 class SpooledTracker:
-    """Tracker around another one. `say` is told when the server goes and when it is back; thread-safe."""
+    """Tracker around another one; thread-safe.
 
-    def __init__(self, inner: TrackingServer, storage: Storage, say: Callable[[str], object]) -> None:
-        self._inner, self._storage, self._say = inner, storage, say
+    Args of the constructor: `say` is told when the server goes away and when it is back.
+    """
+
+    def __init__(
+        self,
+        inner: TrackingServer,
+        storage: Storage,
+        say: Callable[[str], object],
+        *,
+        retries: RetryPolicy = RETRIES,
+    ) -> None:
+        self._inner, self._storage, self._say, self._retries = inner, storage, say, retries
         self._lock = RLock()
         self._queue = _Queue(storage, f"{FOLDER}/{uuid.uuid4().hex[:12]}")
         self._runs: dict[str, str] = {}
@@ -43,7 +57,7 @@ class SpooledTracker:
         """Open a run; the id is ours and stays valid whenever the server learns of it."""
         run = uuid.uuid4().hex
         tags = {**tags, ENTRY_TAG: run}
-        started = time_ms or time.time_ns() // 1_000_000
+        started = time_ms or now_ms()
         self._call("start_run", run, {"name": name, "tags": tags, "parent": parent, "time_ms": started})
         return run
 
@@ -69,7 +83,7 @@ class SpooledTracker:
 
     def end_run(self, run: str, *, succeeded: bool, time_ms: int | None = None) -> None:
         """Close a run."""
-        ended = time_ms or time.time_ns() // 1_000_000
+        ended = time_ms or now_ms()
         self._call("end_run", run, {"succeeded": succeeded, "time_ms": ended})
 
     def link(self, run: str) -> str:
@@ -77,17 +91,21 @@ class SpooledTracker:
         with self._lock:
             return self._inner.link(self._runs.get(run, run))
 
-    def close(self, patience_seconds: float = 60.0) -> None:
-        """Deliver what waits, for at most so long; then say what stays for the next run on this root."""
-        deadline = time.monotonic() + patience_seconds
+    def close(self) -> None:
+        """Deliver what waits, within the deadline; then say what stays for the next run on this root."""
         with self._lock:
-            while self._queue and not self._drain() and time.monotonic() < deadline:
-                time.sleep(min(_RETRY_SECONDS, max(0.0, deadline - time.monotonic())))
             if self._queue:
-                self._say(
-                    f"tracking: the server is still away; {len(self._queue)} entries wait in "
-                    f"{self._storage.url(self._queue.folder)}, the next run on this storage root delivers them"
-                )
+                try:
+                    self._retries.call(
+                        self._drain,
+                        server="the tracking server",
+                        is_transient=lambda error: isinstance(error, TrackerAwayError),
+                    )
+                except TrackerAwayError:
+                    self._say(
+                        f"tracking: the server is still away; {len(self._queue)} entries wait in "
+                        f"{self._storage.url(self._queue.folder)}, the next run on this storage root delivers them"
+                    )
             self._inner.close()
 
     def _call(
@@ -95,28 +113,26 @@ class SpooledTracker:
     ) -> None:
         entry = {"action": action, "run": run, **content}
         with self._lock:
-            if self._queue and time.monotonic() - self._last_try > _RETRY_SECONDS:
-                self._drain()
+            if self._queue and self._retries.clock() - self._last_try >= self._retries.first_wait_seconds:
+                with suppress(TrackerAwayError):
+                    self._drain()
             if not self._queue:
                 try:
                     self._deliver(entry, data, folder, self._runs)
                     return
                 except TrackerAwayError as error:
-                    self._last_try = time.monotonic()
+                    self._last_try = self._retries.clock()
                     self._say(f"tracking: {error}; the run goes on, values wait in {self._storage.url(FOLDER)}")
             self._queue.add(entry, data, folder)
 
-    def _drain(self) -> bool:
-        """Deliver waiting entries in order until the server goes away; whether none is left."""
+    def _drain(self) -> None:
+        """Deliver what waits, in order; TrackerAwayError where the server goes away meanwhile."""
         total = len(self._queue)
         try:
             self._deliver_all(self._queue, self._runs)
-        except TrackerAwayError:
-            return False
         finally:
-            self._last_try = time.monotonic()
+            self._last_try = self._retries.clock()
         self._say(f"tracking: the server is back, {total} waiting entries were delivered")
-        return True
 
     def _deliver_leftovers(self) -> None:
         """What former runs could not deliver; their runs are found again by their tags."""

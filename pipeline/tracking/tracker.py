@@ -1,18 +1,14 @@
-"""Where numbers, figures, inputs and models are logged: one seam of a few methods.
+"""What a tracker can do: the few methods by which numbers, figures, inputs and models are logged.
 
 Every call names its run, so one tracker serves parent and child runs. `NoopTracker` logs nothing, `RecordingTracker`
-keeps all in memory for tests. MLflow is in mlflow_tracker.py; spool.py bears a server that is away.
+keeps everything in memory, for tests. MLflow is in mlflow_tracker.py, what waits while its server is away in spool.py;
+choose.py picks one of them.
 """
 
-import contextlib
-import os
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
-
-from pipeline.config.resources import TrackingSection
-from pipeline.errors import InputError
-from pipeline.storage.filesystem import Storage
 
 ENTRY_TAG = "crossray.entry"
 """Tag by which a run is found again when the answer to its creation was lost."""
@@ -45,7 +41,7 @@ class TrackerAwayError(Exception):
 
 
 class Tracker(Protocol):
-    """What a run tells the outside world. Every call may be repeated: nothing is then there twice."""
+    """Where a run logs. Every call may be repeated without anything being there twice."""
 
     def start_run(
         self, name: str, tags: Mapping[str, str], parent: str | None = None, time_ms: int | None = None
@@ -87,7 +83,7 @@ class Tracker(Protocol):
 
 
 class TrackingServer(Tracker, Protocol):
-    """A tracker that may be away (TrackerAwayError) and remembers runs by tag."""
+    """A tracker whose server may be away (TrackerAwayError) and finds runs by their tag."""
 
     def find_run(self, entry: str) -> str:
         """The id of the run whose tag ENTRY_TAG has this value."""
@@ -104,7 +100,7 @@ class NoopTracker:
         parent: str | None = None,  # noqa: ARG002
         time_ms: int | None = None,  # noqa: ARG002
     ) -> str:
-        """Return an id that leads nowhere."""
+        """Return an id that means nothing."""
         return "none"
 
     def log_params(self, run: str, params: Mapping[str, Any]) -> None:
@@ -134,7 +130,7 @@ class NoopTracker:
 
 
 class RecordedRun(NamedTuple):
-    """All that a RecordingTracker was told about one run."""
+    """Everything that was logged of one run."""
 
     name: str
     parent: str | None
@@ -201,28 +197,9 @@ class RecordingTracker:
         return run
 
 
-def make_tracker(section: TrackingSection, storage: Storage, say: Callable[[str], object] = lambda _: None) -> Tracker:
-    """The tracker of a run. Without a URI: MLFLOW_TRACKING_URI, else a SQLite file under a local storage root.
-
-    What a server cannot take at once waits on the storage root; `say` is told when that begins and ends.
-    """
-    if section.kind == "none":
-        return NoopTracker()
-    from pipeline.tracking.mlflow_tracker import MlflowTracker
-
-    uri = section.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if uri:
-        from pipeline.tracking.spool import SpooledTracker
-
-        return SpooledTracker(MlflowTracker(uri, section.experiment, None), storage, say)
-    root = Path(storage.root) if storage.is_local else Path("runs").resolve()
-    folder = root / "mlflow"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"tracking: cannot create {folder}: {error.strerror}; set tracking.uri") from error
-    with contextlib.redirect_stderr(None):  # the first use of a SQLite file announces each of its tables
-        return MlflowTracker(f"sqlite:///{folder / 'mlflow.db'}", section.experiment, (folder / "artifacts").as_uri())
+def now_ms() -> int:
+    """Now, in milliseconds since 1970: the time of a point of a curve."""
+    return time.time_ns() // 1_000_000
 
 
 def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -13,10 +13,11 @@ import torch
 from runs import Finished, run_file, start, wait_for
 from servers import free_port, served
 
+from pipeline.errors import RetryPolicy
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.storage.filesystem import Storage
 from pipeline.tracking.mlflow_tracker import MlflowTracker
-from pipeline.tracking.spool import FOLDER, SpooledTracker
+from pipeline.tracking.spool import FOLDER, RETRIES, SpooledTracker
 from pipeline.tracking.tracker import ENTRY_TAG, Dataset, Point, RecordingTracker, TrackerAwayError
 
 
@@ -77,6 +78,10 @@ def storage(tmp_path: Path) -> Storage:
     return Storage(str(tmp_path / "root"))
 
 
+AT_ONCE = RetryPolicy(first_wait_seconds=0.0, longest_wait_seconds=0.0, deadline_seconds=0.0)
+"""Asks again at every call, and only once at the end."""
+
+
 def points(first: int, last: int) -> list[Point]:
     return [Point("loss", 1.0 / step, step, 1000 + step) for step in range(first, last)]
 
@@ -92,10 +97,9 @@ def test_nothing_is_written_while_the_server_answers(storage: Storage) -> None:
     assert not storage.exists(FOLDER)
 
 
-def test_what_waits_is_delivered_in_order_once(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.tracking.spool._RETRY_SECONDS", 0.0)
+def test_what_waits_is_delivered_in_order_once(storage: Storage) -> None:
     server, said = Unreliable(), list[str]()
-    tracker = SpooledTracker(server, storage, said.append)
+    tracker = SpooledTracker(server, storage, said.append, retries=AT_ONCE)
     parent = tracker.start_run("parent", {"a": "b"})
     tracker.log_points(parent, points(1, 3))
     server.is_away = True
@@ -143,12 +147,12 @@ def test_a_call_whose_answer_is_lost_leaves_nothing_twice(storage: Storage, acti
 
 def test_what_still_waits_at_the_end_is_delivered_by_the_next_run(storage: Storage) -> None:
     server, said = Unreliable(), list[str]()
-    tracker = SpooledTracker(server, storage, said.append)
+    tracker = SpooledTracker(server, storage, said.append, retries=AT_ONCE)
     run = tracker.start_run("first", {})
     server.is_away = True
     tracker.log_points(run, points(1, 3))
     tracker.end_run(run, succeeded=True)
-    tracker.close(patience_seconds=0.0)
+    tracker.close()
     assert "2 entries wait in" in said[-1]
     server.is_away = False
     SpooledTracker(server, storage, said.append)
@@ -156,6 +160,29 @@ def test_what_still_waits_at_the_end_is_delivered_by_the_next_run(storage: Stora
     (kept,) = server.runs.values()
     assert (kept.points, kept.ended) == (points(1, 3), [True])
     assert not storage.files(FOLDER)
+
+
+def test_closing_waits_for_the_server_until_the_deadline(storage: Storage) -> None:
+    server, said, seconds = Unreliable(), list[str](), [0.0]
+
+    def sleep(wait: float) -> None:
+        seconds[0] += wait
+        server.is_away = seconds[0] < 20
+
+    retries = RETRIES._replace(sleep=sleep, clock=lambda: seconds[0])
+    tracker = SpooledTracker(server, storage, said.append, retries=retries)
+    run = tracker.start_run("first", {})
+    server.is_away = True
+    tracker.log_points(run, points(1, 3))
+    tracker.close()
+    assert seconds[0] == 20.0
+    assert server.runs[tracker_id(server)].points == points(1, 3)
+    assert said[-1] == "tracking: the server is back, 1 waiting entries were delivered"
+
+
+def tracker_id(server: Unreliable) -> str:
+    (run,) = server.runs
+    return run
 
 
 @pytest.fixture
@@ -176,12 +203,12 @@ def mlflow_command(tmp_path: Path) -> Iterator[tuple[list[str], str]]:
 def test_a_real_server_misses_nothing_while_it_is_stopped(
     mlflow_command: tuple[list[str], str], storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.tracking.spool._RETRY_SECONDS", 0.0)
     command, url = mlflow_command
+    often = RetryPolicy(first_wait_seconds=0.0, longest_wait_seconds=0.0, deadline_seconds=60.0)
     torch.manual_seed(0)
     Crosscoder(16, 2, 4).save_pretrained(tmp_path / "model")
     with served(command, f"{url}/health", tmp_path / "one.log", seconds=300):
-        tracker = SpooledTracker(MlflowTracker(url, "spool", None), storage, lambda _: None)
+        tracker = SpooledTracker(MlflowTracker(url, "spool", None), storage, lambda _: None, retries=often)
         parent = tracker.start_run("parent", {})
         tracker.log_points(parent, points(1, 50))
     child = tracker.start_run("child", {}, parent=parent)

@@ -13,8 +13,9 @@ from pipeline.config.resources import TrackingSection
 from pipeline.errors import InputError
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.storage.filesystem import Storage
+from pipeline.tracking.choose import make_tracker
 from pipeline.tracking.mlflow_tracker import MlflowTracker
-from pipeline.tracking.tracker import Dataset, NoopTracker, Point, RecordingTracker, Tracker, flatten, make_tracker
+from pipeline.tracking.tracker import Dataset, NoopTracker, Point, RecordingTracker, Tracker, flatten
 
 
 @pytest.fixture(params=["sqlite", "server"])
