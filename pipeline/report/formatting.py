@@ -5,6 +5,7 @@ that is None or NaN becomes a dash; a number is never made up for it.
 """
 
 import math
+import re
 import unicodedata
 
 DASH = "\u2013"
@@ -80,9 +81,10 @@ _DIRECTIONS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
 def visible(text: str) -> str:
     """The text with line breaks as arrows, and control characters and direction marks as replacement marks."""
-    text = text.replace("\r\n", "\n").replace("\n", "\u21b5").replace("\t", "\u21e5")
+    text = re.sub("\r\n|[\n\u2028\u2029]", "\u21b5", text).replace("\t", "\u21e5")
     return "".join(
-        "\ufffd" if unicodedata.category(letter) in {"Cc", "Cs"} or unicodedata.bidirectional(letter) in _DIRECTIONS
+        "\ufffd"
+        if unicodedata.category(letter) in {"Cc", "Cs"} or unicodedata.bidirectional(letter) in _DIRECTIONS
         else letter
         for letter in text
     )

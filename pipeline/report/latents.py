@@ -15,7 +15,14 @@ from pipeline.report import formatting as fmt
 from pipeline.report.data import CrosscoderReport
 from pipeline.report.palette import VERDICT_ROLES
 from pipeline.report.samples import Sample, SampleGroup, sample_groups
-from pipeline.report.summary import FREQUENCY_PREFIX, anchor, behaviors_by_latent, chat_only_rows, corpora_of, steering_effects
+from pipeline.report.summary import (
+    FREQUENCY_PREFIX,
+    anchor,
+    behaviors_by_latent,
+    chat_only_rows,
+    corpora_of,
+    steering_effects,
+)
 from pipeline.schema import Verdict
 
 MAX_CARDS = 24
@@ -244,4 +251,3 @@ def _tokens(texts: Sequence[str], activations: Sequence[float], strongest: float
         else:
             tokens.append(ContextToken(fmt.visible(text), round(share, 2), activation))
     return tokens
-

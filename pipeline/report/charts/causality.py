@@ -11,7 +11,15 @@ import altair as alt
 import pandas as pd
 
 from pipeline.report import formatting as fmt
-from pipeline.report.charts.style import ROW_LEGEND_OFFSET, WIDTH, crosscoder_colour, rows_of, single, spelled, text_tooltips
+from pipeline.report.charts.style import (
+    ROW_LEGEND_OFFSET,
+    crosscoder_colour,
+    layered,
+    rows_of,
+    single,
+    spelled,
+    text_tooltips,
+)
 
 KL_TITLE = "KL to the chat model, nats per token"
 NO_CROSSCODER = "no crosscoder"
@@ -49,7 +57,7 @@ def _label(intervention: str) -> tuple[int, str]:
     for place, (half, label) in enumerate(HALVES):
         if name == half:
             return 100 + place, label
-    return 50, fmt.words(intervention)
+    return 50, fmt.visible(fmt.words(intervention))
 
 
 def intervention_rows(causality: pd.DataFrame, *, halves: bool) -> pd.DataFrame:
@@ -75,7 +83,8 @@ def kl_chart(rows: pd.DataFrame, names: Sequence[str], *, baseline: float | None
     used = [name for name in names if (drawn["crosscoder"] == name).any()]
     encodings, height = rows_of(drawn, "label", used or [NO_CROSSCODER])
     encodings["color"] = crosscoder_colour(names, NO_CROSSCODER if has_plain else "", offset=ROW_LEGEND_OFFSET)
-    x = alt.X("kl:Q", title=KL_TITLE, scale=alt.Scale(zero=baseline is None, padding=8))
+    scale = alt.Scale(domainMin=0) if baseline is None else alt.Scale(zero=False, padding=8)
+    x = alt.X("kl:Q", title=KL_TITLE, scale=scale)
     tooltip = text_tooltips(crosscoder="crosscoder", label="intervention", spelled="KL", num_latents="latents")
     layers: list[alt.Chart] = []
     if baseline is not None:
@@ -90,7 +99,7 @@ def kl_chart(rows: pd.DataFrame, names: Sequence[str], *, baseline: float | None
             base.mark_rule(strokeWidth=2).encode(x=alt.X("kl_low:Q"), x2="kl_high:Q"),
             base.mark_point(filled=True, size=50, opacity=1).encode(x=x),
         ]
-    return alt.layer(*layers, data=drawn).properties(width=WIDTH, height=height)
+    return layered(layers, drawn, height)
 
 
 def kl_curve_chart(curve: pd.DataFrame, names: Sequence[str]) -> alt.LayerChart:
@@ -120,4 +129,4 @@ def kl_curve_chart(curve: pd.DataFrame, names: Sequence[str]) -> alt.LayerChart:
         base.mark_line(strokeWidth=1.8).encode(y=y),
         base.mark_point(filled=True, size=36, opacity=1).encode(y=y, tooltip=tooltip),
     ]
-    return alt.layer(*layers, data=drawn).properties(width=WIDTH, height=210)
+    return layered(layers, drawn, 210)

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.analyses.ownership import CLASS_RANGES
-from pipeline.report.charts.style import WIDTH, crosscoder_colour, text_tooltips
+from pipeline.report.charts.style import crosscoder_colour, layered, text_tooltips
 
 NUM_BINS = 50
 FLOOR = 0.5
@@ -41,4 +41,4 @@ def delta_norm_chart(delta_norms: pd.DataFrame, names: Sequence[str]) -> alt.Lay
     over = over.encode(tooltip=[*text_tooltips(crosscoder="crosscoder", range="Delta_norm"), "num_latents:Q"])
     lines = [one.encode(x=at, y=y, color=crosscoder_colour(names)) for one in (outline, over)]
     text = named.encode(x=alt.X("middle:Q"), y=alt.value(0), text="name:N")
-    return alt.layer(band, *lines, text, data=bins).properties(width=WIDTH, height=200)
+    return layered([band, *lines, text], bins, 200)

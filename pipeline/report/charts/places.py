@@ -10,7 +10,7 @@ import altair as alt
 import pandas as pd
 
 from pipeline.report import formatting as fmt
-from pipeline.report.charts.style import ROW_HEIGHT, ROW_LEGEND_OFFSET, WIDTH, rows_of, text_tooltips
+from pipeline.report.charts.style import ROW_HEIGHT, ROW_LEGEND_OFFSET, layered, rows_of, text_tooltips
 from pipeline.report.summary import ELSEWHERE, FREQUENCY_PREFIX, SPEAKERS
 from pipeline.schema import Verdict
 
@@ -32,7 +32,7 @@ def frequency_spreads(latents: pd.DataFrame, corpora: Sequence[str]) -> pd.DataF
                 if len(values):
                     spread = {key: float(values.quantile(share)) for key, share in QUANTILES.items()}
                     row = {"corpus": corpus, "kind": kind, "crosscoder": name, "num_latents": len(values)}
-                    rows.append({**row, "label": f"{corpus}, {kind}", **spread})
+                    rows.append({**row, "label": f"{fmt.visible(corpus)}, {kind}", **spread})
     return pd.DataFrame(rows)
 
 
@@ -51,12 +51,12 @@ def frequency_chart(spreads: pd.DataFrame, names: Sequence[str]) -> alt.LayerCha
     title = "share of the corpus' rows on which a latent fires"
     scale = alt.Scale(type="log", domain=[floor, 1])
     x = alt.X("p05:Q", title=title, scale=scale, axis=alt.Axis(format="~%", tickCount=4))
-    return alt.layer(
+    layers = [
         base.mark_rule(strokeWidth=1.5).encode(x=x, x2="p95:Q"),
         base.mark_bar(opacity=0.4).encode(x=alt.X("p25:Q"), x2="p75:Q"),
         base.mark_tick(thickness=2.5, size=ROW_HEIGHT - 4, opacity=1).encode(x=alt.X("median:Q")),
-        data=drawn,
-    ).properties(width=WIDTH, height=height)
+    ]
+    return layered(layers, drawn, height)
 
 
 def speaker_shares(latents: pd.DataFrame) -> pd.DataFrame:
@@ -93,4 +93,4 @@ def speaker_chart(shares: pd.DataFrame) -> alt.LayerChart:
         order="order:Q",
         tooltip=text_tooltips(label="latents", num_latents="number", speaker="speaker", spelled="mean share"),
     )
-    return alt.layer(bars).properties(width=WIDTH, height=len(labels) * (ROW_HEIGHT + 10))
+    return layered([bars], drawn, len(labels) * (ROW_HEIGHT + 10))

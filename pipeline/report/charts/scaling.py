@@ -4,11 +4,13 @@ The frame holds the middle 96% of each ratio and both thresholds, so that a few 
 into a corner. The caller says how many lie outside; dragging the figure shows them.
 """
 
+from typing import Any
+
 import altair as alt
 import numpy as np
 import pandas as pd
 
-from pipeline.report.charts.style import WIDTH, single, spelled, text_tooltips
+from pipeline.report.charts.style import layered, single, spelled, text_tooltips
 from pipeline.report.palette import VERDICT_ROLES
 from pipeline.schema import Verdict
 
@@ -58,7 +60,7 @@ def nu_chart(latents: pd.DataFrame, nu_eps_threshold: float, nu_r_threshold: flo
     left, below = (low - 3 * (high - low) for low, high in (axes["nu_r"], axes["nu_eps"]))
     corner = single(x=left, x2=nu_r_threshold, y=below, y2=nu_eps_threshold)
     corner = corner.mark_rect(color="var(--accept)", clip=True).encode(x="x:Q", x2="x2:Q", y="y:Q", y2="y2:Q")
-    dashed = {"strokeDash": [4, 3], "clip": True}
+    dashed: dict[str, Any] = {"strokeDash": [4, 3], "clip": True}
     lines = [
         single(x=nu_r_threshold).mark_rule(**dashed).encode(x="x:Q"),
         single(y=nu_eps_threshold).mark_rule(**dashed).encode(y="y:Q"),
@@ -71,4 +73,4 @@ def nu_chart(latents: pd.DataFrame, nu_eps_threshold: float, nu_r_threshold: flo
         tooltip=text_tooltips(latent="latent", verdict="verdict", eps="nu_eps", r="nu_r"),
     )
     zoom = alt.selection_interval(bind="scales", zoom="wheel![event.altKey]", name="zoom")
-    return alt.layer(corner, *lines, points.add_params(zoom), data=dots).properties(width=WIDTH, height=300)
+    return layered([corner, *lines, points.add_params(zoom)], dots, 300)

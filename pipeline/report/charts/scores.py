@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import altair as alt
 import pandas as pd
 
-from pipeline.report.charts.style import ROW_HEIGHT, WIDTH, crosscoder_colour, rows_of, single, spelled, text_tooltips
+from pipeline.report.charts.style import ROW_HEIGHT, crosscoder_colour, layered, rows_of, single, spelled, text_tooltips
 from pipeline.report.summary import CANDIDATE_ANY, CANDIDATE_MEAN_DIFFERENCE, CANDIDATE_SPECIFIC
 
 
@@ -17,7 +17,9 @@ def planted_chart(scores: pd.DataFrame, names: Sequence[str]) -> alt.LayerChart:
     """
     drawn = scores[scores["auroc"].notna()]
     drawn = drawn.assign(spelled=spelled(drawn, "auroc"))
-    drawn = drawn[["crosscoder", "behavior", "candidate", "latent", "card", "auroc", "auroc_low", "auroc_high", "spelled"]]
+    drawn = drawn[
+        ["crosscoder", "behavior", "candidate", "latent", "card", "auroc", "auroc_low", "auroc_high", "spelled"]
+    ]
     encodings, height = rows_of(drawn, "behavior", names)
     lowest = min(0.5, math.floor(drawn[["auroc", "auroc_low"]].min().min() * 10 + 1e-9) / 10)
     x = alt.X("auroc:Q", title="AUROC on held-out rows (0.5 = chance)", scale=alt.Scale(domain=[lowest, 1]))
@@ -28,12 +30,12 @@ def planted_chart(scores: pd.DataFrame, names: Sequence[str]) -> alt.LayerChart:
     shapes = alt.Scale(domain=[CANDIDATE_ANY, CANDIDATE_MEAN_DIFFERENCE], range=["circle", "square"])
     others = alt.Chart().transform_filter(~is_specific).mark_point(size=110, strokeWidth=1.5, cursor="pointer")
     best = alt.Chart().transform_filter(is_specific).encode(**encodings, tooltip=tooltip)
-    return alt.layer(
+    layers = [
         others.encode(**encodings, x=x, shape=alt.Shape("candidate:N", scale=shapes, legend=None), tooltip=tooltip),
         best.mark_rule(strokeWidth=2).encode(x=alt.X("auroc_low:Q"), x2="auroc_high:Q"),
         best.mark_point(filled=True, size=40, opacity=1, cursor="pointer").encode(x=x),
-        data=drawn,
-    ).properties(width=WIDTH, height=height)
+    ]
+    return layered(layers, drawn, height)
 
 
 def explanation_chart(scores: pd.DataFrame, names: Sequence[str]) -> alt.LayerChart:
@@ -57,14 +59,14 @@ def explanation_chart(scores: pd.DataFrame, names: Sequence[str]) -> alt.LayerCh
         color=crosscoder_colour(names),
         tooltip=text_tooltips(crosscoder="crosscoder", latent="latent", explanation="in words", spelled="accuracy"),
     )
-    return alt.layer(
+    layers = [
         chance,
         base.mark_rule(strokeWidth=1.2, opacity=0.55).encode(
             y=alt.Y("balanced_accuracy_low:Q"), y2="balanced_accuracy_high:Q"
         ),
         base.mark_point(filled=True, size=36, opacity=1, cursor="pointer").encode(y=y),
-        data=drawn,
-    ).properties(width=WIDTH, height=180)
+    ]
+    return layered(layers, drawn, 180)
 
 
 def control_chart(controls: pd.DataFrame, names: Sequence[str]) -> alt.LayerChart:
@@ -76,13 +78,18 @@ def control_chart(controls: pd.DataFrame, names: Sequence[str]) -> alt.LayerChar
     drawn = drawn.assign(spelled=spelled(drawn, "value", is_share=True))
     encodings, height = rows_of(drawn, "control", names)
     x = alt.X("value:Q", title="share, %", axis=alt.Axis(format="%"), scale=alt.Scale(zero=True))
-    tooltip = text_tooltips(crosscoder="crosscoder", control="control", quantity="quantity", spelled="value", note="note")
+    tooltip = text_tooltips(
+        crosscoder="crosscoder", control="control", quantity="quantity", spelled="value", note="note"
+    )
     base = alt.Chart().encode(**encodings, tooltip=tooltip)
-    expected = alt.Chart().transform_filter("isValid(datum.expected)").mark_tick(color="var(--muted)", thickness=2, size=ROW_HEIGHT)
-    return alt.layer(
+    expected = (
+        alt.Chart()
+        .transform_filter("isValid(datum.expected)")
+        .mark_tick(color="var(--muted)", thickness=2, size=ROW_HEIGHT)
+    )
+    layers = [
         expected.encode(y=encodings["y"], yOffset=encodings["yOffset"], x=alt.X("expected:Q")),
         base.mark_rule(strokeWidth=2).encode(x=alt.X("value_low:Q"), x2="value_high:Q"),
         base.mark_point(filled=True, size=50, opacity=1).encode(x=x),
-        data=drawn,
-    ).properties(width=WIDTH, height=height)
-
+    ]
+    return layered(layers, drawn, height)

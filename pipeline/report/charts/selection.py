@@ -13,7 +13,7 @@ from pipeline.report import formatting as fmt
 from pipeline.report.charts import causality, ownership, places, scaling, scores, steering, training
 from pipeline.report.charts.style import Chart, spec_of
 from pipeline.report.data import ReportData
-from pipeline.report.summary import EVIDENCE_ORDER, anchor, chat_only_rows, corpora_of
+from pipeline.report.summary import CANDIDATE_SPECIFIC, EVIDENCE_ORDER, anchor, chat_only_rows, corpora_of
 from pipeline.schema import Verdict
 
 CURVES = (
@@ -78,7 +78,7 @@ def _figure(name: str, section: str, title: str, chart: Chart, *notes: str) -> F
 
 
 def _stacked(data: ReportData, field: str) -> pd.DataFrame:
-    """One table of all crosscoders with `crosscoder` and, where it has latents, `card`; empty if the analysis was off."""
+    """One table of all crosscoders with `crosscoder` and, if it has latents, `card`; empty if it was off."""
     frames = []
     for place, one in enumerate(data.crosscoders):
         table: pd.DataFrame | None = getattr(one, field)
@@ -86,9 +86,15 @@ def _stacked(data: ReportData, field: str) -> pd.DataFrame:
             continue
         table = table.assign(crosscoder=fmt.visible(one.name))
         if "latent" in table:
-            table["card"] = [anchor(place, latent) if latent >= 0 else None for latent in table["latent"]]
+            table["card"] = _cards(place, table)
         frames.append(table)
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def _cards(place: int, table: pd.DataFrame) -> "pd.Series[str]":
+    """Anchor of each row's latent; None for a row that is about no latent."""
+    cards = [anchor(place, int(latent)) if latent >= 0 else None for latent in table["latent"]]
+    return pd.Series(cards, index=table.index, dtype=object)
 
 
 def _planted(data: ReportData, names: Sequence[str]) -> Iterator[Figure]:
@@ -96,7 +102,7 @@ def _planted(data: ReportData, names: Sequence[str]) -> Iterator[Figure]:
     if table.empty or table["auroc"].isna().all():
         return
     table["behavior"] = [fmt.visible(fmt.words(name)) for name in table["behavior"]]
-    lacking = table[(table["candidate"] == scores.CANDIDATE_SPECIFIC) & table["auroc"].isna()]
+    lacking = table[(table["candidate"] == CANDIDATE_SPECIFIC) & table["auroc"].isna()]
     pairs = [f"{row.behavior} ({row.crosscoder})" for row in lacking.itertuples()]
     note = f"No chat-specific latent for {', '.join(pairs)}." if pairs else ""
     yield _figure("planted", "planted", "AUROC per planted behaviour", scores.planted_chart(table, names), note)
@@ -219,8 +225,7 @@ def _steering(data: ReportData, names: Sequence[str]) -> Iterator[Figure]:
             own = rows[rows["crosscoder"] == name]
             if len(own):
                 lines = steering.sweep_lines(own)
-                cards = [anchor(place, int(latent)) if latent >= 0 else None for latent in lines["latent"]]
-                parts.append(lines.assign(crosscoder=name, card=cards))
+                parts.append(lines.assign(crosscoder=name, card=_cards(place, lines)))
         lines = pd.concat(parts, ignore_index=True)
         if (lines["line"] != steering.UNSTEERED).any():
             chart = steering.steering_chart(lines, names)

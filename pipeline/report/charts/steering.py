@@ -5,6 +5,7 @@ position. Dashed: the base model with the same latent. Dotted: other places of s
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import altair as alt
 import pandas as pd
@@ -58,9 +59,9 @@ def _with_interval(rows: pd.DataFrame, line: str) -> pd.DataFrame:
 
 
 def steering_chart(lines: pd.DataFrame, names: Sequence[str]) -> alt.VConcatChart:
-    """Panels of rate, KL and fluency by scale from `sweep_lines` with `crosscoder`; panels without a number are left out.
+    """Panels of rate, KL and fluency by scale; panels without a number are left out.
 
-    `card` is the anchor that a click on a latent's point opens.
+    Columns of `sweep_lines`, and `crosscoder` and `card`: the anchor that a click on a latent's point opens.
     """
     panels = [panel for panel in PANELS if lines.loc[lines["line"] != UNSTEERED, panel[0]].notna().any()]
     drawn = lines.assign(spelled=spelled(lines, "rate", is_share=True))
@@ -71,18 +72,18 @@ def steering_chart(lines: pd.DataFrame, names: Sequence[str]) -> alt.VConcatChar
         _panel(column, title, names, places, is_last=column == last).properties(width=WIDTH, height=height)
         for column, title, height in panels
     ]
-    return alt.vconcat(*charts, spacing=18, data=drawn).resolve_scale(x="shared", color="shared", strokeDash="shared")
+    column = alt.VConcatChart(data=drawn, vconcat=charts, spacing=18)
+    chart: alt.VConcatChart = column.resolve_scale(x="shared", color="shared", strokeDash="shared")
+    return chart
 
 
-def _panel(
-    column: str, title: str, names: Sequence[str], places: Sequence[str], *, is_last: bool
-) -> alt.LayerChart:
+def _panel(column: str, title: str, names: Sequence[str], places: Sequence[str], *, is_last: bool) -> alt.LayerChart:
     is_rate = column == "rate"
     order = [CHAT_LINE, BASE_LINE, *places, RANDOM_LATENTS]
     dashes = [[1, 0], [5, 3], *([[1, 3]] * len(places)), [1, 0]]
     # KL starts at 0; the rate spans all shares; fluency has no natural zero.
     y_scale = alt.Scale(domain=[0, 1]) if is_rate else alt.Scale(zero=column == "kl", nice=True)
-    encodings = {
+    encodings: dict[str, Any] = {
         "x": alt.X("scale:Q", title="scale, x largest activation" if is_last else None, axis=alt.Axis(grid=False)),
         "color": crosscoder_colour(names, RANDOM_LATENTS, column="series", offset=ROW_LEGEND_OFFSET),
         "strokeDash": alt.StrokeDash("line:N", scale=alt.Scale(domain=order, range=dashes), legend=None),
@@ -103,4 +104,4 @@ def _panel(
     detail = ["crosscoder:N", "line:N"]
     layers.append(base.mark_line(strokeWidth=1.6).encode(y=y, detail=detail))
     layers.append(base.mark_point(filled=True, size=34, opacity=1, cursor="pointer").encode(y=y, tooltip=tooltip))
-    return alt.layer(*layers)
+    return alt.LayerChart(layer=layers)

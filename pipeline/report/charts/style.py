@@ -4,6 +4,7 @@ Colours are roles (`var(--text)`, see palette.py): inside the page they follow t
 the light values into a file. Charts are 420 units wide; the page's script fits them to the reader's screen.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ LEGEND_OFFSET, ROW_LEGEND_OFFSET = 30, 10
 ROW_HEIGHT = 16
 """Height of one crosscoder's mark in a chart of rows."""
 
+
 def crosscoder_colour(
     names: Sequence[str], plain: str = "", *, column: str = "crosscoder", offset: int = LEGEND_OFFSET
 ) -> alt.Color:
@@ -34,9 +36,15 @@ def crosscoder_colour(
     return alt.Color(f"{column}:N", scale=scale, legend=alt.Legend(offset=offset))
 
 
+def layered(layers: Sequence[alt.Chart], data: pd.DataFrame, height: int) -> alt.LayerChart:
+    """Layers over one table, first below last, in the width of all figures."""
+    chart: alt.LayerChart = alt.LayerChart(data=data, layer=list(layers)).properties(width=WIDTH, height=height)
+    return chart
+
+
 def single(**values: float | str) -> alt.Chart:
     """A chart with one row of its own, for a line or an area that belongs to no row of the table."""
-    return alt.Chart(alt.Data(values=[values]))
+    return alt.Chart(pd.DataFrame([values]))
 
 
 def text_tooltips(**titles: str) -> list[alt.Tooltip]:
@@ -71,7 +79,7 @@ def rows_of(frame: pd.DataFrame, column: str, names: Sequence[str]) -> tuple[dic
 
 
 def spec_of(chart: Chart, description: str) -> dict[str, Any]:
-    """The chart as Vega-Lite JSON without configuration, floats cut to six digits, described for a screen reader."""
+    """The chart as Vega-Lite JSON without configuration, floats cut to six digits, NaN as null, described for a screen reader."""
     with alt.data_transformers.enable("default", max_rows=None):
         spec: dict[str, Any] = chart.to_dict(validate=False)  # validating takes a second; the tests compile every chart
     for key in ("$schema", "config"):
@@ -85,4 +93,6 @@ def spec_of(chart: Chart, description: str) -> dict[str, Any]:
 
 
 def _short(value: object) -> object:
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -6,12 +6,13 @@ The first steps are often far outside that range and would flatten what a reader
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import altair as alt
 import numpy as np
 import pandas as pd
 
-from pipeline.report.charts.style import WIDTH, crosscoder_colour, text_tooltips
+from pipeline.report.charts.style import crosscoder_colour, layered, text_tooltips
 
 MAX_CURVE_POINTS = 150
 FRAMED_FROM = 0.25
@@ -45,22 +46,21 @@ def curve_chart(curves: pd.DataFrame, label: str, names: Sequence[str]) -> alt.L
     """Lines of `value` by `step`; columns crosscoder, model ("" where it does not matter, else chat or base)."""
     low, high = framed_range(curves)
     zoom = alt.selection_interval(bind="scales", zoom="wheel![event.altKey]", name="zoom")
-    encodings = {
+    encodings: dict[str, Any] = {
         "x": alt.X("step:Q", title="training step", axis=alt.Axis(grid=False)),
         "y": alt.Y("value:Q", title=label, scale=alt.Scale(domain=[low, high], zero=False)),
         "color": crosscoder_colour(names),
-        "tooltip": [
-            *text_tooltips(crosscoder="crosscoder"),
-            alt.Tooltip("step:Q", format=",.0f"),
-            alt.Tooltip("value:Q", title=label, format=f",.{max(0, 3 - math.floor(math.log10(abs(high) or 1)))}f"),
-        ],
     }
+    digits = max(0, 3 - math.floor(math.log10(abs(high) or 1)))
+    tooltip = text_tooltips(crosscoder="crosscoder", model="model")
+    tooltip += [alt.Tooltip("step:Q", format=",.0f"), alt.Tooltip("value:Q", title=label, format=f",.{digits}f")]
+    lines = alt.Chart().mark_line(clip=True, strokeWidth=1.6).encode(**encodings)
     models = [name for name in ("chat", "base") if name in set(curves["model"])]
     if models:
         legend = alt.Legend(symbolType="stroke", symbolStrokeColor="var(--text)")
         dash = alt.Scale(domain=models, range=[[1, 0], [5, 3]][: len(models)])
-        encodings["strokeDash"] = alt.StrokeDash("model:N", scale=dash, legend=legend)
-        encodings["tooltip"] = [*text_tooltips(model="model"), *encodings["tooltip"]]
+        lines = lines.encode(strokeDash=alt.StrokeDash("model:N", scale=dash, legend=legend))
     # Transparent dots on the lines carry the tooltips.
-    line = alt.Chart(curves).mark_line(clip=True, strokeWidth=1.6, point=alt.OverlayMarkDef(opacity=0, size=60))
-    return alt.layer(line.encode(**encodings)).add_params(zoom).properties(width=WIDTH, height=170)
+    dots = alt.Chart().mark_point(clip=True, filled=True, opacity=0, size=60)
+    dots = dots.encode(**encodings, detail="model:N", tooltip=tooltip if models else [tooltip[0], *tooltip[2:]])
+    return layered([lines.add_params(zoom), dots], curves, 170)
