@@ -130,6 +130,8 @@ class Verdict:
 
     ALL = (CHAT_SPECIFIC, SHRINKAGE, DECOUPLING, BOTH, UNDECIDED, BASE_ONLY, SHARED, OTHER, DEAD)
     ARTIFACTS = (SHRINKAGE, DECOUPLING, BOTH)
+    CHAT_ONLY = (CHAT_SPECIFIC, *ARTIFACTS, UNDECIDED)
+    """Verdicts of a live latent that Delta_norm calls chat-only, in the order of bars and tables."""
 
 
 class Ownership:

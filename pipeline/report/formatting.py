@@ -5,6 +5,8 @@ that is None or NaN becomes a dash; a number is never made up for it.
 """
 
 import math
+import re
+import unicodedata
 
 DASH = "\u2013"
 
@@ -58,6 +60,11 @@ def interval(low: float | None, high: float | None, digits: int = 3) -> str:
     return f"[{decimal(low, digits)}, {decimal(high, digits)}]"
 
 
+def percent_interval(low: float | None, high: float | None) -> str:
+    """The bracketed interval of a share in percent, or nothing where there is none."""
+    return "" if is_missing(low) or is_missing(high) else f"[{percent(low)}, {percent(high)}]"
+
+
 def plural(number: int, noun: str, nouns: str | None = None) -> str:
     """1 latent, 2 latents, 1,204 latents."""
     return f"{count(number)} {noun if number == 1 else nouns or noun + 's'}"
@@ -66,6 +73,21 @@ def plural(number: int, noun: str, nouns: str | None = None) -> str:
 def words(name: str) -> str:
     """An identifier as words: best_half_replace -> best half replace."""
     return name.replace("_", " ")
+
+
+_DIRECTIONS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+"""Unicode's marks that turn the direction of the text after them."""
+
+
+def visible(text: str) -> str:
+    """The text with line breaks as arrows, and control characters and direction marks as replacement marks."""
+    text = re.sub("\r\n|[\n\u2028\u2029]", "\u21b5", text).replace("\t", "\u21e5")
+    return "".join(
+        "\ufffd"
+        if unicodedata.category(letter) in {"Cc", "Cs"} or unicodedata.bidirectional(letter) in _DIRECTIONS
+        else letter
+        for letter in text
+    )
 
 
 def setting(value: object) -> str:

@@ -6,18 +6,19 @@ Plain text; the page escapes and places it.
 
 from typing import NamedTuple
 
+import pandas as pd
+
 from pipeline.report import formatting as fmt
-from pipeline.report.controls import control_rows, control_sentences
 from pipeline.report.data import CrosscoderReport
 from pipeline.report.summary import (
-    VerdictCounts,
+    VerdictSummary,
     causal_summary,
     difference_of,
     planted_rows,
     steering_effects,
-    verdict_counts,
+    verdict_summary,
 )
-from pipeline.schema import Verdict
+from pipeline.schema import Control, Verdict
 
 GOOD_AUROC = 0.9
 """A planted behaviour counts as found from here on."""
@@ -45,10 +46,34 @@ def headline(crosscoder: CrosscoderReport) -> Headline:
     if crosscoder.latents is None:
         new = "Which model owns a latent was not analysed for this crosscoder."
         return Headline("", "No verdict", new, [], does)
-    counts = verdict_counts(crosscoder.latents)
-    number, label, new = _new(counts)
-    sure = [*_sure(counts, crosscoder), *control_sentences(control_rows(crosscoder.controls))]
+    counts = verdict_summary(crosscoder.latents)
+    number, label, new = _new_in_chat(counts)
+    sure = [*_confidence_sentences(counts, crosscoder), *control_sentences(crosscoder.controls)]
     return Headline(number, label, new, sure, does)
+
+
+def control_sentences(controls: pd.DataFrame | None) -> list[str]:
+    """What the controls say about the count of chat-specific latents, one sentence each; none for undefined values."""
+    sentences = []
+    for row in [] if controls is None else controls[controls["value"].notna()].to_dict("records"):
+        control, value, num_latents = str(row["control"]), float(row["value"]), int(row["num_latents"])
+        share = f"{fmt.percent(value)} {fmt.percent_interval(row['value_low'], row['value_high'])}"
+        if control == Control.STATED:
+            number = fmt.decimal(value * num_latents, 1)
+            expected = "None" if number == "0.0" else f"About {number}"
+            sentences.append(
+                f"{expected} of the {fmt.count(num_latents)} are expected to be artifacts all the same "
+                f"({share}, by their own bootstrap)."
+            )
+        elif control == Control.RANDOM:
+            passed = f"{fmt.count(round(value * num_latents))} of {fmt.count(num_latents)}"
+            sentences.append(f"With random directions in place of the latents', {passed} would have passed ({share}).")
+        elif control in (Control.NULL_PAIR, Control.NOISE_PAIR):
+            sentences.append(f"This is a {control}: every chat-specific latent is false, {share} of all.")
+        elif control.startswith(Control.SEED):
+            other = control.removeprefix(Control.SEED).strip()
+            sentences.append(f"Training again with another seed ({other}) finds the same set to {share}.")
+    return sentences
 
 
 def does_sentences(crosscoder: CrosscoderReport) -> list[str]:
@@ -56,7 +81,7 @@ def does_sentences(crosscoder: CrosscoderReport) -> list[str]:
     return [*_planted_sentences(crosscoder), *_steering_sentences(crosscoder), *_causal_sentences(crosscoder)]
 
 
-def _new(counts: VerdictCounts) -> tuple[str, str, str]:
+def _new_in_chat(counts: VerdictSummary) -> tuple[str, str, str]:
     """Number, label and sentence about how much is new."""
     if counts.num_chat_only == 0:
         new = f"None of the {fmt.plural(counts.num_alive, 'live latent')} has a chat-only decoder: nothing to test."
@@ -76,7 +101,7 @@ def _new(counts: VerdictCounts) -> tuple[str, str, str]:
     return fmt.count(counts.num_specific), label, new
 
 
-def _sure(counts: VerdictCounts, crosscoder: CrosscoderReport) -> list[str]:
+def _confidence_sentences(counts: VerdictSummary, crosscoder: CrosscoderReport) -> list[str]:
     if counts.num_chat_only == 0:
         return ["No chat-only latent exists, so no ratio had to be estimated."]
     if not counts.has_scaling:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from pipeline.report import formatting as fmt
 from pipeline.report.data import CrosscoderReport, ReportData
-from pipeline.report.latents import CardSources, Context, LatentCard, by_verdict, number_of, other_cards, visible
+from pipeline.report.latents import CardSources, LatentCard, TokenContext, by_verdict, number_of, other_cards
 from pipeline.report.palette import VERDICT_ROLES
 from pipeline.report.samples import Sample
 from pipeline.report.summary import planted_rows, steering_effects
@@ -142,7 +142,7 @@ def _card_data(card: LatentCard) -> dict[str, Any]:
     }
 
 
-def _context_data(context: Context) -> list[Any]:
+def _context_data(context: TokenContext) -> list[Any]:
     """[source, pieces]; a piece is a text, or [text, share, activation] where the latent fires."""
     source = f"{context.corpus}, max f {fmt.significant(context.activation)}, document {context.doc_id}"
     pieces: list[Any] = [
@@ -153,7 +153,7 @@ def _context_data(context: Context) -> list[Any]:
 
 
 def _sample_data(sample: Sample) -> list[str]:
-    return [visible(text) for text in (sample.prompt, sample.plain, sample.steered)]
+    return [fmt.visible(text) for text in (sample.prompt, sample.plain, sample.steered)]
 
 
 def _named_behaviors(crosscoder: CrosscoderReport) -> dict[int, list[str]]:

@@ -6,7 +6,6 @@ stay plain here; the template escapes them, and the script writes them as text.
 """
 
 import math
-import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,9 +14,15 @@ import pandas as pd
 from pipeline.report import formatting as fmt
 from pipeline.report.data import CrosscoderReport
 from pipeline.report.palette import VERDICT_ROLES
-from pipeline.report.places import FREQUENCY_PREFIX, corpora_of
 from pipeline.report.samples import Sample, SampleGroup, sample_groups
-from pipeline.report.summary import CHAT_ONLY_VERDICTS, behaviors_by_latent, steering_effects
+from pipeline.report.summary import (
+    FREQUENCY_PREFIX,
+    anchor,
+    behaviors_by_latent,
+    chat_only_rows,
+    corpora_of,
+    steering_effects,
+)
 from pipeline.schema import Verdict
 
 MAX_CARDS = 24
@@ -27,7 +32,7 @@ MAX_CONTEXTS = 5
 MAX_CARD_SAMPLES = 2
 
 
-class Token(NamedTuple):
+class ContextToken(NamedTuple):
     """A piece of a context: plain text where `share` is 0, else highlighted."""
 
     text: str
@@ -36,13 +41,13 @@ class Token(NamedTuple):
     activation: float
 
 
-class Context(NamedTuple):
+class TokenContext(NamedTuple):
     """One highlighted context."""
 
     corpus: str
     activation: float
     doc_id: int
-    tokens: list[Token]
+    tokens: list[ContextToken]
 
 
 class Explanation(NamedTuple):
@@ -74,14 +79,9 @@ class LatentCard(NamedTuple):
     """Where it fires: template, user, assistant, elsewhere; sums to 1."""
     corpora: list[tuple[str, float]]
     """Share of each corpus' rows on which it fires."""
-    contexts: list[Context]
+    contexts: list[TokenContext]
     samples: list[Sample]
     """Prompts answered under steering by it."""
-
-
-def anchor(crosscoder_index: int, latent: int) -> str:
-    """HTML id of a latent's card."""
-    return f"latent-{crosscoder_index}-{latent}"
 
 
 class CardSources(NamedTuple):
@@ -121,7 +121,7 @@ def latent_cards(crosscoder: CrosscoderReport, sources: CardSources) -> list[Lat
         return []
     rows = crosscoder.latents[crosscoder.latents["latent"].isin(list(sources.contexts))]
     specific = rows[rows["verdict"] == Verdict.CHAT_SPECIFIC]
-    rows = specific if len(specific) else rows[rows["verdict"].isin(CHAT_ONLY_VERDICTS)]
+    rows = specific if len(specific) else chat_only_rows(rows)
     mass = (rows["frequency"] * rows["mean_activation"]).fillna(0.0)
     ranked = rows.assign(_found=rows["latent"].isin(list(behaviors_by_latent(crosscoder))), _mass=mass)
     ranked = ranked.sort_values(["_found", "is_confident", "_mass"], ascending=False, kind="stable")
@@ -227,11 +227,11 @@ def number_of(value: object) -> float:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
 
 
-def _contexts(examples: pd.DataFrame) -> list[Context]:
+def _contexts(examples: pd.DataFrame) -> list[TokenContext]:
     strongest = float(examples["activation"].max())
     rows = examples.sort_values("rank", kind="stable").head(MAX_CONTEXTS).to_dict("records")
     return [
-        Context(
+        TokenContext(
             corpus=str(row["corpus"]),
             activation=float(row["activation"]),
             doc_id=int(row["doc_id"]),
@@ -241,19 +241,13 @@ def _contexts(examples: pd.DataFrame) -> list[Context]:
     ]
 
 
-def _tokens(texts: Sequence[str], activations: Sequence[float], strongest: float) -> list[Token]:
+def _tokens(texts: Sequence[str], activations: Sequence[float], strongest: float) -> list[ContextToken]:
     """Tokens with neighbours that do not fire merged into one."""
-    tokens: list[Token] = []
+    tokens: list[ContextToken] = []
     for text, activation in zip(texts, activations, strict=True):
         share = min(1.0, activation / strongest) if strongest > 0 and activation > 0 else 0.0
         if share == 0 and tokens and tokens[-1].share == 0:
-            tokens[-1] = tokens[-1]._replace(text=tokens[-1].text + visible(text))
+            tokens[-1] = tokens[-1]._replace(text=tokens[-1].text + fmt.visible(text))
         else:
-            tokens.append(Token(visible(text), round(share, 2), activation))
+            tokens.append(ContextToken(fmt.visible(text), round(share, 2), activation))
     return tokens
-
-
-def visible(text: str) -> str:
-    """The text with line breaks as arrows and other control characters as replacement marks."""
-    text = text.replace("\r\n", "\n").replace("\n", "\u21b5").replace("\t", "\u21e5")
-    return "".join("\ufffd" if unicodedata.category(letter) in {"Cc", "Cs"} else letter for letter in text)

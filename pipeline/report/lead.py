@@ -7,11 +7,10 @@ crosscoder. Which crosscoder answers is a rule, and the page states it. Plain te
 from typing import NamedTuple
 
 from pipeline.report import formatting as fmt
-from pipeline.report.controls import control_rows, control_sentences
 from pipeline.report.data import CrosscoderReport, ReportData
-from pipeline.report.headlines import does_sentences
+from pipeline.report.headlines import control_sentences, does_sentences
 from pipeline.report.latents import explanations
-from pipeline.report.summary import VerdictCounts, verdict_counts
+from pipeline.report.summary import VerdictSummary, verdict_summary
 
 MAX_DOES = 3
 MAX_NAMED = 3
@@ -40,7 +39,7 @@ def lead(data: ReportData) -> Lead | None:
     or that have no chat-only latent where another one has, do not answer.
     """
     found = [
-        (place, one, verdict_counts(one.latents))
+        (place, one, verdict_summary(one.latents))
         for place, one in enumerate(data.crosscoders)
         if one.latents is not None and len(one.latents)
     ]
@@ -52,19 +51,19 @@ def lead(data: ReportData) -> Lead | None:
     if len(data.crosscoders) > 1 and tested:
         share = fmt.percent(_trust(counts)[0], 0)
         why = f"It answers because the largest share of its chat-only latents is confidently chat-specific ({share})."
-    sure = control_sentences(control_rows(crosscoder.controls))
+    sure = control_sentences(crosscoder.controls)
     sure = sure or ["No latent is called chat-specific, so no such call can be wrong."]
     if crosscoder.controls is None:
         sure = ["Controls were not run: this rests on intervals over documents alone."]
-    return Lead(place, crosscoder.name, why, _new(counts), sure, _does(crosscoder))
+    return Lead(place, crosscoder.name, why, _new_sentence(counts), sure, _effects_and_words(crosscoder))
 
 
-def _trust(counts: VerdictCounts) -> tuple[float, int]:
+def _trust(counts: VerdictSummary) -> tuple[float, int]:
     share = counts.num_confident_specific / counts.num_chat_only if counts.num_chat_only else 0.0
     return share, counts.num_confident_specific
 
 
-def _new(counts: VerdictCounts) -> str:
+def _new_sentence(counts: VerdictSummary) -> str:
     if counts.num_chat_only == 0:
         return f"Nothing: none of {fmt.plural(counts.num_alive, 'live latent')} belongs to the chat model alone."
     verb = "is" if counts.num_specific == 1 else "are"
@@ -83,7 +82,7 @@ def _new(counts: VerdictCounts) -> str:
     return text
 
 
-def _does(crosscoder: CrosscoderReport) -> list[str]:
+def _effects_and_words(crosscoder: CrosscoderReport) -> list[str]:
     """What the latents do, then what they are said to stand for."""
     sentences = does_sentences(crosscoder)[:MAX_DOES]
     trusted = [one for one in explanations(crosscoder).values() if one.balanced_accuracy >= TRUSTED_SCORE]

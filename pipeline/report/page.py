@@ -1,8 +1,8 @@
 """The HTML report: one file that needs no network, made from a ReportData by one Jinja2 template.
 
-The template (templates/report.html) is rendered with autoescape, style and script are written into the page, and a
-content security policy with the script's hash keeps anything else from running, whatever a corpus contains. This file
-only prepares what the template shows; numbers come from summary.py, charts from figures.py.
+The template (templates/report.html) is rendered with autoescape. Style, script and the Vega runtime are written into
+the page, and a content security policy with the scripts' hashes keeps anything else from running, whatever a corpus
+contains. This file only prepares what the template shows; numbers come from summary.py, figures from figures.py.
 """
 
 import base64
@@ -17,29 +17,28 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.report import formatting as fmt
-from pipeline.report.controls import control_rows
 from pipeline.report.data import CrosscoderReport, ReportData
-from pipeline.report.figures import Figure, figure_list
+from pipeline.report.figures import figure_list, page_specs, static_svg, vega_runtime
 from pipeline.report.headlines import Headline, headline
-from pipeline.report.latent_rows import latent_table
-from pipeline.report.latents import CardSources, LatentCard, anchor, card_sources, latent_cards, visible
+from pipeline.report.latent_rows import latent_table, script_json
+from pipeline.report.latents import CardSources, LatentCard, card_sources, latent_cards
 from pipeline.report.lead import lead
 from pipeline.report.palette import VERDICT_ROLES, css_variables, series_colours
-from pipeline.report.places import num_template_latents
 from pipeline.report.summary import (
-    CHAT_ONLY_VERDICTS,
     NO_SCORE,
     HalfWay,
     PlantedRow,
     SteeringEffect,
-    VerdictCounts,
+    VerdictSummary,
+    anchor,
     half_way,
+    num_template_latents,
     planted_rows,
     steering_effects,
-    verdict_counts,
+    verdict_summary,
 )
 from pipeline.report.verdict import verdict_table
-from pipeline.schema import Ownership, Verdict
+from pipeline.schema import DELTA_NORM_RANGES, Ownership, Verdict
 
 SECTIONS = (
     ("verdict", "Verdict"),
@@ -58,15 +57,6 @@ SECTIONS = (
     ("glossary", "Glossary"),
 )
 """Id and title of each section, in the page's order."""
-
-OWNERSHIP_CLASSES = (
-    (Ownership.CHAT_ONLY, "0.9 to 1"),
-    (Ownership.BASE_ONLY, "0 to 0.1"),
-    (Ownership.SHARED, "0.4 to 0.6"),
-    (Ownership.OTHER, "between these"),
-)
-"""Classes by Delta_norm and their ranges (arXiv 2504.02922, section 2)."""
-
 
 MAX_EXPLANATIONS = 100
 """Explanations listed per crosscoder; the latent table holds all."""
@@ -88,7 +78,7 @@ class View(NamedTuple):
     report: CrosscoderReport
     colour: str
     headline: Headline
-    counts: VerdictCounts | None
+    counts: VerdictSummary | None
     segments: list[Segment]
     sources: CardSources
     cards: list[LatentCard]
@@ -112,8 +102,8 @@ class Outcome(NamedTuple):
 
 def render(data: ReportData) -> str:
     """The whole page as HTML text; no part of it is fetched from anywhere."""
-    script, style = _asset("report.js"), _asset("report.css")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    scripts, style = [vega_runtime(), _asset("report.js")], _asset("report.css")
+    found = figure_list(data)
     views = [_view(crosscoder, index, data) for index, crosscoder in enumerate(data.crosscoders)]
     table = latent_table(data, [(view.sources, view.cards) for view in views])
     page = (
@@ -123,23 +113,25 @@ def render(data: ReportData) -> str:
             data=data,
             views=views,
             sections=SECTIONS,
-            script=Markup(script),
-            script_hash=f"sha256-{digest}",
+            scripts=[Markup(script) for script in scripts],
+            script_hashes=" ".join(f"'{_hash(script)}'" for script in scripts),
             style=Markup(f":root{{{css_variables()}}}\n{style}"),
             lead=lead(data),
             verdict_rows=verdict_table(data),
             outcomes=_outcomes(views),
             samples=[group for view in views for group in view.sources.groups],
-            figures=_figures_by_section(figure_list(data)),
+            figures={section: [one for one in found if one.section == section] for section, _ in SECTIONS},
+            figure_json=Markup(script_json(page_specs(found))),
+            drawing=lambda figure: Markup(static_svg(figure)),
             table=table,
             table_json=Markup(table.json),
             settings=list(flat_settings(data.settings)),
             no_score=NO_SCORE,
             flat_settings=flat_settings,
-            ownership_classes=OWNERSHIP_CLASSES,
+            ownership_classes=_ownership_classes(),
             interpreted=[one for one in views if one.report.autointerp is not None and len(one.report.autointerp)],
             max_explanations=MAX_EXPLANATIONS,
-            controlled=[(one, control_rows(one.report.controls)) for one in views if control_rows(one.report.controls)],
+            controlled=[one for one in views if one.report.controls is not None and len(one.report.controls)],
         )
     )
     # Lone surrogates and NUL may come from a corpus; neither can stand in an HTML file.
@@ -148,6 +140,17 @@ def render(data: ReportData) -> str:
 
 def _asset(name: str) -> str:
     return resources.files("pipeline.report").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+def _hash(script: str) -> str:
+    """The script as a content security policy names it."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
+def _ownership_classes() -> list[tuple[str, str]]:
+    """Classes by Delta_norm from chat-only down, each with its range."""
+    ranges = sorted(DELTA_NORM_RANGES.items(), key=lambda item: -item[1][0])
+    return [*((name, f"{low:g} to {high:g}") for name, (low, high) in ranges), (Ownership.OTHER, "between these")]
 
 
 @functools.cache
@@ -168,7 +171,8 @@ def _environment() -> Environment:
         fmt.plural,
         fmt.words,
         anchor,
-        visible,
+        fmt.visible,
+        fmt.percent_interval,
     ):
         environment.filters[function.__name__] = function
         environment.globals[function.__name__] = function
@@ -181,7 +185,7 @@ def _is_empty(table: Sequence[object]) -> bool:
 
 
 def _view(crosscoder: CrosscoderReport, index: int, data: ReportData) -> View:
-    counts = None if crosscoder.latents is None else verdict_counts(crosscoder.latents)
+    counts = None if crosscoder.latents is None else verdict_summary(crosscoder.latents)
     sources = card_sources(crosscoder, index)
     return View(
         place=index,
@@ -211,7 +215,7 @@ def _owners(latents: pd.DataFrame) -> dict[str, int]:
     return {str(name): int(number) for name, number in alive["ownership"].value_counts().items()}
 
 
-def _segments(counts: VerdictCounts) -> list[Segment]:
+def _segments(counts: VerdictSummary) -> list[Segment]:
     """Parts of the chat-only latents, confident chat-specific ones first; only those that occur."""
     unsure = counts.num_specific - counts.num_confident_specific
     parts = [
@@ -220,7 +224,7 @@ def _segments(counts: VerdictCounts) -> list[Segment]:
     ]
     parts += [
         Segment(verdict, counts.by_verdict[verdict], VERDICT_ROLES[verdict])
-        for verdict in CHAT_ONLY_VERDICTS
+        for verdict in Verdict.CHAT_ONLY
         if verdict != Verdict.CHAT_SPECIFIC
     ]
     return [part for part in parts if part.number]
@@ -236,14 +240,6 @@ def _outcomes(views: Sequence[View]) -> list[Outcome]:
             outcome = Outcome(behavior, view, planted.get(behavior), effects.get(behavior))
             found.setdefault(behavior, []).append(outcome)
     return [outcome for outcomes in found.values() for outcome in outcomes]
-
-
-def _figures_by_section(figures: Sequence[Figure]) -> dict[str, list[tuple[str, Markup]]]:
-    """Section -> (title, SVG); svg.py escapes every label."""
-    sections: dict[str, list[tuple[str, Markup]]] = {section: [] for section, _ in SECTIONS}
-    for figure in figures:
-        sections[figure.section].append((figure.title, Markup(figure.svg)))
-    return sections
 
 
 def flat_settings(settings: object, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -1,12 +1,13 @@
-"""Colours of the report by role, each as a light and a dark value, and the CSS variables made from them.
+"""Colours of the report by role, each as a light and a dark value, and the look of its figures.
 
-Figures name roles (`var(--series-1)`); the page maps a role to a colour by the reader's theme, and a figure that leaves
-the page as a file gets the light values written in. Series colours tell crosscoders apart; verdict colours mean the
-same thing in every figure, table and card. Pairs were chosen to differ in lightness as well as hue.
+Figures name roles (`var(--series-1)`). The page maps a role to a colour by the reader's theme; a figure that leaves the
+page as a file gets the light values written in. Series colours tell crosscoders apart; verdict colours mean the same in
+every figure, table and card. Pairs differ in lightness as well as in hue.
 """
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from pipeline.schema import Verdict
 
@@ -63,9 +64,9 @@ def css_variables() -> str:
     return "".join(f"--{role}:light-dark({light},{dark});" for role, (light, dark) in COLOURS.items())
 
 
-def with_light_colours(svg: str) -> str:
-    """The SVG with every var(--role) replaced by its light value, so that any viewer can draw it."""
-    return re.sub(r"var\(--([a-z0-9-]+)\)", lambda match: COLOURS[match[1]][0], svg)
+def with_light_colours(text: str) -> str:
+    """The text with every var(--role) replaced by its light value, so that any viewer can draw it."""
+    return re.sub(r"var\(--([a-z0-9-]+)\)", lambda match: COLOURS.get(match[1], (match[0], ""))[0], text)
 
 
 def series_colour(index: int) -> str:
@@ -76,3 +77,56 @@ def series_colour(index: int) -> str:
 def series_colours(names: Sequence[str]) -> dict[str, str]:
     """Crosscoder name -> colour, by order of appearance."""
     return {name: series_colour(index) for index, name in enumerate(names)}
+
+
+FONT = "system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',Arial,'DejaVu Sans',sans-serif"
+LABEL_LIMIT = 180
+"""Widest label of a row or legend, in pixels; longer ones lose their end, the tooltip holds them whole."""
+
+THEME: dict[str, Any] = {
+    "font": FONT,
+    "background": "transparent",
+    "padding": 4,
+    "view": {"stroke": None},
+    "axis": {
+        "labelColor": "var(--muted)",
+        "labelFontSize": 11.5,
+        "labelLimit": LABEL_LIMIT,
+        "labelSeparation": 6,
+        "titleColor": "var(--text)",
+        "titleFontSize": 12,
+        "titleFontWeight": "normal",
+        "gridColor": "var(--grid)",
+        "domainColor": "var(--muted)",
+        "tickColor": "var(--muted)",
+    },
+    "axisX": {"titlePadding": 8},
+    "axisQuantitative": {"tickCount": 5},
+    # The title of a y axis stands above it and reads from left to right.
+    "axisY": {
+        "domain": False,
+        "ticks": False,
+        "titleAngle": 0,
+        "titleAlign": "left",
+        "titleAnchor": "end",
+        "titleX": -36,
+        "titleY": -12,
+        "minExtent": 36,
+    },
+    "legend": {
+        "orient": "top",
+        "title": None,
+        "columns": 3,
+        "labelColor": "var(--text)",
+        "labelFontSize": 12,
+        "labelLimit": LABEL_LIMIT,
+        "symbolSize": 80,
+        "symbolStrokeWidth": 2,
+        "symbolOpacity": 1,
+        "rowPadding": 5,
+        "offset": 30,
+    },
+    "text": {"color": "var(--muted)", "fontSize": 11.5},
+    "rule": {"color": "var(--muted)"},
+}
+"""Vega-Lite configuration of every figure."""

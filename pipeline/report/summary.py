@@ -10,12 +10,10 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from pipeline.analyses.verdict import verdict_counts
 from pipeline.numerics.proportions import Interval, wilson_interval
 from pipeline.report.data import CrosscoderReport
 from pipeline.schema import CHAT, MODEL_NAMES, Verdict
-
-CHAT_ONLY_VERDICTS = (Verdict.CHAT_SPECIFIC, Verdict.SHRINKAGE, Verdict.DECOUPLING, Verdict.BOTH, Verdict.UNDECIDED)
-"""Verdicts of a latent that Delta_norm alone calls chat-only, in the order of bars and tables."""
 
 CANDIDATE_SPECIFIC = "chat-specific latent"
 CANDIDATE_ANY = "any latent"
@@ -27,18 +25,30 @@ CONTROL_RANDOM = "random"
 CONTROL_NONE = "none"
 """Values of schema.STEERING_COLUMNS' control."""
 
-
 EVIDENCE_ORDER = "evidence"
 """Value of schema.CAUSALITY_CURVE_COLUMNS' order; all others are random orders."""
 
+FREQUENCY_PREFIX = "frequency_"
+"""A latent table has one column with this prefix per corpus: the share of its rows on which a latent fires."""
+SPEAKERS = {"template": "template_frac", "user": "user_frac", "assistant": "assistant_frac"}
+"""Speaker and the column of a latent's share of activation on its tokens; what is left is ELSEWHERE."""
+ELSEWHERE = "elsewhere"
+TEMPLATE_SHARE = 0.5
+"""A latent with more of its activation on template tokens is a template latent (arXiv 2504.02922, section 4)."""
 
-class VerdictCounts(NamedTuple):
+
+def anchor(place: int, latent: int) -> str:
+    """HTML id of the card of a latent of the crosscoder at this position of the report."""
+    return f"latent-{place}-{latent}"
+
+
+class VerdictSummary(NamedTuple):
     """How many latents of one crosscoder got each verdict."""
 
     num_latents: int
     num_alive: int
     num_chat_only: int
-    """Alive latents whose verdict begins with "Delta_norm says chat-only"."""
+    """Latents with a verdict of Verdict.CHAT_ONLY."""
     by_verdict: dict[str, int]
     num_confident_specific: int
     """Chat-specific with both intervals on the right side of their thresholds."""
@@ -62,15 +72,15 @@ class VerdictCounts(NamedTuple):
         return self.num_chat_only - self.num_confident_artifacts
 
 
-def verdict_counts(latents: pd.DataFrame) -> VerdictCounts:
+def verdict_summary(latents: pd.DataFrame) -> VerdictSummary:
     """Counts from a latent table; an empty table gives zeros."""
     verdict = latents["verdict"]
     confident = latents["is_confident"].fillna(value=False).astype(bool)
-    by_verdict = {name: int((verdict == name).sum()) for name in Verdict.ALL}
-    return VerdictCounts(
+    by_verdict = verdict_counts(latents)
+    return VerdictSummary(
         num_latents=len(latents),
         num_alive=len(latents) - by_verdict[Verdict.DEAD],
-        num_chat_only=sum(by_verdict[name] for name in CHAT_ONLY_VERDICTS),
+        num_chat_only=sum(by_verdict[name] for name in Verdict.CHAT_ONLY),
         by_verdict=by_verdict,
         num_confident_specific=int((confident & (verdict == Verdict.CHAT_SPECIFIC)).sum()),
         num_confident_artifacts=int((confident & verdict.isin(Verdict.ARTIFACTS)).sum()),
@@ -79,8 +89,21 @@ def verdict_counts(latents: pd.DataFrame) -> VerdictCounts:
 
 
 def chat_only_rows(latents: pd.DataFrame) -> pd.DataFrame:
-    """The alive latents that Delta_norm calls chat-only."""
-    return latents[latents["verdict"].isin(CHAT_ONLY_VERDICTS)]
+    """The live latents that Delta_norm calls chat-only."""
+    return latents[latents["verdict"].isin(Verdict.CHAT_ONLY)]
+
+
+def corpora_of(latents: pd.DataFrame) -> list[str]:
+    """Names of the corpora whose frequencies the table holds, in its order."""
+    return [
+        str(name).removeprefix(FREQUENCY_PREFIX) for name in latents.columns if str(name).startswith(FREQUENCY_PREFIX)
+    ]
+
+
+def num_template_latents(latents: pd.DataFrame) -> int:
+    """Chat-specific latents with more than half of their activation on template tokens."""
+    specific = latents[latents["verdict"] == Verdict.CHAT_SPECIFIC]
+    return int((specific["template_frac"] > TEMPLATE_SHARE).sum())
 
 
 class CausalSummary(NamedTuple):

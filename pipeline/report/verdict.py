@@ -6,7 +6,7 @@ returns text and prints nothing.
 
 from pipeline.report import formatting as fmt
 from pipeline.report.data import CrosscoderReport, ReportData
-from pipeline.report.summary import PlantedScore, SteeringEffect, planted_rows, steering_effects, verdict_counts
+from pipeline.report.summary import PlantedScore, SteeringEffect, planted_rows, steering_effects, verdict_summary
 from pipeline.schema import Verdict
 from pipeline.terminal import text_table
 
@@ -58,7 +58,7 @@ def _column(crosscoder: CrosscoderReport) -> dict[str, str]:
         column["l0"] = fmt.decimal(fidelity["l0"], 1)
     if crosscoder.latents is None:
         return column
-    counts = verdict_counts(crosscoder.latents)
+    counts = verdict_summary(crosscoder.latents)
     column["alive"] = f"{fmt.count(counts.num_alive)} / {fmt.count(counts.num_latents)}"
     column["chat_only"] = fmt.count(counts.num_chat_only)
     column["shared"] = f"{fmt.count(counts.by_verdict[Verdict.SHARED])} / {fmt.count(counts.by_verdict[Verdict.OTHER])}"

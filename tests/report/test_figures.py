@@ -1,104 +1,135 @@
-"""Figures as text: what is drawn follows the numbers, every file is well-formed XML, and edges do not break a chart."""
+"""Figures as data and as Vega-Lite: what is drawn follows the tables, frames and axes are as they should be, and every
+specification compiles. How a figure looks is not tested."""
 
 import dataclasses
+import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
 import pytest
+import vl_convert
 
-from pipeline.report import charts, controls, effects, ranked, steering
+from pipeline.report.charts import causality, ownership, places, scaling, scores, steering, training
+from pipeline.report.charts.selection import Figure
+from pipeline.report.charts.style import spec_of
 from pipeline.report.data import ReportData
-from pipeline.report.figures import figure_list, figures
-from pipeline.report.svg import Axis, Box, Canvas, Scale, frame, legend, linear_ticks, log_ticks, padded_range
+from pipeline.report.figures import figure_list, figures, static_svg
+from pipeline.schema import Verdict
+
+PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def test_every_figure_is_a_well_formed_file_in_fixed_colours(report: ReportData) -> None:
-    files = figures(report)
-    assert {"delta_norm.svg", "nu_l1.svg", "nu_batchtopk.svg", "kl_all.svg", "kl_first_9.svg"} <= set(files)
-    assert {"training_loss.svg", "planted.svg", "steering_refusal_harm.svg", "kl_curve_all.svg"} <= set(files)
-    for name, content in files.items():
-        ElementTree.fromstring(content)
-        assert b"var(--" not in content, name
-        assert b'fill="#ffffff"' in content, name
+def found(data: ReportData) -> dict[str, Figure]:
+    return {figure.name: figure for figure in figure_list(data)}
+
+
+def rows(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """The largest table of a specification."""
+    return max(spec["datasets"].values(), key=len)
+
+
+def layers(spec: dict[str, Any], mark: str) -> list[dict[str, Any]]:
+    return [one for one in spec["layer"] if one["mark"]["type"] == mark]
+
+
+@pytest.fixture(scope="module")
+def drawn(report: ReportData) -> dict[str, Figure]:
+    return found(report)
+
+
+def test_the_figures_of_a_full_run_compile_with_named_axes_and_colours_by_role(drawn: dict[str, Figure]) -> None:
+    assert {"delta_norm", "nu_l1", "nu_batchtopk", "kl_all", "kl_halves_first_9", "kl_curve_all"} <= set(drawn)
+    assert {"training_loss", "planted", "steering_refusal_harm", "speakers", "corpora", "controls"} <= set(drawn)
+    for figure in drawn.values():
+        compiled = vl_convert.vegalite_to_vega(figure.spec)
+        groups = [compiled, *(mark for mark in compiled["marks"] if mark["type"] == "group")]
+        titles = [axis.get("title") for group in groups for axis in group.get("axes", [])]
+        assert any(titles), figure.name
+        assert figure.spec["description"].startswith(figure.title)
+        assert not re.search(r"#[0-9a-f]{6}", json.dumps(figure.spec)), figure.name
+        assert figure.title
+        assert re.fullmatch(r"[\w-]+", figure.name)
+
+
+def test_files_are_png_and_a_run_without_analyses_has_none(report: ReportData, bare_report: ReportData) -> None:
+    one = dataclasses.replace(report.crosscoders[1], steering=None, curves=None, causality=None, causality_curve=None)
+    files = figures(dataclasses.replace(report, crosscoders=[one]))
+    assert {"delta_norm.png", "nu_batchtopk.png", "controls.png"} <= set(files)
+    assert all(content.startswith(PNG) and len(content) > 5_000 for content in files.values())
+    assert figures(bare_report) == {}
 
 
 def test_names_that_make_the_same_file_name_keep_both_figures(report: ReportData) -> None:
     twice = [dataclasses.replace(one, name=name) for one, name in zip(report.crosscoders, ("a b", "a:b"), strict=True)]
-    assert {"nu_a-b.svg", "nu_a-b_2.svg"} <= set(figures(dataclasses.replace(report, crosscoders=twice)))
+    assert {"nu_a-b", "nu_a-b_2"} <= set(found(dataclasses.replace(report, crosscoders=twice)))
 
 
-def test_figures_follow_the_theme_inside_the_page(report: ReportData) -> None:
-    for figure in figure_list(report):
-        assert "var(--text)" in figure.svg
-        assert not re.search(r"#[0-9a-f]{6}", figure.svg)
-
-
-def test_a_run_without_analyses_has_no_figure(bare_report: ReportData) -> None:
-    assert figures(bare_report) == {}
+def test_drawings_for_readers_without_javascript_follow_the_theme_and_share_no_id(drawn: dict[str, Figure]) -> None:
+    ids: list[str] = []
+    for name in ("nu_l1", "training_loss", "kl_all"):
+        svg = static_svg(drawn[name])
+        ElementTree.fromstring(svg)
+        assert "var(--text)" in svg
+        ids += re.findall(r'id="([^"]+)"', svg)
+        assert set(re.findall(r"url\(#([^)]+)\)", svg)) <= set(ids)
+    assert ids
+    assert len(ids) == len(set(ids))
 
 
 def test_hostile_names_stay_text(make_report: Callable[..., ReportData]) -> None:
     data = make_report(hostile=True)
-    hostile = dataclasses.replace(data.crosscoders[0], name="<script>alert(1)</script>\"'")
-    for content in figures(dataclasses.replace(data, crosscoders=[hostile, data.crosscoders[1]])).values():
-        assert b"<script" not in content
-        ElementTree.fromstring(content)
+    name = "<script>alert(1)</script>\"'\u202eevil\u2066var(--nothing)"
+    hostile = dataclasses.replace(data.crosscoders[0], name=name, steering=None, curves=None)
+    for figure in figure_list(dataclasses.replace(data, crosscoders=[hostile])):
+        svg = static_svg(figure)
+        assert "<script" not in svg
+        assert not {"\u202e", "\u2066"} & set(svg + json.dumps(figure.spec, ensure_ascii=False) + figure.title)
+        ElementTree.fromstring(svg)
 
 
-def test_scale_maps_ends_clamps_beyond_and_takes_logarithms() -> None:
-    scale = Scale(0, 10, 100, 200)
-    assert [scale(value) for value in (0, 5, 10, 99, -1)] == [100, 150, 200, 200, 100]
-    assert Scale(1, 1000, 0, 3, is_log=True)(10) == pytest.approx(1)
-    assert Scale(0, 1, 0, 1)(math.inf) == 1
+def test_altair_is_imported_only_where_a_report_is_rendered() -> None:
+    code = "import sys, pipeline.stages.report; sys.exit(bool({'altair', 'vl_convert'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_ticks_are_round_and_inside() -> None:
-    assert linear_ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert linear_ticks(-0.1, 1.5, 4) == [0, 0.5, 1.0, 1.5]
-    assert log_ticks(0.5, 1200) == [1, 10, 100, 1000]
+def test_histogram_counts_are_on_a_log_scale_with_the_classes_of_the_analysis() -> None:
+    table = pd.DataFrame({"crosscoder": "a", "delta_norm": [0.51] * 1000 + [0.995] * 10 + [math.nan]})
+    bins = ownership.binned(table).set_index("start")["num_latents"]
+    assert (bins[0.5], bins[0.98], bins.sum(), len(bins)) == (1000, 10, 1010, 50)
+    spec = spec_of(ownership.delta_norm_chart(table, ["a"]), "")
+    (line,) = layers(spec, "line")
+    assert line["encoding"]["y"]["scale"] == {"type": "log", "domain": [0.5, 3000], "nice": False}
+    bands = next(table for table in spec["datasets"].values() if len(table) == 3)
+    assert [(band["name"], band["a"], band["b"]) for band in bands][-1] == ("chat-only", 0.9, 1.0)
 
 
-def test_range_is_never_of_zero_width() -> None:
-    for values in ([], [3.0, 3.0], [0.0], [math.nan], [-2.0, 5.0]):
-        low, high = padded_range(values)
-        assert low < high
-
-
-def test_frame_and_legend_place_labels_inside_the_canvas() -> None:
-    canvas = Canvas(460, 200)
-    grown = legend(canvas, [(f"a rather long name {index}", "var(--text)") for index in range(5)])
-    assert grown > 0
-    assert canvas.height == 200 + grown
-    plot = frame(canvas, Box(50, 40, 440, 150), Axis("x", 0, 1), Axis("y", 0, 1))
-    assert (plot.x(1), plot.y(1)) == (440, 40)
-
-
-def test_histogram_counts_are_on_a_log_scale() -> None:
-    values = [0.51] * 1000 + [0.99] * 10
-    svg = charts.delta_norm_histogram([charts.Series("a", "var(--series-1)", values)])
-    path = re.search(r'fill="none" [^>]*', svg) or re.search(r'<path d="([^"]+)" fill="none"', svg)
-    assert path is not None
-    outline = re.search(r'd="M([^"]+)" fill="none"', svg)
-    assert outline is not None
-    heights = np.array([[float(number) for number in point.split()] for point in outline[1].split("L")])[:, 1]
-    bottom, ten, thousand = heights.max(), heights[-1], heights.min()
-    # 1000 and 10 lie log10(1000 / 0.5) and log10(10 / 0.5) above the baseline of half a latent.
-    assert (bottom - thousand) / (bottom - ten) == pytest.approx(math.log(2000) / math.log(20), rel=0.01)
-
-
-def test_scatter_draws_one_dot_per_latent_with_both_ratios(report: ReportData) -> None:
+def test_scatter_draws_one_dot_per_latent_with_both_ratios_and_its_card(
+    report: ReportData, drawn: dict[str, Figure]
+) -> None:
     latents = report.crosscoders[0].latents
     assert latents is not None
-    rows = latents[latents["ownership"] == "chat-only"]
-    rows = rows[rows["verdict"] != "dead"]
-    svg = charts.nu_scatter(rows, 0.2, 0.5)
-    assert svg.count("<circle") == int((rows["nu_eps"].notna() & rows["nu_r"].notna()).sum())
-    assert ">0.2</text>" in svg
-    assert ">0.5</text>" in svg
+    own = latents[latents["verdict"].isin(Verdict.CHAT_ONLY)]
+    own = own[own["nu_eps"].notna() & own["nu_r"].notna()]
+    dots = rows(drawn["nu_l1"].spec)
+    assert {dot["latent"]: dot["card"] for dot in dots} == {j: f"latent-0-{j}" for j in own["latent"]}
+    assert f"{len(own)} of " in drawn["nu_l1"].title
+
+
+def test_scatter_frames_the_middle_of_the_ratios_and_counts_what_lies_outside() -> None:
+    ratios = np.linspace(0, 0.3, 97)
+    table = pd.DataFrame({"nu_eps": [*ratios, 40.0, 2.0, -9.0], "nu_r": 0.1})
+    low, high = scaling.framed(table["nu_eps"], 0.2)
+    assert -0.1 < low < 0
+    assert 0.3 < high < 0.5
+    assert scaling.num_outside(table, 0.2, 0.5) == 3
+    assert scaling.framed(pd.Series([0.01, 0.02]), 0.5)[1] >= 0.75, "the threshold is inside, with room beside it"
 
 
 def test_scatter_of_many_latents_stays_small(report: ReportData) -> None:
@@ -108,157 +139,188 @@ def test_scatter_of_many_latents_stays_small(report: ReportData) -> None:
     many = latents.sample(20_000, replace=True, random_state=0, ignore_index=True).assign(
         verdict="chat-specific", nu_eps=random.normal(0, 1, 20_000), nu_r=random.normal(0, 1, 20_000)
     )
-    assert len(charts.nu_scatter(many, 0.2, 0.5)) < 500_000
+    one = dataclasses.replace(report.crosscoders[0], latents=many)
+    figure = found(dataclasses.replace(report, crosscoders=[one]))["nu_l1"]
+    assert len(json.dumps(figure.spec)) < 600_000
+    assert "Of the 20,000 latents about 3,000 are drawn" in figure.note
 
 
-def test_kl_bar_lengths_are_proportional_and_written_out() -> None:
-    bars = [effects.BarGroup(name, [effects.Bar("a", "red", kl, kl, kl)]) for name, kl in (("none", 0.4), ("all", 0.1))]
-    svg = effects.kl_bars(bars, [("a", "red")])
-    widths = [float(width) for width in re.findall(r'<rect x="[\d.]+" y="[\d.]+" width="([\d.]+)" height="13"', svg)]
-    assert widths[0] / widths[1] == pytest.approx(4, rel=0.01)
-    assert ">0.400</text>" in svg
+def test_kl_of_whole_edits_starts_at_0_and_leaves_sanity_checks_to_the_table(drawn: dict[str, Figure]) -> None:
+    spec = drawn["kl_all"].spec
+    labels = list(dict.fromkeys(row["label"] for row in rows(spec)))
+    edits = ["no edit", "template tokens", "mean difference", "mean difference, projected", "all latents", "error"]
+    assert labels == edits
+    assert layers(spec, "point")[0]["encoding"]["y"]["sort"] == edits
+    assert layers(spec, "point")[0]["encoding"]["x"]["scale"] == {"domainMin": 0}
+    assert layers(spec, "point")[0]["encoding"]["x"]["title"] == "KL to the chat model, nats per token"
+    plain = [row for row in rows(spec) if row["crosscoder"] == causality.NO_CROSSCODER]
+    assert len(plain) == 4, "interventions without a crosscoder are drawn once"
+    assert len(rows(spec)) == 4 + 2 * 2
 
 
-def test_kl_figure_orders_groups_and_leaves_sanity_checks_to_the_table(report: ReportData) -> None:
-    (svg,) = [figure.svg for figure in figure_list(report) if figure.name == "kl_all"]
-    labels = re.findall(r">((?:best|worst) half|random halves|none|template|all latents|error|base|chat)</text>", svg)
-    halves = ["best half", "random halves", "worst half"]
-    assert labels == ["none", "template", "all latents", "error", *halves, *halves]
-    assert svg.index(">template</text>") < svg.index(">mean difference</text>") < svg.index(">all latents</text>")
-    # Four bars per group of random halves (two seeds, two crosscoders), one where no crosscoder is used, else two.
-    assert svg.count('height="13"') == 4 + 2 * 2 + 2 * (4 * 2 + 4)
+def test_kl_of_halves_has_an_axis_of_its_own_and_the_unedited_kl_as_a_line(drawn: dict[str, Figure]) -> None:
+    spec = drawn["kl_halves_all"].spec
+    labels = list(dict.fromkeys(row["label"] for row in rows(spec)))
+    assert labels[:3] == ["replaced: best half", "replaced: random halves", "replaced: worst half"]
+    assert len(labels) == 10
+    # Four dots per row of random halves (two seeds, two crosscoders), else two.
+    assert len(rows(spec)) == 2 * 4 + 8 * 2
+    assert spec["datasets"][spec["layer"][0]["data"]["name"]] == [{"kl": 0.482, "what": "no edit"}]
+    assert layers(spec, "point")[0]["encoding"]["x"]["scale"]["zero"] is False
+    assert "does not start at 0" in drawn["kl_halves_all"].note
 
 
-def test_a_heading_without_bars_is_left_out(report: ReportData) -> None:
+def test_an_intervention_that_is_not_known_is_drawn_under_its_own_name(report: ReportData) -> None:
     one = report.crosscoders[0]
     assert one.causality is not None
-    table = one.causality[one.causality["intervention"].isin(["none", "all", "best_half_replace", "novel_edit"])]
-    novel = table.iloc[:1].assign(intervention="novel_edit")
-    data = dataclasses.replace(
-        report, crosscoders=[dataclasses.replace(one, causality=pd.concat([table, novel], ignore_index=True))]
-    )
-    (svg,) = [figure.svg for figure in figure_list(data) if figure.name == "kl_all"]
-    assert "measured, replaced" in svg
-    assert "measured, added" not in svg
-    assert "other interventions" in svg
-    assert ">novel edit</text>" in svg
+    table = one.causality[one.causality["intervention"].isin(["none", "all"])]
+    novel = pd.concat([table, table.iloc[:1].assign(intervention="novel_edit")], ignore_index=True)
+    data = dataclasses.replace(report, crosscoders=[dataclasses.replace(one, causality=novel)])
+    drawn = found(data)
+    assert [row["label"] for row in rows(drawn["kl_all"].spec)] == ["no edit", "all latents", "novel edit"]
+    assert "kl_halves_all" not in drawn
 
 
-def test_undefined_numbers_leave_no_nan_in_a_drawing() -> None:
-    nan = math.nan
-    drawings = [
-        effects.kl_bars([effects.BarGroup("none", [effects.Bar("a", "red", nan, nan, nan)])], []),
-        steering.steering_chart(
-            [
-                steering.SteeringSeries(
-                    "a",
-                    "red",
-                    [steering.SteerLine("chat model", "", [steering.SteerPoint(1.0, 0.5, nan, nan, nan, nan)])],
-                    [steering.RandomPoint(1.0, nan, nan, nan, nan, nan)],
-                    None,
-                )
-            ]
-        ),
-        effects.planted_scores(
-            [("b", [effects.ScoreRow("a", "red", effects.ScoreMark("x", nan, nan, nan), [])])], [("a", "red")]
-        ),
-        charts.training_curves([charts.Curve("a", "red", [0, 1], [nan, 1.0])], "loss", floor=None, ceiling=None),
+def test_undefined_numbers_are_left_out_or_null() -> None:
+    frame = pd.DataFrame({"intervention": ["none", "all"], "kl": [math.nan, 0.2], "crosscoder": "a"})
+    assert list(causality.intervention_rows(frame, halves=False)["label"]) == ["all latents"]
+    curve = pd.DataFrame({"crosscoder": "a", "model": "", "step": [0.0, 1.0], "value": [math.nan, 1.0]})
+    assert len(training.thinned(curve)) == 1
+    lines = sweep(kl=math.nan).assign(rate=0.5)
+    spec = spec_of(steering.steering_chart(steering.sweep_lines(lines).assign(crosscoder="a", card=None), ["a"]), "")
+    assert "NaN" not in json.dumps(spec)
+
+
+def test_the_frame_of_a_curve_tells_15_from_16() -> None:
+    step = np.arange(0, 1500, 20.0)
+    parts = [
+        pd.DataFrame({"crosscoder": "l1", "model": "", "step": step, "value": 15 + 500 * np.exp(-step / 80)}),
+        pd.DataFrame({"crosscoder": "batch_topk", "model": "", "step": step, "value": 16.0}),
     ]
-    for svg in drawings:
-        ElementTree.fromstring(svg)
-        assert "nan" not in svg
-    assert "no chat-specific latent" in drawings[2]
+    curves = pd.concat(parts, ignore_index=True)
+    low, high = training.framed_range(curves)
+    assert 1 / (high - low) > 0.1, "a tenth of the axis or more between 15 and 16"
+    assert training.num_outside(curves) == int((curves["value"] > high).sum()) > 10
+    spec = spec_of(training.curve_chart(curves, "L0, active latents per row", ["l1", "batch_topk"]), "")
+    y = layers(spec, "line")[0]["encoding"]["y"]
+    assert (y["title"], y["scale"]["domain"]) == ("L0, active latents per row", [low, high])
+    flat = curves[curves["crosscoder"] == "batch_topk"]
+    assert training.framed_range(flat) == pytest.approx((15.2, 16.8))
 
 
-def test_long_curves_are_thinned_without_changing_their_level() -> None:
-    steps = list(range(10_000))
-    svg = charts.training_curves([charts.Curve("a", "red", steps, [2.0] * 10_000)], "loss", floor=None, ceiling=None)
-    assert len(svg) < 20_000
-    assert "ends at 2" in svg
+def test_long_curves_are_thinned_without_changing_their_level(drawn: dict[str, Figure]) -> None:
+    steps = np.arange(10_000.0)
+    curve = training.thinned(pd.DataFrame({"crosscoder": "a", "step": steps, "value": 2.0}))
+    assert len(curve) == training.MAX_CURVE_POINTS
+    assert set(curve["value"]) == {2.0}
+    assert curve["step"].mean() == pytest.approx(steps.mean(), rel=0.01)
+    assert re.match(r"At the end: l1 [\d.]+, batchtopk [\d.]+\.", drawn["training_l0"].note)
+    assert {row["model"] for row in rows(drawn["training_fve"].spec)} == {"base", "chat"}
 
 
-def test_kl_curves_end_where_the_numbers_do_and_keep_0_latents() -> None:
-    points = [ranked.CurvePoint(number, 1 - number / 16, math.nan, math.nan) for number in (0, 1, 4, 8)]
-    svg = ranked.kl_curves([ranked.LatentCurve("a", "var(--series-1)", points, [points])])
-    ElementTree.fromstring(svg)
-    ticks = re.findall(r'text-anchor="middle"[^>]*>([\d.]+)</text>', svg)
-    assert ticks == ["0", "1", "2", "4", "8"]
-    assert svg.count("<circle") == 4
-    assert svg.count("stroke-dasharray") == 1
-    assert "fill-opacity" not in svg, "no ribbon without an interval"
-    assert "a: 8 latents, 0.5000 nats per token" in svg
-    with_interval = [point._replace(low=point.kl - 0.1, high=point.kl + 0.1) for point in points]
-    assert "fill-opacity" in ranked.kl_curves([ranked.LatentCurve("a", "var(--series-1)", with_interval, [])])
+def test_kl_curves_keep_0_latents_and_tell_evidence_from_random(report: ReportData, drawn: dict[str, Figure]) -> None:
+    spec = drawn["kl_curve_all"].spec
+    curves = [one.causality_curve for one in report.crosscoders]
+    expected = [table[table["positions"] == "all"] for table in curves if table is not None]
+    assert len(rows(spec)) == sum(len(table) for table in expected)
+    x = layers(spec, "line")[0]["encoding"]["x"]
+    assert (x["scale"]["type"], x["axis"]["values"][:4]) == ("symlog", [0, 1, 2, 4])
+    evidence = [row for row in rows(spec) if row["is_evidence"]]
+    assert {row["order"] for row in evidence} == {"evidence"}
+    assert evidence[0]["spelled"] == "0.4800 [0.4650, 0.4950]"
 
 
-def test_explanations_fall_from_left_to_right_and_hostile_ones_are_text() -> None:
-    latents = [ranked.ExplainedLatent(j, "<script>", score, score - 0.1, 1.0) for j, score in ((1, 0.6), (2, 0.9))]
-    svg = ranked.explanation_scores([("a", "var(--series-1)", latents)])
-    assert "<script" not in svg
-    circles = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)
-    assert float(circles[0][0]) < float(circles[1][0])
-    assert float(circles[0][1]) < float(circles[1][1])
-    one = ranked.explanation_scores([("a", "var(--series-1)", latents[:1])])
-    ElementTree.fromstring(one)
-    assert "nan" not in one
+def test_explanations_fall_from_left_to_right_within_their_crosscoder() -> None:
+    ends = {"balanced_accuracy_low": 0.5, "balanced_accuracy_high": 1.0, "card": None, "explanation": "<script>"}
+    table = pd.DataFrame({"crosscoder": ["b", "a", "a"], "latent": [3, 1, 2], "balanced_accuracy": [0.9, 0.6, 0.8]})
+    drawn = rows(spec_of(scores.explanation_chart(table.assign(**ends), ["a", "b"]), ""))
+    assert [(row["latent"], row["rank"]) for row in drawn] == [(2, 0), (1, 1), (3, 3)]
 
 
-def test_controls_are_drawn_with_what_they_are_held_against(report: ReportData) -> None:
-    rows = controls.control_rows(report.crosscoders[0].controls)
-    svg = controls.controls_chart([("a", "var(--series-1)", rows), ("b", "var(--series-2)", [])])
-    ElementTree.fromstring(svg)
-    assert svg.count("<circle") == 3
-    assert svg.count('stroke="var(--muted)" stroke-width="2"') == 1
-    assert ">b</text>" not in svg
+def test_planted_scores_open_the_card_of_their_latent(report: ReportData, drawn: dict[str, Figure]) -> None:
+    planted = rows(drawn["planted"].spec)
+    best = [row for row in planted if row["candidate"] == scores.CANDIDATE_SPECIFIC]
+    assert len(best) == 8
+    assert all(row["card"] == f"latent-{int(row['crosscoder'] == 'batchtopk')}-{row['latent']}" for row in best)
+    assert all(row["card"] is None for row in planted if row["candidate"] == scores.CANDIDATE_MEAN_DIFFERENCE)
+    assert layers(drawn["planted"].spec, "point")[0]["encoding"]["x"]["scale"]["domain"] == [0.5, 1]
 
 
-def test_places_are_drawn_for_every_corpus(report: ReportData) -> None:
-    found = {figure.name: figure.svg for figure in figure_list(report) if figure.section == "places"}
-    assert set(found) == {"speakers", "corpora"}
-    for name in (">web</text>", ">chat</text>", ">shared latents</text>"):
-        assert name in found["corpora"]
-    assert found["speakers"].count("batchtopk, chat-specific: ") == 4
+def test_a_behaviour_without_a_chat_specific_latent_is_named(null_report: ReportData) -> None:
+    assert "No chat-specific latent for refusal harm (l1)" in found(null_report)["planted"].note
+
+
+def test_controls_are_drawn_with_what_they_are_held_against(drawn: dict[str, Figure]) -> None:
+    table = rows(drawn["controls"].spec)
+    assert [row["control"] for row in table[:3]] == ["stated error", "random directions", "seed l1_seed1"]
+    assert [row["expected"] for row in table[:3]] == [None, 0.0, None]
+    assert layers(drawn["controls"].spec, "tick")[0]["transform"] == [{"filter": "isValid(datum.expected)"}]
+
+
+def test_places_by_hand() -> None:
+    verdicts = [Verdict.CHAT_SPECIFIC] * 4 + [Verdict.SHARED] * 2
+    table = pd.DataFrame({"crosscoder": "a", "verdict": verdicts, "template_frac": [0.6, 0.5, 0.9, 0.1, 0.9, 0.9]})
+    table = table.assign(user_frac=0.05, assistant_frac=0.05)
+    table = table.assign(frequency_web=[0.1, 0.2, 0.3, 0.4, 0.5, 0.5], frequency_chat=math.nan)
+    spreads = places.frequency_spreads(table, ["web", "chat"])
+    assert list(spreads["label"]) == ["web, chat-specific", "web, shared"]
+    specific = spreads.iloc[0]
+    assert (specific["num_latents"], specific["median"], specific["p25"]) == (
+        4,
+        pytest.approx(0.25),
+        pytest.approx(0.175),
+    )
+    shares = places.speaker_shares(table)
+    assert list(shares["share"][:4]) == pytest.approx([0.525, 0.05, 0.05, 0.375])
+    assert shares.groupby("label")["share"].sum().tolist() == pytest.approx([1, 1])
+    spec = spec_of(places.frequency_chart(spreads, ["a"]), "")
+    assert layers(spec, "rule")[0]["encoding"]["x"]["scale"] == {"type": "log", "domain": [0.1, 1]}
 
 
 def sweep(**more: object) -> pd.DataFrame:
     """Steering rows of one behaviour: unsteered, one latent at two scales in three places, both models, two random."""
-    rows: list[dict[str, object]] = [
+    table: list[dict[str, object]] = [
         {"model": model, "latent": -1, "control": "none", "positions": "none", "scale": 0.0, "rate": 0.1, "kl": 0.0}
         for model in ("chat", "base")
     ]
-    for model, places in (("chat", ("all", "prompt")), ("base", ("all",))):
-        for place in places:
+    for model, where in (("chat", ("all", "prompt")), ("base", ("all",))):
+        for place in where:
             for scale, rate in ((1.0, 0.4), (2.0, 0.8)):
                 own = rate if (model, place) == ("chat", "all") else rate / 2
                 row = {"model": model, "latent": 7, "control": "latent", "positions": place, "scale": scale}
-                rows.append(row | {"rate": own, "kl": scale})
+                table.append(row | {"rate": own, "kl": scale})
     for latent in (1, 2):
         row = {"model": "chat", "latent": latent, "control": "random", "positions": "all", "scale": 2.0}
-        rows.append(row | {"rate": latent / 10, "kl": 0.5})
-    return pd.DataFrame(rows).assign(behavior="b", nll=1.0, num_prompts=20).assign(**more)
+        table.append(row | {"rate": latent / 10, "kl": 0.5})
+    return pd.DataFrame(table).assign(behavior="b", nll=1.0, num_prompts=20).assign(**more)
 
 
 def test_a_sweep_becomes_a_line_per_model_and_place() -> None:
-    series = steering.steering_series("a", "var(--series-1)", sweep())
-    assert [(line.label, line.dash) for line in series.lines] == [
-        ("chat model", steering.SOLID),
-        ("base model", steering.DASHED),
-        ("chat model, prompt only", steering.DOTTED),
+    lines = steering.sweep_lines(sweep())
+    assert list(dict.fromkeys(lines["line"])) == [
+        "chat model",
+        "base model",
+        "chat model, prompt only",
+        "random latents",
+        "unsteered",
     ]
-    assert [point.rate for point in series.lines[0].points] == [0.4, 0.8]
-    assert [point.rate for point in series.lines[1].points] == [0.2, 0.4]
-    assert (series.random[0].rate, series.random[0].low, series.random[0].high) == (pytest.approx(0.15), 0.1, 0.2)
-    assert series.unsteered is not None
-    assert series.unsteered.rate == 0.1
-    svg = steering.steering_chart([series])
-    ElementTree.fromstring(svg)
-    assert svg.count("<circle") == 6
-    assert "answers that show the behaviour" in svg
+    rates = {str(line): rows["rate"].tolist() for line, rows in lines.groupby("line")}
+    assert rates["chat model"] == [0.4, 0.8]
+    assert rates["base model"] == [0.2, 0.4]
+    assert rates["unsteered"] == [0.1]
+    random = lines[lines["line"] == "random latents"].iloc[0]
+    assert (random["rate"], random["rate_low"], random["rate_high"]) == (pytest.approx(0.15), 0.1, 0.2)
+    spec = spec_of(steering.steering_chart(lines.assign(crosscoder="a", card=None), ["a"]), "")
+    titles = [layers(panel, "line")[0]["encoding"]["y"]["title"] for panel in spec["vconcat"]]
+    assert titles[0] == "answers that show the behaviour, % of prompts"
+    dash = layers(spec["vconcat"][0], "line")[0]["encoding"]["strokeDash"]["scale"]
+    assert dict(zip(dash["domain"], dash["range"], strict=True))["chat model, prompt only"] == [1, 3]
+    assert len(rows(spec)) == len(lines) == 8
 
 
 def test_prompts_without_markers_have_no_rate_panel() -> None:
-    svg = steering.steering_chart([steering.steering_series("a", "var(--series-1)", sweep(rate=math.nan))])
-    assert "answers that show the behaviour" not in svg
-    assert "KL of the next token" in svg
-    assert "nan" not in svg
-    assert "<circle" not in svg
+    lines = steering.sweep_lines(sweep(rate=math.nan)).assign(crosscoder="a", card=None)
+    spec = spec_of(steering.steering_chart(lines, ["a"]), "")
+    titles = [layers(panel, "line")[0]["encoding"]["y"]["title"] for panel in spec["vconcat"]]
+    assert len(titles) == 2
+    assert titles[0].startswith("KL of the next token")

@@ -13,12 +13,14 @@ import pandas as pd
 import pytest
 
 from pipeline.report.data import CrosscoderReport, ReportData
+from pipeline.report.figures import vega_runtime
+from pipeline.report.formatting import visible
 from pipeline.report.headlines import does_sentences
 from pipeline.report.latent_rows import MAX_TABLE_ROWS, script_json
-from pipeline.report.latents import LatentCard, card_sources, latent_cards, visible
+from pipeline.report.latents import LatentCard, card_sources, latent_cards
 from pipeline.report.lead import lead
 from pipeline.report.page import SECTIONS, flat_settings, render
-from pipeline.report.summary import verdict_counts
+from pipeline.report.summary import verdict_summary
 from pipeline.schema import Verdict
 
 HOSTILE = [
@@ -97,8 +99,10 @@ def test_page_is_one_well_nested_file_without_outside_references(page: str) -> N
     assert {section for section, _ in SECTIONS} <= set(outline.ids)
     assert all(link.startswith("#") or link == "data:," for link in outline.links)
     assert {link[1:] for link in outline.links if link.startswith("#")} <= set(outline.ids)
-    assert "http:" not in page.replace("http://www.w3.org/2000/svg", "")
-    assert "https:" not in page
+    assert page.count(vega_runtime()) == 1
+    ours = page.replace(vega_runtime(), "")
+    assert "http:" not in re.sub(r"http://www\.w3\.org/(2000/svg|1999/xlink)", "", ours)
+    assert "https:" not in ours
     assert "default-src 'none'" in page
 
 
@@ -112,7 +116,7 @@ def test_numbers_of_the_tables_appear(report: ReportData, page: str) -> None:
     text = text_of(page)
     for crosscoder in report.crosscoders:
         assert crosscoder.latents is not None
-        counts = verdict_counts(crosscoder.latents)
+        counts = verdict_summary(crosscoder.latents)
         assert f"{counts.num_specific} ({counts.num_confident_specific})" in text
         assert f"between {counts.num_confident_specific} and {counts.most_specific}" in text
     for number in ("0.872", "0.879", "0.482 to 0.198", "0.98 [0.97, 1.00]", "412,345 tokens", "40,000", "9f2c41d07be3"):
@@ -142,7 +146,7 @@ def test_hostile_text_never_becomes_markup(make_report: Callable[..., ReportData
         data, crosscoders=[attacked, data.crosscoders[1]], settings={unpaired: {attack: unpaired}}
     )
     hostile, plain = render(data), render(make_report())
-    assert Outline(hostile).tags.count("script") == Outline(plain).tags.count("script") == 2
+    assert Outline(hostile).tags.count("script") == Outline(plain).tags.count("script") == 4
     assert "img" not in Outline(hostile).tags
     assert Outline(hostile).handlers == []
     assert "alert(1)" in text_of(hostile)
@@ -188,7 +192,7 @@ def test_missing_analyses_are_stated_and_leave_no_broken_section(bare_report: Re
     ):
         assert sentence in text
     assert "Not run for l1, batchtopk" in text
-    assert "svg" not in Outline(page).tags
+    assert not {"svg", "figure"} & set(Outline(page).tags)
 
 
 SILENT = ("curves", "twins", "seeds", "causality_curve", "causality_differences")
@@ -233,6 +237,7 @@ def test_cards_fall_back_to_other_chat_only_latents(report: ReportData) -> None:
 
 def test_control_characters_are_made_visible() -> None:
     assert visible("a\nb\tc\x00\x1b\ud800") == "a\u21b5b\u21e5c\ufffd\ufffd\ufffd"
+    assert visible("a\u202eb\u2069\u2028c") == "a\ufffdb\ufffd\u21b5c", "marks that turn the direction of what follows"
 
 
 def test_table_holds_all_but_shared_and_dead_latents(report: ReportData, page: str) -> None:

@@ -10,17 +10,17 @@ import pytest
 from pipeline import schema
 from pipeline.errors import ArtifactError
 from pipeline.report import formatting as fmt
-from pipeline.report import places
-from pipeline.report.controls import control_rows, control_sentences
 from pipeline.report.data import CrosscoderReport, ReportData
-from pipeline.report.headlines import headline
+from pipeline.report.headlines import control_sentences, headline
 from pipeline.report.summary import (
     causal_summary,
+    corpora_of,
     difference_of,
     half_way,
+    num_template_latents,
     planted_rows,
     steering_effects,
-    verdict_counts,
+    verdict_summary,
 )
 from pipeline.report.verdict import verdict_table, verdict_text
 from pipeline.schema import Verdict
@@ -48,7 +48,7 @@ VERDICTS = [
 
 
 def test_counts_and_their_range_follow_from_verdict_and_confidence() -> None:
-    counts = verdict_counts(table_of(VERDICTS))
+    counts = verdict_summary(table_of(VERDICTS))
     assert (counts.num_latents, counts.num_alive, counts.num_chat_only) == (8, 7, 6)
     assert (counts.num_specific, counts.num_artifacts) == (3, 2)
     # At worst the two confident ones; at best all but the one confident artifact.
@@ -122,7 +122,7 @@ def test_verdict_text_holds_counts_shares_scores_and_effects(report: ReportData)
     assert lines[0] == "demo: organism/base (base) against organism/chat (chat), layer 3 of 6"
     for crosscoder in report.crosscoders:
         assert crosscoder.latents is not None
-        counts = verdict_counts(crosscoder.latents)
+        counts = verdict_summary(crosscoder.latents)
         assert f"{counts.num_specific} ({counts.num_confident_specific})" in text
         shrunk = counts.by_verdict[Verdict.SHRINKAGE]
         assert f"{shrunk} ({100 * shrunk / counts.num_chat_only:.0f}%)" in text
@@ -214,35 +214,28 @@ def test_half_of_the_work_is_counted_in_latents() -> None:
 
 
 def test_controls_become_sentences_and_undefined_ones_none(report: ReportData) -> None:
-    rows = control_rows(report.crosscoders[1].controls)
-    sentences = control_sentences(rows)
+    table = report.crosscoders[1].controls
+    assert table is not None
+    sentences = control_sentences(table)
     assert sentences[0].startswith("About 1.3 of the 26 are expected to be artifacts all the same (5.0% [1.7%, 9.0%]")
     assert (
         sentences[1] == "With random directions in place of the latents', 1 of 36 would have passed (2.8% [0%, 14%])."
     )
-    (sentence,) = control_sentences([rows[0]._replace(value=0.0, low=0.0, high=0.0, num_latents=4)])
+    (sentence,) = control_sentences(table.head(1).assign(value=0.0, value_low=0.0, value_high=0.0, num_latents=4))
     assert sentence.startswith("None of the 4 are expected to be artifacts all the same (0% [0%, 0%]")
     assert sentences[2] == "Training again with another seed (batchtopk_seed1) finds the same set to 71% [52%, 85%]."
-    pair = rows[1]._replace(control="null pair", value=0.002, low=0.0, high=0.01)
-    (sentence,) = control_sentences([pair])
+    pair = table[1:2].assign(control="null pair", value=0.002, value_low=0.0, value_high=0.01)
+    (sentence,) = control_sentences(pair)
     assert sentence == "This is a null pair: every chat-specific latent is false, 0.2% [0%, 1.0%] of all."
-    assert control_sentences([pair._replace(value=math.nan)]) == []
-    assert control_rows(None) == []
+    assert control_sentences(pair.assign(value=math.nan)) == []
+    assert control_sentences(None) == []
 
 
-def test_places_by_hand() -> None:
+def test_template_latents_and_corpora_by_hand() -> None:
     table = table_of([(Verdict.CHAT_SPECIFIC, True)] * 4 + [(Verdict.SHARED, False)] * 2)
-    table = table.assign(template_frac=[0.6, 0.5, 0.9, 0.1, 0.9, 0.9], user_frac=0.05, assistant_frac=0.05)
-    table = table.assign(frequency_web=[0.1, 0.2, 0.3, 0.4, 0.5, 0.5], frequency_chat=math.nan)
-    assert places.num_template_latents(table) == 2
-    assert places.corpora_of(table) == ["web", "chat"]
-    specific, shared = places.frequency_spreads(table, "web", "blue", "a")
-    assert (specific.number, specific.median, specific.first) == (4, pytest.approx(0.25), pytest.approx(0.175))
-    assert (shared.number, shared.colour) == (2, "var(--plain)")
-    assert places.frequency_spreads(table, "chat", "blue", "a") == []
-    rows = places.speaker_shares(table, "a")
-    assert rows[0].shares == pytest.approx((0.525, 0.05, 0.05, 0.375))
-    assert sum(rows[1].shares) == pytest.approx(1)
+    table = table.assign(template_frac=[0.6, 0.5, 0.9, 0.1, 0.9, 0.9], frequency_web=0.1, frequency_chat=math.nan)
+    assert num_template_latents(table) == 2
+    assert corpora_of(table) == ["web", "chat"]
 
 
 def test_a_difference_shows_its_own_variance_explained(report: ReportData) -> None:

@@ -40,6 +40,33 @@
   });
   window.addEventListener("afterprint", () => { for (const block of opened) block.open = false; });
 
+  // Figures. Colours are CSS variables, so both themes and print need no second drawing. Expressions are interpreted
+  // (ast), since the page's security policy allows no evaluation of text. Parts of a column of charts get their width
+  // here, since Vega-Lite fits only single charts to their container.
+  let openLatent = () => {};
+  const figures = JSON.parse(byId("figure-data").textContent);
+  const draw = async (node) => {
+    const spec = figures.specs[node.dataset.figure];
+    if (spec.vconcat) {
+      for (const part of spec.vconcat) part.width = Math.max(200, node.clientWidth - 56);
+    } else {
+      spec.width = "container";
+      spec.autosize = { type: "fit-x", contains: "padding" };
+    }
+    const config = { ...figures.config, legend: { ...figures.config.legend, columns: node.clientWidth < 420 ? 2 : 3 } };
+    const { view } = await vegaEmbed(node, spec, {
+      config, mode: "vega-lite", renderer: "svg", ast: true, actions: false, defaultStyle: false,
+      tooltip: { disableDefaultStyle: true },
+    });
+    view.addEventListener("click", (event, item) => { if (item?.datum?.card) openLatent(item.datum.card); });
+  };
+  const drawAll = async () => {
+    for (const node of document.querySelectorAll(".chart[data-figure]")) await draw(node);
+    root.dataset.figures = "drawn";
+    reveal();
+  };
+  drawAll();
+
   // Latent table. A row is [crosscoder, verdict, confident, card, behaviours, intervals, explanation, ...values].
   const table = byId("latent-table");
   if (!table) return;
@@ -238,6 +265,21 @@
     byId("f-more").hidden = matching.length <= state.shown;
   };
   const restart = () => { state.shown = PAGE; show(); };
+  // A latent in a figure opens its card: where it stands on the page, else from its row of the table.
+  openLatent = (anchor) => {
+    if (byId(anchor)) {
+      if (location.hash === `#${anchor}`) byId(anchor).scrollIntoView();
+      location.hash = anchor;
+      return;
+    }
+    const [, place, latent] = anchor.split("-");
+    byId("filters").reset();
+    byId("f-crosscoder").value = place;
+    byId("f-text").value = latent;
+    restart();
+    table.tBodies[0].querySelector("button.open")?.click();
+    byId("table").scrollIntoView();
+  };
   byId("filters").addEventListener("input", restart);
   byId("filters").addEventListener("submit", (event) => event.preventDefault());
   byId("f-more").addEventListener("click", () => { state.shown += PAGE; show(); });
