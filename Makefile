@@ -10,7 +10,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check -c requirement
 TORCH := $(shell grep '^torch==' constraints.txt)
 UV := $(shell grep '^uv==' constraints.txt)
 # Each worker has a Ray cluster of its own, so there are two whatever the number of cores.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: demo test test-rare test-bare check install lock golden browser services clean
 

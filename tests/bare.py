@@ -1,4 +1,4 @@
-"""Run by `make test-bare` in an environment of torch and numpy: every module of numerics, and five steps of each sparsity.
+"""Run by `make test-bare` where only torch and numpy are installed: imports all of numerics and trains five steps.
 
 Not a test module: pytest is not there. An environment says more than a blocked import, for it also lacks what torch
 would import where it finds it.
