@@ -39,18 +39,19 @@ if not torch.cuda.is_available():
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files without Ray come first, so that what is quick to know is known first; the longest of the others follow.
 
-    A file stays on one process, which shares what its fixtures made.
+    A file stays on one process, which shares what its fixtures made; files that need the heavy services share one.
     """
-    starts_ray = Counter(item.path for item in items if _needs_ray(item))
+    starts_ray = Counter(
+        item.path for item in items if item.get_closest_marker("ray") or _uses(item, "finished", "ray_cluster")
+    )
     items.sort(key=lambda item: (bool(starts_ray[item.path]), -starts_ray[item.path]))
+    heavy = {item.path for item in items if _uses(item, "services")}
     for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+        item.add_marker(pytest.mark.xdist_group("services" if item.path in heavy else str(item.path)))
 
 
-def _needs_ray(item: pytest.Item) -> bool:
-    fixtures: list[str] = getattr(item, "fixturenames", [])
-    return item.get_closest_marker("ray") is not None or not {"finished", "ray_cluster"}.isdisjoint(fixtures)
+def _uses(item: pytest.Item, *fixtures: str) -> bool:
+    return not set(fixtures).isdisjoint(getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")
