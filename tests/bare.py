@@ -11,12 +11,11 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-FOREIGN = ("ray", "mlflow", "pydantic", "pandas", "safetensors", "transformers", "yaml", "pyarrow")
+FOREIGN = {"ray", "mlflow", "pydantic", "pandas", "safetensors", "transformers", "pyyaml", "pyarrow", "rich"}
 
 
 def main() -> None:
-    present = {distribution.name.lower() for distribution in distributions()}
-    found = sorted(present & {*FOREIGN, "pyyaml"})
+    found = sorted(FOREIGN & {distribution.name.lower() for distribution in distributions()})
     if found:
         sys.exit(f"expected an environment of torch and numpy, found {', '.join(found)}: remove .venv-bare")
     import pipeline.numerics
@@ -28,24 +27,20 @@ def main() -> None:
 
     import torch
 
-    from pipeline.numerics.crosscoder import Crosscoder
-    from pipeline.numerics.trainer import CrosscoderSpec, CrosscoderTrainer
+    from pipeline.numerics.trainer import CrosscoderTrainer
+    from tests.golden.specs import CASES, make_rows, make_spec
 
-    x_BMD = torch.randn(64, 2, 16, generator=torch.Generator().manual_seed(0))
-    for sparsity in ({"kind": "batch_topk", "k": 4}, {"kind": "topk", "k": 4}, {"kind": "l1"}, {"kind": "jumprelu"}):
-        trainer = CrosscoderTrainer(
-            CrosscoderSpec(num_models=2, activation_dim=16, num_latents=64, num_steps=5, lr_warmup_steps=0, **sparsity)
-        )
-        trainer.initialise(x_BMD)
-        losses = []
-        for _ in range(5):
-            trainer.step(x_BMD)
-            losses.append(trainer.metrics()["loss"])
-        assert losses[-1] < losses[0], (sparsity, losses)
+    for case in CASES:
+        trainer = CrosscoderTrainer(make_spec(case))
+        trainer.initialise(make_rows(0))
+        for step in range(5):
+            trainer.step(make_rows(step))
         crosscoder = trainer.crosscoder()
-        assert isinstance(crosscoder, Crosscoder)
-        assert crosscoder.decode(crosscoder.encode(x_BMD)).shape == x_BMD.shape
-    sys.stdout.write(f"{len(imported)} modules of numerics and {5 * 4} steps with torch {torch.__version__} alone\n")
+        x_BMD = make_rows(5).float()
+        assert crosscoder.decode(crosscoder.encode(x_BMD)).shape == x_BMD.shape, case
+    sys.stdout.write(
+        f"{len(imported)} modules of numerics, {len(CASES)} crosscoders, torch {torch.__version__} alone\n"
+    )
 
 
 if __name__ == "__main__":

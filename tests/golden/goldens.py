@@ -13,7 +13,7 @@ import pandas as pd
 
 from pipeline.config.run_file import load_as
 from pipeline.planted.settings import BenchmarkConfig
-from tests.golden import curves
+from tests.golden.curves import curves
 from tests.planted.conftest import made
 
 FOLDER = Path(__file__).parent
@@ -61,8 +61,7 @@ def compute(golden: Golden, folder: Path) -> pd.DataFrame:
     """The table as this code computes it; files of the planted benchmark go to `folder`."""
     if golden is VERDICTS:
         return _verdicts(folder)
-    dtype = golden.name.removeprefix("curves_")
-    return pd.concat([curves.curve(case, dtype) for case in curves.SPECS])
+    return curves(golden.name.removeprefix("curves_"))
 
 
 def _verdicts(folder: Path) -> pd.DataFrame:
