@@ -1,9 +1,9 @@
 """Where time and bytes go on 1 to 1,000 GPUs: `python infra/scaling.py` prints the tables of SCALING.md.
 
-A run is three flows that overlap in none of the stages: extraction (compute against writing), training (compute, Adam's
-memory traffic, exchange between ranks, reading) and what the driver does for each shard. A stage takes as long as its
-slowest resource; the name of that resource is the answer to "what saturates first". Constants are of three kinds, and
-say which: measured by this project's benchmarks, a data sheet's, or a provider's published limit.
+Two stages run one after the other: extraction (compute, writing, the driver's work per shard) and training (compute,
+Adam's memory traffic, exchange between ranks, reading). A stage takes as long as its slowest resource, and the name of
+that resource says what saturates first. Each constant says where it comes from: a benchmark of this project, a data
+sheet, or a provider's published limit.
 """
 
 import argparse
@@ -11,36 +11,38 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from pipeline.planning.rates import ADAM_BYTES, GPU_SHARE, GPUS, STEP_OVER_ENCODER
+
 
 class Constants(NamedTuple):
-    """Rates and fixed costs. One node holds `gpus_per_node` GPUs and shares its network among them."""
+    """Rates and fixed costs. The GPUs of a node share its network."""
 
-    gpu_flops: float = 989e12
-    """bfloat16, data sheet of an H100."""
-    gpu_share: float = 0.4
+    gpu_flops: float = GPUS["H100"].bfloat16
+    """Data sheet."""
+    gpu_share: float = GPU_SHARE.value
     """Of it that forward passes and training steps reach: assumed; no GPU has been measured."""
     memory_bytes_per_second: float = 3.35e12
-    """Of a GPU, data sheet of an H100; Adam is bound by it."""
+    """Memory of a GPU, data sheet of an H100. It limits Adam."""
     link_bytes_per_second: float = 450e9
     """Between the GPUs of a node, data sheet of NVLink 4, one direction."""
     network_bytes_per_second: float = 25e9
-    """Of a node, 200 Gbit/s."""
+    """Network of a node, 200 Gbit/s."""
     store_bytes_per_second: float = 100e9
-    """Of an object store towards one account in one region: order of magnitude of what providers name."""
+    """Object store, per account and region: the order of magnitude that providers publish."""
     store_requests_per_second: float = 3500
     """PUT requests per prefix, a provider's published limit."""
     gpus_per_node: int = 8
-    step_factor: float = 1.41
+    step_factor: float = STEP_OVER_ENCODER.value
     """A training step over its encoder product: measured on a CPU (step_notes.md, one thread)."""
-    adam_bytes: int = 32
-    """Moved per parameter and step (pipeline/planning/times.py)."""
+    adam_bytes: float = ADAM_BYTES.value
+    """Moved per parameter and step."""
     pack_bytes_per_second: float = 0.55e9
-    """Shards checked, hashed and written by one core: measured (store_notes.md)."""
+    """One core checks, hashes and writes shards this fast: measured (store_notes.md)."""
     cores_per_gpu: int = 8
     driver_seconds_per_shard: float = 0.008
-    """Of the driver for one result of a worker: measured (workloads/benchmarks/driver_items.py, 1,220 results)."""
+    """Driver time per result of a worker: measured (workloads/benchmarks/driver_items.py, 1,220 results)."""
     start_seconds: float = 30.0
-    """Cluster joined, pools started, Ray Train started: measured about 5 + 6 + 14 s, rounded up."""
+    """Start of cluster, pools and Ray Train: measured, about 5 + 6 + 14 s, rounded up."""
 
 
 class Pair(NamedTuple):
@@ -79,17 +81,17 @@ class Stage(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """The slowest resource decides."""
+        """Time of the slowest resource."""
         return max(self.busy.values())
 
     @property
     def bound(self) -> str:
-        """Its name."""
+        """Name of the slowest resource."""
         return max(self.busy, key=lambda name: self.busy[name])
 
 
 def extraction(pair: Pair, num_gpus: int, rows: int, c: Constants) -> Stage:
-    """Both models up to layer L on all GPUs, every row written once."""
+    """Both models run up to layer L on all GPUs, and every row is written once."""
     num_nodes = -(-num_gpus // c.gpus_per_node)
     flops = 2 * NUM_MODELS * pair.parameters_per_layer * pair.layers * rows
     num_bytes = rows * NUM_MODELS * pair.width * 2
@@ -107,9 +109,9 @@ def extraction(pair: Pair, num_gpus: int, rows: int, c: Constants) -> Stage:
 
 
 def training(pair: Pair, num_gpus: int, rows: int, c: Constants) -> Stage:
-    """One crosscoder, latents spread over up to a node, rows over nodes; batches stay at BATCH_ROWS.
+    """One crosscoder: latents are divided within a node, rows over nodes, and batches stay at BATCH_ROWS.
 
-    Latent ranks sum partial reconstructions (B M D numbers a step); data ranks exchange dense gradients.
+    Latent ranks sum partial reconstructions (B M D numbers per step); data ranks exchange dense gradients.
     """
     latent = min(num_gpus, c.gpus_per_node)
     data = max(1, num_gpus // latent)
@@ -122,7 +124,7 @@ def training(pair: Pair, num_gpus: int, rows: int, c: Constants) -> Stage:
     return Stage(
         "training",
         {
-            # One after the other on the same GPU: first the products, then Adam over all weights.
+            # On one GPU these follow each other: the products, then Adam over all weights.
             "GPU": steps * c.step_factor * encoder / (data * latent * c.gpu_flops * c.gpu_share)
             + steps * c.adam_bytes * parameters / latent / c.memory_bytes_per_second,
             "links in a node": steps * 2 * exchanged * (latent - 1) / latent / c.link_bytes_per_second,
@@ -136,7 +138,7 @@ def training(pair: Pair, num_gpus: int, rows: int, c: Constants) -> Stage:
 
 
 def training_gpus(pair: Pair, num_gpus: int, rows: int, c: Constants) -> int:
-    """How many of the GPUs make training fastest: more than that only talk."""
+    """The number of GPUs with which training is fastest; more only add communication."""
     candidates = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if n <= num_gpus]
     return min(candidates, key=lambda n: training(pair, n, rows, c).seconds)
 
@@ -153,21 +155,21 @@ def table(rows: int, c: Constants) -> str:
             used = training_gpus(pair, num_gpus, rows, c)
             second = training(pair, used, rows, c)
             total = c.start_seconds + first.seconds + second.seconds
-            num_bytes = rows * NUM_MODELS * pair.width * 2
+            terabytes = rows * NUM_MODELS * pair.width * 2 / 1e12
             lines.append(
-                f"| {pair.name} | {num_gpus:,} | {num_bytes / 1e12:.2f} TB | {shown(first.seconds)} | {first.bound} | "
-                f"{shown(second.seconds)} ({used}) | {second.bound} | {shown(total)} |"
+                f"| {pair.name} | {num_gpus:,} | {terabytes:.2f} TB | {duration(first.seconds)} | {first.bound} | "
+                f"{duration(second.seconds)} ({used}) | {second.bound} | {duration(total)} |"
             )
     return "\n".join(lines)
 
 
 def largest_rows(pair: Pair, num_gpus: int, seconds: float, c: Constants) -> dict[str, float]:
-    """Rows that each resource of extraction could bear in the given time."""
+    """Rows that each resource of extraction could process in the given time."""
     busy = extraction(pair, num_gpus, ROWS, c).busy
     return {name: ROWS * seconds / own for name, own in busy.items()}
 
 
-def shown(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """`40 s`, `12 min`, `3.1 h`."""
     if seconds < 120:
         return f"{seconds:.0f} s"

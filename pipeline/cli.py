@@ -156,7 +156,7 @@ def _run(parsed: argparse.Namespace) -> int:
 
 @contextmanager
 def _console() -> Iterator["Console"]:
-    """Progress on a copy of standard error: the original goes to a log file while Ray works (cluster.connected)."""
+    """Progress on a copy of standard error: the original goes to a log file while Ray works (cluster/connect.py)."""
     from pipeline.terminal import Console
 
     with os.fdopen(os.dup(2), "w") as terminal:
@@ -274,7 +274,7 @@ def _verify(parsed: argparse.Namespace) -> int:
     else:
         config = _config(parsed)
         storage = Storage(config.storage.root)
-        folders = [step.key.folder for group in build_flow(config) for step in group.steps]
+        folders = [step.folder for step in build_flow(config).steps]
     console = Console(lambda text: print(text, end="", file=sys.stderr, flush=True), is_terminal=sys.stderr.isatty())
     result = verify(storage, folders, console)
     unfinished = f", {result.num_unfinished} unfinished" if result.num_unfinished else ""

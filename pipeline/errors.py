@@ -1,7 +1,7 @@
 """The two kinds of failure that a user can act on.
 
-Everything else is left to propagate with its traceback. `cli.main` turns these into one line and an exit code; nothing
-below it catches them, except to add where the fault lies and raise again.
+All other errors propagate with their traceback. `cli.main` turns these into one line and an exit code; code below it
+catches them only to add where the fault is and raise again.
 """
 
 

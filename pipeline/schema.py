@@ -73,33 +73,29 @@ CORPUS_COLUMNS = (
     Column("messages", "string", "JSON list of {role, content, labels}, or null for a plain document"),
 )
 
+_DOCUMENT_COLUMNS = tuple(column._replace(doc="as in the corpus") for column in CORPUS_COLUMNS[:3])
+
 TOKEN_COLUMNS = (
-    Column("doc_id", "int64", "as in the corpus"),
-    Column("corpus", "string", "as in the corpus"),
-    Column("split", "string", "as in the corpus"),
+    *_DOCUMENT_COLUMNS,
     Column("input_ids", "list<int32>", "token ids that both models read"),
     Column("flags", "list<int32>", "per token, bits of schema.Flag and planted labels"),
     Column("num_cut", "int32", "tokens of the document after the longest length allowed; they are not read"),
 )
 
 INDEX_COLUMNS = (
-    Column("doc_id", "int64", "as in the corpus"),
-    Column("corpus", "string", "as in the corpus"),
-    Column("split", "string", "as in the corpus"),
+    *_DOCUMENT_COLUMNS,
     Column("num_tokens", "int32", "tokens of the document after truncation"),
     Column("part", "string", "token file that holds it"),
     Column("row", "int32", "its row in that file"),
 )
 """The documents that a run uses, in the order in which their activations are stored."""
 
-REJECTED_COLUMNS = (
-    Column("doc_id", "int64", "as in the corpus"),
-    Column("corpus", "string", "as in the corpus"),
-    Column("split", "string", "as in the corpus"),
+QUARANTINE_COLUMNS = (
+    *_DOCUMENT_COLUMNS,
     Column("num_tokens", "int32", "tokens of the document after truncation; 0 where they cannot be read"),
-    Column("reason", "string", "why it was set aside: cannot be read, the forward pass failed, NaN or Inf"),
+    Column("reason", "string", "why it is in quarantine: cannot be read, the forward pass failed, NaN or Inf"),
 )
-"""Documents that no activations could be made of."""
+"""Documents in quarantine: no activations could be made of them."""
 
 SHARD_TENSORS = (
     Column("x", "bfloat16 [rows, M, D]", "residual stream after decoder layer L, model order base, chat"),
@@ -112,18 +108,18 @@ SHARD_TENSORS = (
 
 
 class Verdict:
-    """What the evidence says of one latent. The order is the order of the printed table."""
+    """Verdict on one latent, in the order of the printed table."""
 
     CHAT_SPECIFIC = "chat-specific"
     """Delta_norm says chat-only, and Latent Scaling finds neither shrinkage nor decoupling."""
     SHRINKAGE = "shrinkage artifact"
-    """Delta_norm says chat-only, but nu_eps is high: the base model has the concept, the penalty shrank it away."""
+    """Delta_norm says chat-only, but nu_eps is high: the base model has the concept, and the penalty shrank it to 0."""
     DECOUPLING = "decoupling artifact"
     """Delta_norm says chat-only, but nu_r is high: other latents carry the concept in the base model."""
     BOTH = "shrinkage and decoupling"
     """Both kinds of artifact at once."""
     UNDECIDED = "undecided"
-    """Delta_norm says chat-only, but the latent fires too rarely for a ratio that means anything."""
+    """Delta_norm says chat-only, but the latent fires too rarely for a meaningful ratio."""
     BASE_ONLY = "base-only"
     SHARED = "shared"
     """Delta_norm between 0.4 and 0.6; or Delta_norm is 1 by construction, and the base model's activations hold it."""
@@ -144,6 +140,14 @@ class Ownership:
     SHARED = "shared"
     OTHER = "other"
     """Between the classes, or undefined because both decoder rows are 0."""
+
+
+DELTA_NORM_RANGES = {
+    Ownership.BASE_ONLY: (0.0, 0.1),
+    Ownership.SHARED: (0.4, 0.6),
+    Ownership.CHAT_ONLY: (0.9, 1.0),
+}
+"""Delta_norm of each class, ends included; everything else is Ownership.OTHER (arXiv 2504.02922, section 2)."""
 
 
 def _interval_columns(name: str, doc: str, method: str = "bootstrap over documents") -> tuple[Column, ...]:
@@ -269,12 +273,7 @@ STEERING_COLUMNS = (
 )
 
 STEERING_SAMPLE_COLUMNS = (
-    Column("behavior", "string", "as in the steering table"),
-    Column("model", "string", "as in the steering table"),
-    Column("latent", "int32", "as in the steering table"),
-    Column("control", "string", "as in the steering table"),
-    Column("positions", "string", "as in the steering table"),
-    Column("scale", "float64", "as in the steering table"),
+    *(column._replace(doc="as in the steering table") for column in STEERING_COLUMNS[:6]),
     Column("prompt", "string", "the user's message"),
     Column("answer", "string", "the model's generated answer"),
     Column("shows_behavior", "bool", "whether the answer counts towards the rate; null without markers"),
@@ -304,9 +303,9 @@ PLANTED_COLUMNS = (
     Column("behavior", "string", "planted label"),
     Column("candidate", "string", "chat-specific latent, any latent, or mean difference"),
     Column("latent", "int32", "the winning latent; -1 for the mean-difference direction or where there is none"),
-    Column("auroc", "float64", "token-level area under the ROC curve on held-out dialogues; 0.5 = chance, 1 = perfect"),
-    Column("auroc_low", "float64", "lower end of the 95% interval, bootstrap over documents"),
-    Column("auroc_high", "float64", "upper end of the 95% interval, bootstrap over documents"),
+    *_interval_columns(
+        "auroc", "token-level area under the ROC curve on held-out dialogues; 0.5 = chance, 1 = perfect"
+    ),
     Column("num_positive_rows", "int64", "rows that carry the label"),
     Column("num_rows", "int64", "rows scored"),
 )
@@ -322,7 +321,7 @@ class InterpStatus:
     UNEXPLAINED = "no explanation"
     """No usable answer to the request for an explanation."""
     TOO_FEW = "too few contexts"
-    """Nothing was asked: the example table has fewer than two contexts of the latent, or no quiet one was found."""
+    """No request was sent: the example table has fewer than two contexts of the latent, or no quiet one was found."""
 
     ALL = (SCORED, EXPLAINED, UNEXPLAINED, TOO_FEW)
 
@@ -330,16 +329,14 @@ class InterpStatus:
 AUTOINTERP_COLUMNS = (
     Column("latent", "int32", "index of the latent"),
     Column("status", "string", "one of schema.InterpStatus.ALL"),
-    Column("explanation", "string", "one sentence by the language model that was asked; null without one"),
-    Column(
+    Column("explanation", "string", "one sentence by the language model; null without one"),
+    *_interval_columns(
         "balanced_accuracy",
-        "float64",
         "mean of true_positive_frac and true_negative_frac; 0.5 = chance, 1 = perfect; NaN where not scored",
+        "from both Wilson intervals",
     ),
-    Column("balanced_accuracy_low", "float64", "lower end of its 95% interval, from both Wilson intervals"),
-    Column("balanced_accuracy_high", "float64", "upper end of its 95% interval, from both Wilson intervals"),
-    Column("true_positive_frac", "float64", "share of held-out active contexts that the explanation is said to fit"),
-    Column("true_negative_frac", "float64", "share of quiet contexts that the explanation is said not to fit"),
+    Column("true_positive_frac", "float64", "share of held-out active contexts that the explanation is judged to fit"),
+    Column("true_negative_frac", "float64", "share of quiet contexts that the explanation is judged not to fit"),
     Column("control_accuracy", "float64", "balanced accuracy of another latent's explanation here; NaN if not asked"),
     Column("num_active", "int32", "held-out active contexts judged"),
     Column("num_quiet", "int32", "quiet contexts of other documents judged"),
@@ -361,15 +358,42 @@ ANSWER_COLUMNS = (
 )
 """One row per request about a latent: the evidence behind AUTOINTERP_COLUMNS."""
 
-FIDELITY_KEYS = (
-    "fve_base",
-    "fve_chat",
-    "fve",
-    "l0",
-    "dead_frac",
-    "mean_norm_base",
-    "mean_norm_chat",
-    "num_rows",
-)
+FIDELITY_KEYS = ("fve_base", "fve_chat", "fve", "l0", "dead_frac", "mean_norm_base", "mean_norm_chat", "num_rows")
 """Numbers of the fidelity analysis: fraction of variance explained (higher is better), mean active latents per row,
 share of latents that never fire, mean |x|, rows."""
+
+
+class Control:
+    """Kinds of controls: CONTROL_COLUMNS, column `control`."""
+
+    STATED = "stated error"
+    """The false discovery rate of the chat-specific set, by the verdict's own account."""
+    RANDOM = "random directions"
+    NULL_PAIR = "null pair"
+    """One model as base and as chat."""
+    NOISE_PAIR = "noise pair"
+    """A model against itself with noise on its weights."""
+    SEED = "seed"
+    """Followed by the name of the crosscoder that differs in its seed alone."""
+
+
+CONTROL_COLUMNS = (
+    Column("control", "string", "one of schema.Control; seed is followed by the name of the other crosscoder"),
+    Column("quantity", "string", "what value is, as a phrase"),
+    Column("value", "float64", "the measured share or index, in [0, 1]; NaN where there is no latent to measure it on"),
+    Column(
+        "value_low", "float64", "lower end of its 95% interval (Wilson's; two standard deviations for stated error)"
+    ),
+    Column("value_high", "float64", "upper end of its 95% interval"),
+    Column("expected", "float64", "value to compare with: 0, or what the verdict states; NaN for none"),
+    Column("num_latents", "int64", "latents that the share is of"),
+    Column("note", "string", "the numbers behind it, as a sentence"),
+)
+
+SEED_COLUMNS = (
+    Column("other", "string", "name of the crosscoder that differs in its seed alone"),
+    Column("latent", "int32", "a chat-specific latent of this crosscoder"),
+    Column("other_latent", "int32", "its mutual best match by the cosine of [d^base, d^chat]; -1 = none"),
+    Column("other_verdict", "string", "the verdict on the match; null without one"),
+    Column("cosine", "float64", "cosine with the most parallel latent of the other crosscoder, match or not"),
+)

@@ -20,7 +20,7 @@ import yaml
 from pipeline.config.run_file import RunConfig, load
 from pipeline.run import runner
 from pipeline.run.flow import build_flow
-from pipeline.stages.base import Context, Step
+from pipeline.stages.step import StageContext
 from pipeline.storage.artifacts import Record
 from pipeline.storage.filesystem import Storage
 from pipeline.terminal import SilentReporter
@@ -110,17 +110,12 @@ class Finished:
         return pd.read_parquet(self.root / self.states[step].step.key.folder / name)
 
 
-class Unwatched:
-    def points(self, step: Step, points: object) -> None:
-        """Nobody watches."""
-
-
 def make(config: RunConfig, *stages: str) -> dict[str, Record]:
     """Run some stages of a run file in this process, on the cluster that it has joined; their records by stage."""
     storage = Storage(config.storage.root)
-    context = Context(storage, config.resources, SilentReporter(), Unwatched(), config.name, 10)
+    context = StageContext(storage, config.resources, SilentReporter(), runner.Unlogged(), config.name, 10)
     records = {}
-    for group in build_flow(config):
+    for group in build_flow(config).groups:
         if group.steps[0].key.stage in stages:
             group.run(group.steps, context)
             records[group.steps[0].key.stage] = context.record_of(group.steps[0])

@@ -1,8 +1,8 @@
 """An S3-compatible store and an MLflow server on this machine, without docker: `python infra/services/local.py`.
 
-For development and tests. Takes what is installed: Ceph's object gateway, else the smaller moto server; PostgreSQL,
-else SQLite. Says which, prints the settings that point crossray at them, and runs until it is told to stop; everything
-listens on loopback. What is stored is gone afterwards: no place for results that matter.
+For development and tests. It uses Ceph's object gateway if that is installed, else the smaller moto server, and
+PostgreSQL, else SQLite. It prints which, and the settings that point crossray at them, and runs until SIGTERM or
+Ctrl-C. Everything listens on loopback. All data is deleted at the end, so keep no results here.
 
 Debian: `apt-get install --no-install-recommends ceph-mon ceph-osd ceph-common radosgw postgresql`.
 """
@@ -29,7 +29,7 @@ from pathlib import Path
 BUCKET = "crossray"
 _START_SECONDS = 120.0
 _MEMORY_BYTES = 4_000_000_000
-"""Of Ceph's store in memory; it grows up to this."""
+"""Largest size of Ceph's store, which is in memory."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def object_store(folder: Path, kind: str = "auto") -> Iterator[dict[str, str]]:
-    """The settings of a running store with an empty bucket: AWS_* variables and CROSSRAY_STORE, its kind."""
+    """A running store with an empty bucket; yields AWS_* variables and CROSSRAY_STORE, the kind of the store."""
     has_ceph = all(shutil.which(name) for name in ("ceph-mon", "ceph-osd", "radosgw", "ceph", "monmaptool"))
     if kind == "ceph" and not has_ceph:
         raise SystemExit("expected Ceph's programs (ceph-mon, ceph-osd, ceph-common, radosgw), not all are installed")
@@ -87,7 +87,7 @@ def object_store(folder: Path, kind: str = "auto") -> Iterator[dict[str, str]]:
 
 @contextmanager
 def mlflow_server(folder: Path, store: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """The settings of a running MLflow server whose artifacts lie in the store's bucket."""
+    """A running MLflow server that keeps artifacts in the bucket; yields its address and CROSSRAY_DATABASE."""
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     with ExitStack() as stack:
@@ -109,7 +109,7 @@ def mlflow_server(folder: Path, store: Mapping[str, str]) -> Iterator[dict[str, 
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on."""
+    """A free port of loopback."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])
@@ -127,7 +127,7 @@ def _moto(folder: Path, _key: str, _secret: str) -> Iterator[str]:
 
 @contextmanager
 def _ceph(folder: Path, key: str, secret: str) -> Iterator[str]:
-    """One monitor, one object daemon in memory, one gateway; no authentication between these three."""
+    """One monitor, one object daemon in memory and one gateway, without authentication between them."""
     cluster, port = str(uuid.uuid4()), free_port()
     monitor = f"[v2:127.0.0.1:{free_port()},v1:127.0.0.1:{free_port()}]"
     config = folder / "ceph.conf"
@@ -156,7 +156,7 @@ def _ceph(folder: Path, key: str, secret: str) -> Iterator[str]:
 
 
 def _ceph_config(folder: Path, cluster: str, monitor: str, port: int) -> str:
-    """The gateway asks for encrypted talk with the monitor by default, which cannot be without authentication: crc."""
+    """Settings of Ceph. ms mon client mode is crc, because encryption would need authentication."""
     return f"""[global]
 fsid = {cluster}
 mon host = {monitor}
@@ -188,7 +188,7 @@ rgw data = {folder}/rgw
 
 
 def _postgres_programs() -> Path | None:
-    """The folder of PostgreSQL's programs; Debian keeps them off the PATH."""
+    """The folder of PostgreSQL's programs, which Debian does not put on the PATH; None without them or a driver."""
     found = shutil.which("initdb")
     if found:
         return Path(found).parent
@@ -206,9 +206,9 @@ def _has_driver() -> bool:
 
 @contextmanager
 def _postgres(log: Path, programs: Path) -> Iterator[str]:
-    """A PostgreSQL server of its own on loopback, gone afterwards like the objects.
+    """A temporary PostgreSQL server on loopback; yields its URI.
 
-    It refuses to run as root, so root lends it the user postgres, and a folder that this user can reach.
+    PostgreSQL refuses to run as root, so under root it runs as the user postgres, in a folder that this user can read.
     """
     port, password = free_port(), secrets.token_hex(16)
     user = "postgres" if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name
@@ -240,7 +240,7 @@ def _postgres(log: Path, programs: Path) -> Iterator[str]:
 
 @contextmanager
 def _process(command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> Iterator[None]:
-    """A server for the length of the block; its output goes to a file."""
+    """Runs a server during the block and writes its output to a file."""
     with log.open("ab") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:

@@ -1,1 +1,1 @@
-"""What is asked of a fitted crosscoder: one question a file, each as batch -> sums, merge, table."""
+"""Analyses of a trained crosscoder: one question a file, each as batch -> sums, merge, table."""

@@ -3,8 +3,8 @@
 An explanation is written from the latent's strongest contexts. It is tested by detection: held-out contexts on which
 the latent fires at several strengths, mixed with contexts of other documents on which it does not, and the question
 which of them fit the explanation (after arXiv 2410.13928, section 3). Quiet contexts come from the corpora of the
-active ones, so that telling chats from web pages is not enough. Words are made in `autointerp_prompts.py`; nothing
-here talks to anybody.
+active ones, so that telling chats from web pages is not enough. The requests are written in
+`autointerp_prompts.py`; nothing here sends them.
 
 Shapes: B rows of a batch of whole documents.
 """
@@ -17,11 +17,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pipeline.analyses.rows import RowBatch, document_starts
-from pipeline.errors import InputError
+from pipeline.analyses.rows import RowBatch, document_slices_of
 from pipeline.numerics.proportions import Interval, mean_of_two_rates
 from pipeline.numerics.statistics import hash_documents
-from pipeline.schema import AUTOINTERP_COLUMNS, InterpStatus, Verdict
+from pipeline.schema import AUTOINTERP_COLUMNS, InterpStatus
 
 MIN_QUIET_PER_CORPUS = 64
 """Documents per corpus among which each latent's quiet contexts are looked for."""
@@ -29,8 +28,8 @@ _WINDOW_SALT = 3
 """Places the windows of quiet contexts independently of the other uses of a document's hash."""
 
 
-class Context(NamedTuple):
-    """Some neighbouring tokens of one document."""
+class TokenWindow(NamedTuple):
+    """Neighbouring tokens of one document: a context of a latent."""
 
     doc_id: int
     corpus: str
@@ -39,15 +38,15 @@ class Context(NamedTuple):
     """f_j at each token; all 0 in a quiet context."""
 
 
-class QuietContext(NamedTuple):
-    """A context and those of the latents asked for that fire in it."""
+class QuietWindow(NamedTuple):
+    """A window, and which of the latents asked for fire in it."""
 
-    context: Context
+    window: TokenWindow
     active: frozenset[int]
 
 
 class Sizes(NamedTuple):
-    """How many contexts a latent's explanation and its test take."""
+    """How many contexts explain a latent and test the explanation."""
 
     num_explaining: int
     num_active: int
@@ -55,52 +54,34 @@ class Sizes(NamedTuple):
     seed: int
 
 
-class Case(NamedTuple):
-    """What is asked about one latent."""
+class InterpTask(NamedTuple):
+    """The contexts from which one latent is explained and on which the explanation is tested."""
 
     latent: int
-    explaining: tuple[Context, ...]
+    explaining: tuple[TokenWindow, ...]
     """Strongest first."""
-    judged: tuple[Context, ...]
+    judged: tuple[TokenWindow, ...]
     """Held out, shuffled."""
     fires: tuple[bool, ...]
-    """The truth about `judged`."""
+    """Whether the latent fires in each of `judged`."""
 
 
 class Interpretation(NamedTuple):
-    """What came back about one latent."""
+    """The result for one latent."""
 
     latent: int
     status: str
     """One of schema.InterpStatus."""
     explanation: str | None = None
     fires: tuple[bool, ...] = ()
-    """The truth about the contexts that were judged."""
-    said: tuple[bool, ...] = ()
-    """The model's answers, one for each of `fires`."""
+    """Whether the latent fires in each context that was judged."""
+    answers: tuple[bool, ...] = ()
+    """What the language model answered, one for each of `fires`."""
     control: float = math.nan
-    """Balanced accuracy of another latent's explanation on the same contexts; NaN where it was not asked for."""
+    """Balanced accuracy of another latent's explanation on the same contexts; NaN without this control."""
     num_malformed: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
-
-
-def chosen_latents(
-    table: pd.DataFrame, ranked: Sequence[int], *, named: Sequence[int], max_latents: int
-) -> tuple[int, ...]:
-    """The latents named, or else the first max_latents of `ranked` that the latent table calls chat-specific.
-
-    InputError for a named latent that the crosscoder does not have.
-    """
-    wrong = [latent for latent in named if not 0 <= latent < len(table)]
-    if wrong:
-        raise InputError(
-            f"analyses.autointerp.latents: expected latents 0 to {len(table) - 1}, got {wrong}; correct the list"
-        )
-    if named:
-        return tuple(dict.fromkeys(named))
-    specific = set(table.loc[table["verdict"] == Verdict.CHAT_SPECIFIC, "latent"].tolist())
-    return tuple(latent for latent in ranked if latent in specific)[:max_latents]
 
 
 def choose_windows(
@@ -108,53 +89,52 @@ def choose_windows(
 ) -> torch.Tensor:
     """Mask of the rows of one window of up to 2 x window_tokens + 1 rows per document, bool [B].
 
-    Documents are taken in their order while their corpus has any left; `left` (by corpus) is counted down. Where a
-    window lies depends on the document's id alone.
+    Documents are taken in order until `left`, the number still wanted of each corpus, is counted down to 0. A window's
+    place depends on the document's id alone.
     """
     keep_B = torch.zeros_like(doc_id_B, dtype=torch.bool)
-    starts = document_starts(doc_id_B).tolist()
-    for start, stop in zip(starts, [*starts[1:], len(doc_id_B)], strict=True):
-        corpus = int(corpus_B[start])
+    for rows in document_slices_of(doc_id_B):
+        corpus = int(corpus_B[rows.start])
         if left[corpus] > 0:
             left[corpus] -= 1
-            size = min(stop - start, 2 * window_tokens + 1)
-            places = stop - start - size + 1
-            first = start + int(hash_documents(doc_id_B[start], num_groups=places, salt=_WINDOW_SALT))
+            size = min(rows.stop - rows.start, 2 * window_tokens + 1)
+            places = rows.stop - rows.start - size + 1
+            first = rows.start + int(hash_documents(doc_id_B[rows.start], num_groups=places, salt=_WINDOW_SALT))
             keep_B[first : first + size] = True
     return keep_B
 
 
-def quiet_contexts(
+def quiet_windows(
     batches: Iterable[RowBatch],
     latents: Collection[int],
     *,
     corpora: Sequence[str],
     token_texts: Callable[[list[int]], list[str]],
-) -> list[QuietContext]:
+) -> list[QuietWindow]:
     """Each document of the batches (one window, see choose_windows) with those of `latents` that fire in it."""
     wanted = torch.tensor(sorted(latents), dtype=torch.int64)
     found = []
     for batch in batches:
-        starts = document_starts(batch.doc_id_B).tolist()
-        for start, stop in zip(starts, [*starts[1:], len(batch.doc_id_B)], strict=True):
-            pairs = slice(int(batch.codes.row_offsets[start]), int(batch.codes.row_offsets[stop]))
+        for rows in document_slices_of(batch.doc_id_B):
+            start = rows.start
+            pairs = slice(int(batch.codes.row_offsets[start]), int(batch.codes.row_offsets[rows.stop]))
             active = torch.unique(batch.codes.latents_P[pairs].cpu())
-            texts = tuple(token_texts(batch.token_id_B[start:stop].tolist()))
+            texts = tuple(token_texts(batch.token_id_B[rows].tolist()))
             corpus = corpora[int(batch.corpus_B[start])]
-            context = Context(int(batch.doc_id_B[start]), corpus, texts, (0.0,) * len(texts))
-            found.append(QuietContext(context, frozenset(active[torch.isin(active, wanted)].tolist())))
+            window = TokenWindow(int(batch.doc_id_B[start]), corpus, texts, (0.0,) * len(texts))
+            found.append(QuietWindow(window, frozenset(active[torch.isin(active, wanted)].tolist())))
     return found
 
 
-def case_of(latent: int, examples: pd.DataFrame, quiet: Sequence[QuietContext], sizes: Sizes) -> Case | None:
-    """What to ask about a latent; None where its contexts do not suffice (two active ones and a quiet one).
+def interp_task(latent: int, examples: pd.DataFrame, quiet: Sequence[QuietWindow], sizes: Sizes) -> InterpTask | None:
+    """The task of a latent; None where it has fewer than two active contexts or no quiet one.
 
     `examples` are the latent's rows of the example table, each context from another document. The strongest explain, at
     most half of them; of the rest, num_active evenly spaced by activation are held out to be judged.
     """
     rows = examples.sort_values(["activation", "doc_id"], ascending=[False, True], kind="stable")
     contexts = [
-        Context(int(doc_id), str(corpus), tuple(map(str, tokens)), tuple(map(float, activations)))
+        TokenWindow(int(doc_id), str(corpus), tuple(map(str, tokens)), tuple(map(float, activations)))
         for doc_id, corpus, tokens, activations in zip(
             rows["doc_id"], rows["corpus"], rows["tokens"], rows["activations"], strict=True
         )
@@ -165,28 +145,21 @@ def case_of(latent: int, examples: pd.DataFrame, quiet: Sequence[QuietContext], 
     places = np.linspace(0, len(rest) - 1, num_active).round().astype(int)
     active = [rest[place] for place in places] if rest else []
     random = np.random.default_rng([sizes.seed, latent])
-    silent = _silent(latent, {context.doc_id for context in contexts}, active, quiet, sizes.num_quiet, random)
+    own_documents = {context.doc_id for context in contexts}
+    usable = [one.window for one in quiet if latent not in one.active and one.window.doc_id not in own_documents]
+    silent = _from_same_corpora([usable[i] for i in random.permutation(len(usable))], active, sizes.num_quiet)
     if not active or not silent:
         return None
     judged, fires = [*active, *silent], [True] * len(active) + [False] * len(silent)
     order = random.permutation(len(judged))
-    return Case(
+    return InterpTask(
         latent, tuple(contexts[:num_explaining]), tuple(judged[i] for i in order), tuple(fires[i] for i in order)
     )
 
 
-def _silent(
-    latent: int,
-    own_documents: Collection[int],
-    active: Sequence[Context],
-    quiet: Sequence[QuietContext],
-    number: int,
-    random: np.random.Generator,
-) -> list[Context]:
-    """Contexts of other documents in which the latent is silent, from the corpora of the active ones in turn."""
-    usable = [one.context for one in quiet if latent not in one.active and one.context.doc_id not in own_documents]
-    left = [usable[i] for i in random.permutation(len(usable))]
-    chosen: list[Context] = []
+def _from_same_corpora(left: list[TokenWindow], active: Sequence[TokenWindow], number: int) -> list[TokenWindow]:
+    """Up to `number` of the windows left, from the corpora of the active ones in turn while these have any."""
+    chosen: list[TokenWindow] = []
     while active and left and len(chosen) < number:
         corpus = active[len(chosen) % len(active)].corpus
         place = next((i for i, context in enumerate(left) if context.corpus == corpus), 0)
@@ -205,9 +178,9 @@ class Detection(NamedTuple):
     num_quiet: int
 
 
-def detection(fires: Sequence[bool], said: Sequence[bool]) -> Detection:
+def detection(fires: Sequence[bool], answers: Sequence[bool]) -> Detection:
     """Balanced accuracy with its 95% interval; NaN unless contexts of both kinds were judged."""
-    truth, answer = np.asarray(fires, dtype=bool), np.asarray(said, dtype=bool)
+    truth, answer = np.asarray(fires, dtype=bool), np.asarray(answers, dtype=bool)
     num_active, num_quiet = int(truth.sum()), int((~truth).sum())
     positive = float(answer[truth].mean()) if num_active else float("nan")
     negative = float((~answer[~truth]).mean()) if num_quiet else float("nan")
@@ -219,7 +192,7 @@ def interpretation_table(found: Sequence[Interpretation]) -> pd.DataFrame:
     """schema.AUTOINTERP_COLUMNS, in the order given."""
     rows: list[Mapping[str, Any]] = []
     for one in found:
-        score = detection(one.fires, one.said)
+        score = detection(one.fires, one.answers)
         rows.append(
             {
                 **one._asdict(),
@@ -239,7 +212,7 @@ def interpretation_table(found: Sequence[Interpretation]) -> pd.DataFrame:
 
 
 def interpretation_numbers(table: pd.DataFrame) -> dict[str, float]:
-    """What a record holds of the table: counts per outcome, the mean score, tokens used as the endpoint counts them."""
+    """The table in numbers, for the record: latents per outcome, mean scores, tokens as the endpoint counts them."""
     scored = table[table["status"] == InterpStatus.SCORED]
     return {
         "num_latents": len(table),

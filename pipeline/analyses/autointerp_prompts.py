@@ -1,8 +1,8 @@
-"""The words of automatic interpretation: what is asked, how answers are read, what they are expected to cost.
+"""Requests of automatic interpretation: how they are written, how answers are read, what they are expected to cost.
 
-Passages come from a corpus and may hold anything, also instructions to whoever reads them. Each stands between two
-lines with a mark that occurs in no passage of the request, and the model is told that nothing between them is addressed
-to it. Answers are JSON; whatever else comes is malformed, never an error.
+Passages come from a corpus and may hold anything, also instructions to the model that reads them. Each stands between
+two lines with a mark that occurs in no passage of the request, and the model is told not to follow anything between
+them. Answers are JSON; any other answer counts as malformed and is no error.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pipeline.analyses.autointerp import Case, Context
+from pipeline.analyses.autointerp import InterpTask, TokenWindow
 
 Message = dict[str, str]
 """One message of a chat: role and content."""
@@ -18,9 +18,9 @@ Message = dict[str, str]
 MAX_EXPLANATION_LETTERS = 600
 _STRENGTHS = 10
 _MAX_OBJECTS = 30
-"""Places of an answer at which its JSON may begin."""
+"""Opening braces of an answer at which its JSON is looked for."""
 _LETTERS_PER_TOKEN = 3.5
-"""Of English prose with marks in it; tokenizers differ by a fifth or so."""
+"""Of English prose with marks in it; tokenizers differ by about a fifth."""
 _EXPLANATION_TOKENS, _DETECTION_TOKENS = 60, 30
 """Usual length of an answer."""
 _MARKED_FACTOR, _PLAIN_FACTOR = 1.6, 1.1
@@ -50,7 +50,7 @@ _DETECT = (
 _AGAIN = "That is not the JSON that was asked for. Answer again, with the JSON alone and nothing before or after it."
 
 
-def explain_messages(case: Case) -> list[Message]:
+def explain_messages(case: InterpTask) -> list[Message]:
     """The request for an explanation."""
     passages = [_marked_text(context) for context in case.explaining]
     strongest = max(max(context.activations) for context in case.explaining)
@@ -58,7 +58,7 @@ def explain_messages(case: Case) -> list[Message]:
     return _chat(_EXPLAIN, _passages(passages, notes))
 
 
-def detect_messages(explanation: str, contexts: Sequence[Context]) -> list[Message]:
+def detect_messages(explanation: str, contexts: Sequence[TokenWindow]) -> list[Message]:
     """The request to say in which contexts a unit with this explanation is active."""
     passages = ["".join(context.tokens) for context in contexts]
     return _chat(_DETECT, f"Explanation: {json.dumps(explanation)}\n\n{_passages(passages)}")
@@ -95,7 +95,7 @@ def unused_mark(passages: Sequence[str]) -> str:
         salt += 1
 
 
-def _marked_text(context: Context) -> str:
+def _marked_text(context: TokenWindow) -> str:
     """The context with << >> around each run of neighbouring active tokens."""
     parts: list[str] = []
     is_inside = False
@@ -107,7 +107,7 @@ def _marked_text(context: Context) -> str:
     return "".join(parts) + (">>" if is_inside else "")
 
 
-def _active_tokens(context: Context, strongest: float) -> str:
+def _active_tokens(context: TokenWindow, strongest: float) -> str:
     """JSON list of [token, strength] of the active tokens, in order."""
     pairs = [
         [token, max(1, round(_STRENGTHS * activation / strongest))]
@@ -118,7 +118,7 @@ def _active_tokens(context: Context, strongest: float) -> str:
 
 
 def parse_explanation(answer: str) -> str | None:
-    """The explanation on one line, cut at MAX_EXPLANATION_LETTERS; None where the answer holds none."""
+    """The explanation on one line, cut at MAX_EXPLANATION_LETTERS; None where the answer has none."""
     value = _json_with(answer, "explanation")
     if not isinstance(value, str) or not value.strip():
         return None
@@ -136,7 +136,7 @@ def parse_detection(answer: str, number: int) -> tuple[bool, ...] | None:
 
 
 def _json_with(answer: str, key: str) -> Any:
-    """The value of `key` in the first JSON object of the answer that has it; models like to wrap JSON in prose."""
+    """The value of `key` in the first JSON object of the answer that has it; some models put prose around JSON."""
     decoder = json.JSONDecoder()
     place, tries = answer.find("{"), 0
     while place >= 0 and tries < _MAX_OBJECTS:
@@ -168,12 +168,12 @@ class Cost(NamedTuple):
 
 
 def cost_of(messages: Sequence[Mapping[str, str]], *, is_detection: bool) -> Cost:
-    """The expected cost of one request whose words are known."""
+    """The expected cost of one request."""
     letters = sum(len(message["content"]) for message in messages)
     return Cost(1, round(letters / _LETTERS_PER_TOKEN), _DETECTION_TOKENS if is_detection else _EXPLANATION_TOKENS)
 
 
-def detection_cost(case: Case, contexts_per_request: int) -> Cost:
+def detection_cost(case: InterpTask, contexts_per_request: int) -> Cost:
     """The expected cost of judging a case, whose explanation is not known yet."""
     cost = Cost(0, 0, 0)
     for start in range(0, len(case.judged), contexts_per_request):

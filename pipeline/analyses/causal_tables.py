@@ -1,11 +1,11 @@
 """The tables of the causality analysis, made from its sums per conversation: KL, paired differences, curves.
 
 Two interventions are measured on the same tokens, so the interval of their difference resamples conversations and
-takes the difference within each: it is far narrower than the two intervals themselves, which mostly show how
-conversations differ. Every table has one row per position set; a mean is over tokens, its 95% interval over
-conversations, NaN where a set holds no token (or too few conversations for an interval).
+takes the difference within each: it is far narrower than the two intervals, which mostly reflect how conversations
+differ. Every table has one row per position set; a mean is over tokens, its 95% interval over
+conversations, NaN where a set has no token (or too few conversations for an interval).
 
-Random halves and orders are single draws: intervals do not cover the draw, several draws show it.
+Random halves and orders are single draws: intervals do not cover the choice of the draw; several draws show it.
 
 Shapes: G conversations, I interventions, S position sets, C columns of a table.
 """
@@ -25,7 +25,7 @@ POSITION_SETS = ("all", "first_9", "rest")
 
 
 class CausalTables(NamedTuple):
-    """What one crosscoder's causality analysis publishes."""
+    """The tables of one crosscoder's causality analysis."""
 
     kl: pd.DataFrame
     """schema.CAUSALITY_COLUMNS, one row per intervention and position set."""
@@ -86,10 +86,10 @@ def causal_tables(
 
 
 def contrasts(interventions: Sequence[Intervention]) -> list[Contrast]:
-    """The differences worth an interval, where both sides are there.
+    """The differences that get an interval, where both sides were measured.
 
     worst - best (each ranking, replace and add), random - best and worst - random (each random half, and their mean),
-    mean difference - all, and none - everything else: what each intervention takes off the KL.
+    mean difference - all, and none - everything else: by how much each intervention lowers the KL.
     """
     place = {item.name: i for i, item in enumerate(interventions)}
     sides: dict[str, tuple[int, ...]] = {name: (i,) for name, i in place.items()}
@@ -121,7 +121,7 @@ def _contrasted(kl_GIS: Tensor, found: Sequence[Contrast]) -> Tensor:
 def _curve_table(
     interventions: Sequence[Intervention], sizes: Sequence[int], sums: Mapping[str, Tensor], bootstrap: Bootstrap
 ) -> pd.DataFrame:
-    """KL by number of latents added, and what each of the latents added since the point before took off it."""
+    """KL by number of latents added, and by how much each latent added since the point before lowers it."""
     points = [i for i, item in enumerate(interventions) if item.order]
     kl_GIS, tokens_GS = sums["kl_GIS"][:, points], sums["tokens_GS"]
     spent_GIS = torch.full_like(kl_GIS, torch.nan)
@@ -150,7 +150,7 @@ def _means(value_GIS: Tensor, tokens_GS: Tensor, bootstrap: Bootstrap) -> Interv
 
 
 def _rows(keys: Sequence[Mapping[str, Any]], name: str, means: Interval) -> list[dict[str, Any]]:
-    """One dict per item and position set; `item` and `place` say which."""
+    """One dict per item and position set; `item` and `place` are their indices."""
     return [
         {
             **key,

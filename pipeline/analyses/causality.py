@@ -1,13 +1,13 @@
 """Causality: how much of the two models' difference in behaviour a set of latents carries.
 
-The residual stream at layer L is edited at all positions (interventions.py), the chat model's upper half continues from
-it, and the answer is KL(p_chat || p_edited) in nats per token, at the positions that predict assistant tokens
+The residual stream at layer L is edited at all positions (interventions.py) and the chat model's upper half continues
+from it; the measure is KL(p_chat || p_edited) in nats per token, at the positions that predict assistant tokens
 (arXiv 2504.02922, section 4). Both lower halves run once per batch for all crosscoders; interventions that need no
 crosscoder are measured once for all.
 
 Sums are kept per conversation, so parts merge by concatenation and the interval resamples conversations. The trade-off:
-the chat model's upper half runs once per distinct edit, which is where the time goes; the logits never exist for more
-than a chunk of positions.
+the chat model's upper half runs once per distinct edit, which takes most of the time; logits exist for one chunk of
+positions at a time.
 
 Shapes: B conversations, T positions, M models, D width, V vocabulary, N tokens of a batch, P predicting positions,
 G conversations summed, I interventions, S position sets.
@@ -29,8 +29,10 @@ from pipeline.analyses.interventions import (
     shared_interventions,
     shared_stream,
 )
+from pipeline.analyses.latent_sets import require_latents
 from pipeline.errors import InputError
-from pipeline.extraction.activations import RowOptions, kept_positions, pad_documents, plan_batches, within_norm_cap
+from pipeline.extraction.activations import RowOptions, is_row, plan_batches, within_norm_cap
+from pipeline.models.padding import pad_tokens
 from pipeline.models.pair import ModelPair
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.schema import BASE, CHAT, Flag
@@ -47,14 +49,7 @@ class PredictingPositions(NamedTuple):
     position_P: np.ndarray
     """int64, ascending."""
     in_set_PS: np.ndarray
-    """bool: membership in POSITION_SETS; `rest` is what lies beyond the first ten of its turn."""
-
-
-class Edit(NamedTuple):
-    """What an intervention does, whatever its name."""
-
-    kind: Kind
-    latents: tuple[int, ...]
+    """bool: membership in POSITION_SETS; `rest` is everything after the first ten of its turn."""
 
 
 class CausalityBatch(NamedTuple):
@@ -76,7 +71,7 @@ class CausalityBatch(NamedTuple):
     """bool, see PredictingPositions."""
     doc_id_B: Tensor
     dtype: torch.dtype
-    """Of the models, in which edited streams go on."""
+    """The models' dtype, to which edited streams are cast."""
     reference_PD: Tensor
     """The chat model's final hidden state at predicting positions."""
     shared_kl_P: Mapping[Kind, Tensor]
@@ -87,12 +82,7 @@ class Causality:
     """KL of a list of interventions of one crosscoder: start, update, merge, table."""
 
     def __init__(self, crosscoder: Crosscoder, interventions: Sequence[Intervention]) -> None:
-        wrong = [j for item in interventions for j in item.latents if not 0 <= j < crosscoder.num_latents]
-        if wrong:
-            raise InputError(
-                f"expected latents between 0 and {crosscoder.num_latents - 1}, got {wrong[0]}; take the sets from this "
-                "crosscoder's own latent table"
-            )
+        require_latents({j for item in interventions for j in item.latents}, crosscoder.num_latents, "causality")
         self.interventions = tuple(interventions)
         self.num_latents = crosscoder.num_latents
         self._editor = StreamEditor(crosscoder)
@@ -107,9 +97,8 @@ class Causality:
 
     def update(self, sums: Sums, batch: CausalityBatch) -> None:
         """Adds a batch's conversations to the sums, in place."""
-        measured = {Edit(kind, ()): kl_P for kind, kl_P in batch.shared_kl_P.items()}
-        # Equal sets are measured once (several rankings may agree), and an empty set is the base stream itself.
-        edits = [_edit(item) for item in self.interventions]
+        measured = {Intervention("", kind): kl_P for kind, kl_P in batch.shared_kl_P.items()}
+        edits = [without_name(item) for item in self.interventions]
         missing = [edit for edit in dict.fromkeys(edits) if edit not in measured]
         streams = self._edited_streams(batch, missing)
         measured |= dict(zip(missing, kl_to_chat(batch, streams), strict=True))
@@ -137,7 +126,7 @@ class Causality:
             )
         return causal_tables(self.interventions, sums, num_latents=self.num_latents, bootstrap=bootstrap or Bootstrap())
 
-    def _edited_streams(self, batch: CausalityBatch, edits: Sequence[Edit]) -> Iterator[Tensor]:
+    def _edited_streams(self, batch: CausalityBatch, edits: Sequence[Intervention]) -> Iterator[Tensor]:
         """h' [N, D] of each edit, on the crosscoder's device."""
         crosscoder = self._editor.crosscoder
         device = crosscoder.W_enc_FMD.device
@@ -145,7 +134,7 @@ class Causality:
         codes = crosscoder.encode(x_NMD.to(crosscoder.W_enc_FMD.dtype))
         codes = codes.keep(batch.has_codes_N.to(device)[codes.rows_P()])
         for edit in edits:
-            yield self._editor.edited_stream(Intervention("", *edit), x_NMD, codes)
+            yield self._editor.edited_stream(edit, x_NMD, codes)
 
 
 def causality_batches(
@@ -165,22 +154,18 @@ def causality_batches(
             f"expected a mean difference of width {pair.activation_dim}, got {tuple(mean_difference_D.shape)}; take it "
             "from activations of the same pair"
         )
-    ids = [np.asarray(row, dtype=np.int32) for row in documents["input_ids"]]
-    flags = [np.asarray(row, dtype=np.int32) for row in documents["flags"]]
-    predicting = [predicting_positions(row) for row in flags]
-    used = [i for i, found in enumerate(predicting) if len(found.position_P)]
-    plan = plan_batches([len(ids[i]) for i in used], options.tokens_per_batch)
-    for batch in plan.batches:
-        members = [used[i] for i in batch.tolist()]
-        yield _prepare(
-            pair,
-            [ids[i] for i in members],
-            [flags[i] for i in members],
-            doc_ids=[int(documents["doc_id"][i]) for i in members],
-            predicting=[predicting[i] for i in members],
-            options=options,
-            mean_difference_D=mean_difference_D,
+    dialogues = [
+        _Dialogue(int(doc_id), np.asarray(ids, dtype=np.int32), flags, predicting_positions(flags))
+        for doc_id, ids, flags in zip(
+            documents["doc_id"],
+            documents["input_ids"],
+            (np.asarray(row, dtype=np.int32) for row in documents["flags"]),
+            strict=True,
         )
+    ]
+    dialogues = [dialogue for dialogue in dialogues if len(dialogue.predicting.position_P)]
+    for batch in plan_batches([len(dialogue.ids) for dialogue in dialogues], options.tokens_per_batch).batches:
+        yield _prepare(pair, [dialogues[i] for i in batch.tolist()], options, mean_difference_D)
 
 
 def predicting_positions(flags: np.ndarray) -> PredictingPositions:
@@ -219,45 +204,44 @@ def _kl_of_hidden(batch: CausalityBatch, hidden: Sequence[Tensor], *, model: int
     return [torch.cat(part) for part in parts]
 
 
+class _Dialogue(NamedTuple):
+    doc_id: int
+    ids: np.ndarray
+    flags: np.ndarray
+    predicting: PredictingPositions
+
+
 def _prepare(
-    pair: ModelPair,
-    ids: Sequence[np.ndarray],
-    flags: Sequence[np.ndarray],
-    *,
-    doc_ids: Sequence[int],
-    predicting: Sequence[PredictingPositions],
-    options: RowOptions,
-    mean_difference_D: Tensor | None,
+    pair: ModelPair, dialogues: Sequence[_Dialogue], options: RowOptions, mean_difference_D: Tensor | None
 ) -> CausalityBatch:
-    padded = pad_documents(ids, flags)
+    padded, device = pad_tokens([dialogue.ids for dialogue in dialogues]), pair.device
     width = padded.ids_BT.shape[1]
-    device = pair.device
     h_BTMD = pair.activations(padded.ids_BT, padded.mask_BT)
     token_N = padded.mask_BT.flatten().nonzero().squeeze(1).to(device)
-    has_codes = torch.zeros(padded.mask_BT.numel(), dtype=torch.bool)
-    for row, document_flags in enumerate(flags):
-        has_codes[row * width + torch.from_numpy(kept_positions(document_flags, options))] = True
+    has_codes_N = torch.from_numpy(np.concatenate([is_row(one.flags, options) for one in dialogues])).to(device)
     if options.norm_cap is not None:
-        has_codes &= within_norm_cap(h_BTMD, padded.mask_BT, options.norm_cap).flatten().cpu()
-    places = [row * width + found.position_P for row, found in enumerate(predicting)]
+        has_codes_N &= within_norm_cap(h_BTMD, padded.mask_BT, options.norm_cap).flatten().to(device)[token_N]
+    places = [row * width + one.predicting.position_P for row, one in enumerate(dialogues)]
+    conversations = np.repeat(np.arange(len(dialogues)), [len(place) for place in places])
     batch = CausalityBatch(
         pair=pair,
         mask_BT=padded.mask_BT,
         token_N=token_N,
         x_NMD=_at_least_float32(h_BTMD.flatten(0, 1)[token_N]),
-        has_codes_N=has_codes.to(device)[token_N],
+        has_codes_N=has_codes_N,
         predicting_P=torch.from_numpy(np.concatenate(places)).to(device),
-        conversation_P=torch.from_numpy(np.repeat(np.arange(len(ids)), [len(place) for place in places])).to(device),
-        in_set_PS=torch.from_numpy(np.concatenate([found.in_set_PS for found in predicting])).to(device),
-        doc_id_B=torch.tensor(doc_ids, dtype=torch.int64),
+        conversation_P=torch.from_numpy(conversations).to(device),
+        in_set_PS=torch.from_numpy(np.concatenate([one.predicting.in_set_PS for one in dialogues])).to(device),
+        doc_id_B=torch.tensor([one.doc_id for one in dialogues], dtype=torch.int64),
         dtype=h_BTMD.dtype,
         reference_PD=torch.empty(0),
         shared_kl_P={},
     )
     batch = batch._replace(reference_PD=_predicting_hidden(batch, CHAT, batch.x_NMD[:, CHAT]))
+    flags_N = torch.from_numpy(np.concatenate([one.flags for one in dialogues])).to(device)
     inputs = SharedInputs(
         batch.x_NMD,
-        is_template_N=(padded.flags_BT.to(device).flatten()[token_N] & int(Flag.TEMPLATE)) != 0,
+        is_template_N=(flags_N & int(Flag.TEMPLATE)) != 0,
         has_codes_N=batch.has_codes_N,
         mean_difference_D=mean_difference_D,
     )
@@ -283,9 +267,10 @@ def _predicting_hidden(batch: CausalityBatch, model: int, stream_ND: Tensor) -> 
     return hidden_BTD.flatten(0, 1).to(batch.predicting_P.device)[batch.predicting_P]
 
 
-def _edit(intervention: Intervention) -> Edit:
+def without_name(intervention: Intervention) -> Intervention:
+    """What an intervention does, equal for interventions that do the same; an empty set leaves the base stream."""
     is_empty_set = intervention.kind in ("replace", "add") and not intervention.latents
-    return Edit("none", ()) if is_empty_set else Edit(intervention.kind, intervention.latents)
+    return Intervention("", "none") if is_empty_set else Intervention("", intervention.kind, intervention.latents)
 
 
 def _log_softmax(logits_PV: Tensor) -> Tensor:

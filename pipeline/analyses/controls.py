@@ -1,13 +1,13 @@
-"""Controls of the verdict: what it states of its own errors, and what it says where the answer is known.
+"""Controls of the verdict: the error rate that it states, and its calls where the right answer is known.
 
 Four questions. How many of the chat-specific latents are artifacts, by the verdict's own account (the false discovery
-rate, from the bootstrap behind each latent)? How many of the chat-only latents would be called chat-specific if the
-direction looked for were a random one, orthogonal to theirs? What is called chat-specific where nothing can be (one
-model twice, or a model against itself with noise on the weights)? And does another training seed find the same
+rate, from the bootstrap behind each latent)? How many of the chat-only latents would be called chat-specific with a
+random direction, orthogonal to theirs, in place of the decoder's? What is called chat-specific where nothing can be
+(one model twice, or a model against itself with noise on the weights)? Does another training seed find the same
 directions?
 
 The stated rate covers the sampling of documents alone: it takes the crosscoder, the thresholds and Delta_norm as given,
-and weighs all values of a ratio alike beforehand. The other controls are there for what it cannot see.
+and a flat prior for every ratio. The other controls cover the rest.
 
 Shapes: D width, F latents of this crosscoder, G latents of another, C chosen latents, N = 2 D.
 """
@@ -20,11 +20,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pipeline.analyses.control_columns import CONTROL_COLUMNS, SEED_COLUMNS, Control
-from pipeline.analyses.verdict import MADE_SO
+from pipeline.analyses.verdict import NU_BY_CONSTRUCTION
 from pipeline.errors import InputError
 from pipeline.numerics.proportions import wilson_interval
-from pipeline.schema import Verdict
+from pipeline.schema import CONTROL_COLUMNS, SEED_COLUMNS, Control, Verdict
 
 DEFAULT_MIN_MATCH_COSINE = 0.7
 _CHUNK_NUMBERS = 1 << 24
@@ -33,7 +32,7 @@ _CHUNK_NUMBERS = 1 << 24
 def random_directions(own_FD: Tensor, *, seed: int) -> Tensor:
     """One random direction of norm 1 per latent, orthogonal to the latent's own row of own_FD; float32 [F, D].
 
-    Orthogonal, because a random direction that overlaps with the latent's would rightly find it again.
+    Orthogonal, because a direction that overlaps with the latent's would rightly find it again.
     """
     own_FD = torch.nn.functional.normalize(own_FD.detach().cpu().float(), dim=1)
     random_FD = torch.randn(own_FD.shape, generator=torch.Generator().manual_seed(seed))
@@ -42,7 +41,7 @@ def random_directions(own_FD: Tensor, *, seed: int) -> Tensor:
 
 
 class StatedError(NamedTuple):
-    """What the verdict states of the chat-specific set."""
+    """The error rate of the chat-specific set, by the verdict's own account."""
 
     rate: float
     """Expected share of artifacts in the set (false discovery rate); NaN for an empty set."""
@@ -91,17 +90,17 @@ def random_row(
     """Share of the chat-only latents that would be chat-specific with a random direction in place of the decoder's.
 
     scaling is the table of LatentScaling with `random_directions` for the chat-only latents; None where there are none.
-    A latent whose ratios are undefined is not called chat-specific. What passes all the same does so because something
-    else that the chat model alone holds goes along with the latent: a share near that of the decoder's own directions
-    says that the verdict tells when the models differ, but not in which direction.
+    A latent whose ratios are undefined is not called chat-specific. Others can pass because something else in the chat
+    model alone fires together with the latent: a share near that of the decoder's own directions means that the verdict
+    finds when the models differ, but not in which direction.
     """
     num_judged = num_called = num_undefined = 0
     if scaling is not None:
         known = latents[["latent", "num_documents", "decoder_norm_base"]]
         judged = scaling.merge(known[known["num_documents"] >= min_documents], on="latent")
-        is_made_so = judged["decoder_norm_base"] == 0
-        deciding = judged[["nu_eps", "nu_r"]].mask(is_made_so, judged[MADE_SO], axis=0)
-        limits = np.where(is_made_so, thresholds[0], thresholds[1])
+        is_constructed = judged["decoder_norm_base"] == 0
+        deciding = judged[["nu_eps", "nu_r"]].mask(is_constructed, judged[NU_BY_CONSTRUCTION], axis=0)
+        limits = np.where(is_constructed, thresholds[0], thresholds[1])
         num_judged = len(judged)
         num_called = int(((deciding["nu_eps"] < thresholds[0]) & (deciding["nu_r"] < limits)).sum())
         num_undefined = int(deciding.isna().any(axis=1).sum())
@@ -117,7 +116,7 @@ def random_row(
 
 
 def false_calls_row(latents: pd.DataFrame, *, noise: float) -> dict[str, Any]:
-    """Share of live latents called chat-specific in a pair where nothing is; beside it, what the verdict states.
+    """Share of live latents called chat-specific in a pair where nothing is, and the share that the verdict states.
 
     noise is the relative noise on the chat model's weights; 0 for one model compared with itself.
     """

@@ -1,10 +1,10 @@
 """Examples: the strongest contexts of every latent, one per document, found in one pass with bounded memory.
 
-The pass keeps N contexts for each of the F latents as (document, position, value) and forgets everything else: F x N
-numbers however many rows go by. Strongest contexts show a latent at its best only, so a uniform sample of its documents
-can be kept beside them, from which contexts at given shares of its maximum are drawn in the end. The texts are cut out
-afterwards, for the latents that someone wants to read, from the documents that the table names; this costs a second
-look at these few documents and saves keeping token windows of all latents.
+The pass keeps N contexts for each of the F latents as (document, position, value): F x N numbers however many rows
+there are. The strongest contexts show only one end of a latent's range, so a uniform sample of its documents can be
+kept beside them, from which contexts at given shares of its maximum are drawn in the end. The texts are cut out
+afterwards, for chosen latents, from the documents that the table names; these few documents are read a second time, and
+no token windows are kept for all latents.
 
 Shapes: B rows, F latents, N contexts per latent, P active pairs, E entries (latent, document).
 """
@@ -18,7 +18,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pipeline.analyses.rows import RowBatch, Sums, document_starts
+from pipeline.analyses.latent_sets import require_latents
+from pipeline.analyses.rows import RowBatch, Sums, check_codes, document_slices_of
 from pipeline.errors import InputError
 from pipeline.numerics.codes import SparseCodes
 from pipeline.numerics.statistics import hash_documents
@@ -64,7 +65,7 @@ class Examples:
         self.sizes = {_STRONGEST: num_contexts} | ({_SAMPLE: num_sampled} if num_sampled else {})
 
     def start(self) -> Sums:
-        """Per shelf the values, 0 where a latent has fewer contexts, and where each context lies (-1 there)."""
+        """Per shelf (strongest, sample) values, 0 where a latent has fewer, and places of contexts, -1 there."""
         sums: Sums = {}
         for shelf, size in self.sizes.items():
             shape = (self.num_latents, size)
@@ -75,10 +76,7 @@ class Examples:
     def update(self, sums: Sums, batch: RowBatch) -> None:
         """Keeps what comes before the last kept context; most pairs are dropped at this comparison."""
         codes = batch.codes
-        if codes.num_latents != self.num_latents:
-            raise InputError(
-                f"expected {self.num_latents} latents, got {codes.num_latents}: start the analysis for this crosscoder"
-            )
+        check_codes(codes, self.num_latents)
         parts_B = [part_B.cpu().long() for part_B in (batch.doc_id_B, batch.position_B, batch.corpus_B)]
         values_P, latents_P, row_P = codes.values_P.float().cpu(), codes.latents_P.cpu(), codes.rows_P().cpu()
         for shelf in self.sizes:
@@ -137,11 +135,7 @@ class Examples:
 
     def table_of(self, sums: Sums, latents: Sequence[int]) -> pd.DataFrame:
         """The table's rows of these latents, in their order."""
-        wrong = [latent for latent in latents if not 0 <= latent < self.num_latents]
-        if wrong:
-            raise InputError(
-                f"expected latents 0 to {self.num_latents - 1}, got {wrong}: this crosscoder has {self.num_latents}"
-            )
+        require_latents(latents, self.num_latents, "examples")
         table = self.table(sums)
         order = {latent: place for place, latent in reversed(list(enumerate(latents)))}
         table = table[table["latent"].isin(list(order))]
@@ -182,8 +176,8 @@ def _first_of_each(entries: _Entries, shelf: str, size: int) -> tuple[_Entries, 
 def _at_quantiles(strongest: pd.DataFrame, sample: pd.DataFrame) -> pd.DataFrame:
     """For each latent and each of QUANTILES the nearest sampled context, no document twice."""
     maximum = strongest.groupby("latent")["activation"].max()
-    shown = set(zip(strongest["latent"], strongest["doc_id"], strict=True))
-    is_new = [pair not in shown for pair in zip(sample["latent"], sample["doc_id"], strict=True)]
+    known = set(zip(strongest["latent"], strongest["doc_id"], strict=True))
+    is_new = [pair not in known for pair in zip(sample["latent"], sample["doc_id"], strict=True)]
     left = sample[np.array(is_new, dtype=bool)]
     share = left["activation"] / left["latent"].map(maximum)
     drawn = []
@@ -216,11 +210,10 @@ def contexts(
     activations: dict[int, list[float]] = {}
     for batch in batches:
         position_B, token_id_B = batch.position_B.cpu().numpy(), batch.token_id_B.cpu().numpy()
-        starts = document_starts(batch.doc_id_B).tolist()
-        for start, stop in zip(starts, [*starts[1:], len(batch.doc_id_B)], strict=True):
-            for index in wanted.pop(int(batch.doc_id_B[start]), []):
-                distance = np.abs(position_B[start:stop].astype(np.int64) - int(positions[index]))
-                rows = start + np.flatnonzero(distance <= window_tokens)
+        for document in document_slices_of(batch.doc_id_B):
+            for index in wanted.pop(int(batch.doc_id_B[document.start]), []):
+                distance = np.abs(position_B[document].astype(np.int64) - int(positions[index]))
+                rows = document.start + np.flatnonzero(distance <= window_tokens)
                 tokens[index] = token_texts(token_id_B[rows].tolist())
                 activations[index] = _values_at(batch.codes, rows, int(latents[index])).tolist()
     if wanted:

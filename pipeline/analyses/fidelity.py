@@ -2,8 +2,8 @@
 
 FVE^m = 1 - sum_d Var(x^m - xh^m) / sum_d Var(x^m), per model and pooled over models (sums over both models above and
 below the line). It is the fraction of variance explained, never the unexplained one: higher is better. Nothing here
-changes a crosscoder's state; dead means that a latent fired on none of the rows seen. A difference SAE is asked about
-the difference alone: its FVE is that of x^chat - x^base, and it has none per model.
+changes a crosscoder's state; dead means that a latent fired on none of the rows seen. A difference SAE has one FVE,
+that of x^chat - x^base, and none per model.
 
 Shapes: B rows, M models, D width, F latents.
 """
@@ -63,7 +63,7 @@ class Fidelity:
         variance_M, error_variance_M = (
             (sums[f"{name}_squared"] - sums[name].square() / num_rows).sum(1).clamp(min=0) for name in ("x", "error")
         )
-        # Rounding leaves a little of the mean's square behind in the variance of constant activations.
+        # Through rounding, constant activations get a small variance: a fraction of their mean's square.
         floor_M = sums["x_squared"].sum(1) * 1e-13
         fve_M = torch.where(variance_M > floor_M, 1 - error_variance_M / variance_M, torch.nan)
         total = variance_M.sum()

@@ -1,8 +1,8 @@
 """Edits of the residual stream at layer L: which latents are put in or taken out, and how.
 
 Each intervention turns the base or chat stream into h', on which the chat model's upper half continues
-(arXiv 2504.02922, section 4; formulas in the docstrings of `edited_stream` and `shared_stream`). This file chooses the
-latent sets from the latent table and does the arithmetic; it runs no model and measures nothing.
+(arXiv 2504.02922, section 4; formulas in the docstrings of `edited_stream` and `shared_stream`). Sets come from
+latent_sets.py. Nothing here runs a model or measures anything.
 
 Rows without codes (positions that the crosscoder was not trained on) stay unedited.
 
@@ -17,10 +17,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pipeline.analyses.latent_sets import rank_by_delta_norm, rank_by_nu
 from pipeline.errors import InputError
 from pipeline.numerics.codes import SparseCodes
 from pipeline.numerics.crosscoder import Crosscoder
-from pipeline.schema import BASE, CHAT, Ownership
+from pipeline.schema import BASE, CHAT
 
 Kind = Literal[
     "none",
@@ -41,9 +42,6 @@ SHARED_KINDS: tuple[Kind, ...] = ("none", "template", "chat", "base", *MEAN_DIFF
 
 BY_EVIDENCE = "evidence"
 """Order of a curve that adds latents from most to least chat-specific; the others are `random_0`, `random_1`, ..."""
-
-NU_RANGE = (-0.1, 2.0)
-"""Latents whose nu_eps or nu_r lies outside are left out of the sets: their ratio is noise."""
 
 
 class Intervention(NamedTuple):
@@ -78,7 +76,7 @@ def shared_interventions(*, with_mean_difference: bool = False) -> tuple[Interve
 def plan_interventions(
     chosen: pd.DataFrame, *, num_random_halves: int = 2, seed: int = 0, with_mean_difference: bool = False
 ) -> tuple[Intervention, ...]:
-    """Every intervention on the chosen latents (`candidate_latents`), shared ones included, in table order.
+    """Every intervention on the chosen latents (`causality_latents`), shared ones included, in table order.
 
     Halves have floor(N / 2) latents each of the N chosen ones; the middle one of an odd number is in neither. They are
     empty where fewer than two latents qualify, and then equal `none`.
@@ -91,9 +89,9 @@ def plan_interventions(
         for kind in ("replace", "add"):
             plan += [_on_set(f"{name}_half_{kind}{suffix}", kind, members) for name, members in halves.items()]
     generator = np.random.default_rng(seed)
-    candidates = np.sort(chosen["latent"].to_numpy())
+    latents = np.sort(chosen["latent"].to_numpy())
     for number in range(num_random_halves):
-        members = generator.permutation(candidates)[: len(candidates) // 2]
+        members = generator.permutation(latents)[: len(latents) // 2]
         plan += [_on_set(f"random_half_{number}_{kind}", kind, members) for kind in ("replace", "add")]
     return tuple(plan)
 
@@ -118,50 +116,6 @@ def curve_sizes(num_latents: int) -> list[int]:
     """0, 1, 2, 4, ... up to the number of latents, which is always the last."""
     powers = [1 << i for i in range(num_latents.bit_length()) if 1 << i < num_latents]
     return [0, *powers, num_latents] if num_latents else [0]
-
-
-def candidate_latents(latents: pd.DataFrame, *, num_latents: int | None = None, min_latents: int = 0) -> pd.DataFrame:
-    """The set that is divided and ranked: chat-only latents (at most num_latents), filled up to min_latents.
-
-    Where fewer than min_latents are chat-only, the set is filled with the alive latents of next highest Delta_norm, so
-    that a crosscoder with a handful of chat-only latents still has halves to compare; ranks then compare chat-only
-    latents with such that Delta_norm itself rejects. Latents whose nu_eps or nu_r is undefined or outside NU_RANGE
-    never qualify.
-    """
-    chosen = chat_only_latents(latents, num_latents=num_latents)
-    if len(chosen) >= min_latents:
-        return chosen
-    others = latents[_has_meaningful_ratios(latents) & ~latents["latent"].isin(chosen["latent"])]
-    others = others.sort_values(["delta_norm", "latent"], ascending=[False, True])
-    return pd.concat([chosen, others.head(min_latents - len(chosen))])
-
-
-def chat_only_latents(latents: pd.DataFrame, *, num_latents: int | None = None) -> pd.DataFrame:
-    """Chat-only rows of the latent table with both nu in NU_RANGE; of them the num_latents of highest Delta_norm.
-
-    Latents without a ratio (NaN) do not qualify. num_latents makes the sets of two crosscoders equally large.
-    """
-    columns = ("latent", "ownership", "delta_norm", "nu_eps", "nu_r")
-    missing = [name for name in columns if name not in latents.columns]
-    if missing:
-        raise InputError(
-            f"expected a latent table with {', '.join(columns)}, {', '.join(missing)} is missing; run the analyses of "
-            "this version again"
-        )
-    is_chosen = (latents["ownership"] == Ownership.CHAT_ONLY) & _has_meaningful_ratios(latents)
-    chosen = latents[is_chosen].sort_values(["delta_norm", "latent"], ascending=[False, True])
-    return chosen if num_latents is None else chosen.head(num_latents)
-
-
-def rank_by_nu(chosen: pd.DataFrame) -> np.ndarray:
-    """Latents from most to least chat-specific: rank(nu_eps) + rank(nu_r), low is best; ties by index."""
-    score = chosen["nu_eps"].rank().to_numpy() + chosen["nu_r"].rank().to_numpy()
-    return _ordered(chosen, score)
-
-
-def rank_by_delta_norm(chosen: pd.DataFrame) -> np.ndarray:
-    """Latents from highest to lowest Delta_norm; ties by index."""
-    return _ordered(chosen, -chosen["delta_norm"].to_numpy())
 
 
 class StreamEditor:
@@ -232,15 +186,6 @@ def shared_stream(kind: Kind, inputs: SharedInputs) -> Tensor:
     return torch.where(inputs.has_codes_N[:, None], base_ND + added_ND, base_ND)
 
 
-def _has_meaningful_ratios(latents: pd.DataFrame) -> "pd.Series[bool]":
-    return latents["nu_eps"].between(*NU_RANGE) & latents["nu_r"].between(*NU_RANGE)
-
-
 def _on_set(name: str, kind: str, members: Sequence[int] | np.ndarray) -> Intervention:
     assert kind in ("replace", "add")
     return Intervention(name, "add" if kind == "add" else "replace", tuple(sorted(int(j) for j in members)))
-
-
-def _ordered(chosen: pd.DataFrame, score: np.ndarray) -> np.ndarray:
-    latents = chosen["latent"].to_numpy()
-    return latents[np.lexsort((latents, score))]

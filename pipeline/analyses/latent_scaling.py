@@ -1,9 +1,9 @@
 """Latent Scaling of a crosscoder: betas and nus of every latent with intervals, as a row analysis.
 
-The formulas and the sums are those of numerics/scaling.py; this file binds them to a decoder, hashes documents into
-groups, and names the columns. The direction u_j is the chat decoder's row for every target; random directions of the
-same shape can be given instead as a control. A crosscoder trained on normalised activations is judged in those units,
-in which both models are on one scale, as is its Delta_norm. Verdicts are drawn in verdict.py.
+Formulas and sums are those of numerics/scaling.py; this file applies them to a decoder, hashes documents into groups,
+and names the columns. The direction u_j is the chat decoder's row for every target; random directions of the same shape
+can be given instead as a control. A crosscoder trained on normalised activations is judged in those units, in which
+both models are on one scale, as is its Delta_norm. verdict.py draws the verdicts.
 
 Shapes: B rows, M models, D width, F latents, G document groups, S sums.
 """
@@ -155,10 +155,10 @@ class LatentScaling:
         sums = estimates.ratio_sums
         options = {"num_resamples": self.num_resamples, "seed": self.seed}
         learnt_F = exceedance_probability([(*sums["error"], nu_eps), (*sums["reconstruction"], nu_r)], **options)
-        is_made_so_F = self.W_dec_FMD[:, BASE].norm(dim=1) == 0
-        if not is_made_so_F.any():
+        is_constructed_F = self.W_dec_FMD[:, BASE].norm(dim=1) == 0
+        if not is_constructed_F.any():
             return learnt_F
-        return torch.where(is_made_so_F, exceedance_probability([(*sums[CENTRED], nu_eps)], **options), learnt_F)
+        return torch.where(is_constructed_F, exceedance_probability([(*sums[CENTRED], nu_eps)], **options), learnt_F)
 
 
 def _interval_columns(name: str, interval: Interval) -> dict[str, np.ndarray]:

@@ -1,8 +1,8 @@
 """Ownership: which model a latent belongs to by its decoder alone, without looking at a single row.
 
 Delta_norm(j) = 1/2 ((|d_j^chat| - |d_j^base|) / max(|d_j^chat|, |d_j^base|) + 1), so 1 = chat-only and 0 = base-only
-(arXiv 2504.02922, section 2). This is what earlier work stopped at; the verdict adds Latent Scaling, because an L1
-penalty makes latents look chat-only that are not.
+(arXiv 2504.02922, section 2). The verdict adds Latent Scaling, because an L1 penalty makes latents look chat-only that
+are not.
 
 Shapes: M models, D width, F latents.
 """
@@ -13,14 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import InputError
-from pipeline.schema import BASE, CHAT, Ownership
-
-CLASS_RANGES = {
-    Ownership.BASE_ONLY: (0.0, 0.1),
-    Ownership.SHARED: (0.4, 0.6),
-    Ownership.CHAT_ONLY: (0.9, 1.0),
-}
-"""Delta_norm of each class, ends included; everything else is Ownership.OTHER (arXiv 2504.02922, section 2)."""
+from pipeline.schema import BASE, CHAT, DELTA_NORM_RANGES, Ownership
 
 
 def delta_norm(W_dec_FMD: Tensor) -> Tensor:
@@ -31,9 +24,9 @@ def delta_norm(W_dec_FMD: Tensor) -> Tensor:
 
 
 def classify(delta_norm_F: Tensor) -> np.ndarray[tuple[int], np.dtype[np.object_]]:
-    """Class name of each latent by CLASS_RANGES; NaN is Ownership.OTHER."""
+    """Class name of each latent by schema.DELTA_NORM_RANGES; NaN is Ownership.OTHER."""
     classes_F = np.full(len(delta_norm_F), Ownership.OTHER, dtype=object)
-    for name, (low, high) in CLASS_RANGES.items():
+    for name, (low, high) in DELTA_NORM_RANGES.items():
         classes_F[((delta_norm_F >= low) & (delta_norm_F <= high)).cpu().numpy()] = name
     return classes_F
 
@@ -65,6 +58,6 @@ def ownership_table(*, W_enc_FMD: Tensor, W_dec_FMD: Tensor) -> pd.DataFrame:
 
 def chat_only_latents(delta_norm_F: Tensor) -> Tensor:
     """Indices of the chat-only latents, highest Delta_norm first (ties by index), int64; may be empty."""
-    low, high = CLASS_RANGES[Ownership.CHAT_ONLY]
+    low, high = DELTA_NORM_RANGES[Ownership.CHAT_ONLY]
     order_F = delta_norm_F.nan_to_num(-torch.inf).argsort(descending=True, stable=True)
     return order_F[((delta_norm_F >= low) & (delta_norm_F <= high))[order_F]]

@@ -1,12 +1,12 @@
 """Planted behaviours: how well latents find tokens whose label is known, against the mean-difference baseline.
 
 For every label the best latent is chosen by token-level AUROC on one half of the held-out documents and scored on the
-other half, so that choosing among thousands of latents does not flatter the score. The baseline of arXiv 2510.13900 is
+other half, so that choosing among thousands of latents does not raise the score. The baseline of arXiv 2510.13900 is
 the mean of x^chat - x^base over the first tokens of the answers, taken on the choosing half too, with each row's own
 difference projected onto it. Only rows of chat corpora count: labels exist nowhere else.
 
 The trade-off: exact AUROC of all latents needs the active pairs of all labelled rows, so memory grows with the rows of
-the held-out dialogues (16 bytes a pair). Labelled corpora are small; unlabelled ones never come here.
+the held-out dialogues (16 bytes a pair). Labelled corpora are small.
 
 Shapes: B rows, D width, F latents, L labels, N rows kept, P active pairs kept.
 """
@@ -17,7 +17,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pipeline.analyses.rows import RowBatch, Sums, document_index, merge_sums, require_rows
+from pipeline.analyses.latent_sets import require_latents
+from pipeline.analyses.rows import (
+    RowBatch,
+    Sums,
+    check_codes,
+    document_index,
+    document_starts,
+    merge_sums,
+    require_rows,
+)
 from pipeline.errors import InputError
 from pipeline.numerics.statistics import DEFAULT_NUM_RESAMPLES, auroc_by_latent, auroc_interval, hash_documents
 from pipeline.schema import BASE, CHAT, MAX_PLANTED_LABELS, PLANTED_COLUMNS, PLANTED_SHIFT, Flag
@@ -54,11 +63,8 @@ class MeanDifference:
         """Adds the first first_tokens assistant rows of each dialogue."""
         is_answer_B = _is_in(batch.corpus_B, self.chat_corpora) & (batch.flags_B & int(Flag.ASSISTANT) != 0)
         answered_B = is_answer_B.long().cumsum(0)
-        document_B = document_index(batch.doc_id_B)
         before_B = answered_B - is_answer_B.long()
-        is_first_B = torch.ones_like(is_answer_B)
-        is_first_B[1:] = document_B[1:] != document_B[:-1]
-        rank_B = before_B - before_B[is_first_B][document_B]
+        rank_B = before_B - before_B[document_starts(batch.doc_id_B)][document_index(batch.doc_id_B)]
         chosen_B = is_answer_B & (rank_B < self.first_tokens) & is_selection_half(batch.doc_id_B)
         x_NMD = batch.x_BMD[chosen_B].double()
         sums["difference"] += (x_NMD[:, CHAT] - x_NMD[:, BASE]).sum(0).cpu()
@@ -74,7 +80,7 @@ class MeanDifference:
         return (sums["difference"] / sums["num_rows"]).float()
 
     def table(self, sums: Sums) -> dict[str, float]:
-        """Norm of the direction and the rows behind it."""
+        """Norm of the direction and the number of rows averaged."""
         return {"norm": float(self.direction(sums).norm()), "num_rows": float(sums["num_rows"])}
 
 
@@ -115,11 +121,7 @@ class Planted:
 
     def update(self, sums: Sums, batch: RowBatch) -> None:
         """Appends the rows of chat corpora and their active pairs."""
-        if batch.codes.num_latents != self.num_latents:
-            raise InputError(
-                f"expected {self.num_latents} latents, got {batch.codes.num_latents}: start the analysis for this "
-                "crosscoder"
-            )
+        check_codes(batch.codes, self.num_latents)
         is_chat_B = _is_in(batch.corpus_B, self.chat_corpora)
         row_P = batch.codes.rows_P()
         is_kept_P = is_chat_B[row_P]
@@ -156,12 +158,7 @@ class Planted:
         no candidate, or where the label does not occur in both halves.
         """
         require_rows(len(sums["doc_id"]), "planted")
-        wrong = [latent for latent in chat_specific if not 0 <= latent < self.num_latents]
-        if wrong:
-            raise InputError(
-                f"expected chat-specific latents 0 to {self.num_latents - 1}, got {wrong}: "
-                "pass the verdict of this crosscoder"
-            )
+        require_latents(chat_specific, self.num_latents, "chat-specific latents")
         bits_L = torch.arange(len(self.labels), dtype=torch.int32)
         positive_NL = (sums["labels"][:, None] >> bits_L) & 1 == 1
         chooses_N = is_selection_half(sums["doc_id"])

@@ -1,11 +1,11 @@
-"""One pass over activation rows for many questions: what a row analysis sees, keeps and returns.
+"""One pass over activation rows for many questions: what a row analysis gets, keeps and returns.
 
 A row analysis turns batches of whole documents into sums (a dict of tensors), merges sums of different shards, and
-makes a table of them at the end. The stage encodes each batch once and hands it to all analyses; between workers only
-sums travel, as bytes. Nothing here knows of shards, Ray or files.
+makes a table of them at the end. The stage encodes each batch once and passes it to all analyses; workers send back
+sums alone, as bytes. Nothing here knows of shards, Ray or files.
 
-The trade-off: batches must hold whole documents, so a batch is as large as its longest document at least; in return
-documents can be counted exactly and no analysis has to carry an open document from batch to batch.
+The trade-off: batches hold whole documents, so a batch is at least as large as its longest document; in return
+documents are counted exactly and no analysis has to carry an open document from batch to batch.
 
 Shapes: B rows, M models, D width, P active pairs.
 """
@@ -28,7 +28,7 @@ Sums = dict[str, Tensor]
 
 
 class RowBatch(NamedTuple):
-    """Rows of whole documents with everything a row analysis may look at; documents are contiguous."""
+    """Rows of whole documents with their codes and reconstructions; documents are contiguous."""
 
     x_BMD: Tensor
     """Raw activations, float32."""
@@ -107,16 +107,24 @@ def document_slices(doc_id_B: Tensor, *, max_rows: int) -> list[slice]:
 
 def document_starts(doc_id_B: Tensor) -> Tensor:
     """Index of each document's first row, int64."""
-    is_start_B = torch.ones_like(doc_id_B, dtype=torch.bool)
-    is_start_B[1:] = doc_id_B[1:] != doc_id_B[:-1]
-    return is_start_B.nonzero().squeeze(1)
+    return _is_start(doc_id_B).nonzero().squeeze(1)
 
 
 def document_index(doc_id_B: Tensor) -> Tensor:
     """0, 1, 2, ... for the documents of a batch in order, int64 [B]."""
-    is_start_B = torch.ones_like(doc_id_B, dtype=torch.int64)
-    is_start_B[1:] = (doc_id_B[1:] != doc_id_B[:-1]).long()
-    return is_start_B.cumsum(0) - 1
+    return _is_start(doc_id_B).long().cumsum(0) - 1
+
+
+def _is_start(doc_id_B: Tensor) -> Tensor:
+    is_start_B = torch.ones_like(doc_id_B, dtype=torch.bool)
+    is_start_B[1:] = doc_id_B[1:] != doc_id_B[:-1]
+    return is_start_B
+
+
+def document_slices_of(doc_id_B: Tensor) -> list[slice]:
+    """The rows of each document of a batch, in order."""
+    starts = document_starts(doc_id_B).tolist()
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], len(doc_id_B)], strict=True)]
 
 
 def analyse(analyses: Mapping[str, RowAnalysis], batches: Iterable[RowBatch]) -> dict[str, Sums]:
@@ -139,20 +147,16 @@ def merge_all(analyses: Mapping[str, RowAnalysis], parts: Iterable[Mapping[str, 
 
 def merge_sums(a: Sums, b: Sums, *, maxima: Sequence[str] = ()) -> Sums:
     """Elementwise a + b, or the larger one for the names in maxima."""
-    _require_same_shapes(a, b)
-    return {name: torch.maximum(a[name], b[name]) if name in maxima else a[name] + b[name] for name in a}
-
-
-def _require_same_shapes(a: Sums, b: Sums) -> None:
     shapes_a, shapes_b = ({name: tuple(value.shape) for name, value in sums.items()} for sums in (a, b))
     if shapes_a != shapes_b:
         raise InputError(
             f"expected sums of one analysis, got {shapes_a} and {shapes_b}: merge parts of the same crosscoder only"
         )
+    return {name: torch.maximum(a[name], b[name]) if name in maxima else a[name] + b[name] for name in a}
 
 
 def sums_to_bytes(sums: Mapping[str, Tensor]) -> bytes:
-    """Safetensors bytes of one analysis' sums, to travel between processes."""
+    """Safetensors bytes of one analysis' sums, to send between processes."""
     return bytes(save({name: value.contiguous() for name, value in sums.items()}))
 
 
@@ -174,6 +178,14 @@ def check_batch(batch: RowBatch, *, num_models: int, activation_dim: int, num_la
         raise InputError(
             f"expected {shape[0]} rows in every part of the batch, got lengths {sorted(lengths)} and reconstructions "
             f"{tuple(batch.reconstruction_BMD.shape)}: take all parts from the same rows"
+        )
+
+
+def check_codes(codes: SparseCodes, num_latents: int) -> None:
+    """InputError where codes belong to a crosscoder with another number of latents."""
+    if codes.num_latents != num_latents:
+        raise InputError(
+            f"expected {num_latents} latents, got {codes.num_latents}: start the analysis for this crosscoder"
         )
 
 

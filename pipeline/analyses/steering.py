@@ -4,8 +4,8 @@
 
 Each behaviour's neutral prompts are answered by the base or the chat model, greedily or sampled: unsteered, with each
 latent at each scale, and with random other latents of the same crosscoder, scaled to equal norm, as control. Three
-numbers say what that does: the rate of answers that contain one of the behaviour's markers; KL(p || p_steered) of the
-next token at every position of the answer, p being the same model unsteered on the same text; and, for fluency, the
+numbers are measured: the rate of answers that contain one of the behaviour's markers; KL(p || p_steered) of the next
+token at every position of the answer, p being the same model unsteered on the same text; and, for fluency, the
 unsteered chat model's nats per generated token. All answers of a model share batches, each prompt with its own vector.
 
 Which latent belongs to which behaviour is decided elsewhere. The trade-off: markers are substrings, so a behaviour in
@@ -26,6 +26,7 @@ from torch import Tensor
 from pipeline.analyses.steering_inputs import BehaviorPrompts, Direction
 from pipeline.errors import InputError
 from pipeline.models.generation import Positions, Sampling, Steering
+from pipeline.models.padding import pad_tokens
 from pipeline.models.pair import ModelPair
 from pipeline.schema import CHAT, MODEL_NAMES, STEERING_COLUMNS, STEERING_SAMPLE_COLUMNS
 from pipeline.text.tokenise import prompt_ids
@@ -35,7 +36,7 @@ NONE, LATENT, RANDOM = "none", "latent", "random"
 
 
 class SteeringRequest(NamedTuple):
-    """What to steer with for one behaviour; without directions only the unsteered rate is measured."""
+    """Prompts and directions of one behaviour; without directions only the unsteered rate is measured."""
 
     prompts: BehaviorPrompts
     directions: tuple[Direction, ...]
@@ -44,7 +45,7 @@ class SteeringRequest(NamedTuple):
 
 
 class SteeringOptions(NamedTuple):
-    """How to steer."""
+    """Settings of all runs."""
 
     scales: tuple[float, ...]
     """Multiples of the latent's maximal activation."""
@@ -114,7 +115,7 @@ def steer(
         vector_BD = torch.stack([runs[jobs[job][0]].vector_D for job in batch])
         places = [jobs[job][1] for job in batch]
         steering = Steering(vector_BD, first.positions)
-        answered = _answer(pair, [prompts[job] for job in batch], places, (first.model, steering), options)
+        answered = _answer(pair, first.model, steering, [prompts[job] for job in batch], places, options)
         answers.update(zip([jobs[job] for job in batch], answered, strict=True))
         if progress is not None:
             progress(len(answers), len(jobs))
@@ -133,7 +134,7 @@ def steer(
 
 
 def shows_behavior(answer: str, markers: Sequence[str]) -> bool | None:
-    """Whether the answer contains one of the markers, letter by letter; None where there is no marker to look for."""
+    """Whether the answer contains one of the markers as a substring; None without markers."""
     return any(marker in answer for marker in markers) if markers else None
 
 
@@ -187,13 +188,13 @@ def _batches(
 
 def _answer(
     pair: ModelPair,
+    model: int,
+    steering: Steering,
     prompts: Sequence[Sequence[int]],
     places: Sequence[int],
-    how: tuple[int, Steering],
     options: SteeringOptions,
 ) -> list[_Answer]:
-    """Answers of one batch; places are the prompts' numbers, which decide what is drawn for them."""
-    model, steering = how
+    """Answers of one batch; places are the prompts' numbers, which seed what is drawn for them."""
     sampling = None
     if options.temperature > 0:
         drawn = [np.random.default_rng((options.seed, place)).random(options.max_new_tokens) for place in places]
@@ -229,20 +230,15 @@ def steering_effect(
     that predict an answer's tokens and the one after it, len(answer) + 1 in all. steering.vector is [B, D].
     """
     documents = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    longest = max(len(document) for document in documents)
-    ids_BT = torch.zeros(len(documents), longest, dtype=torch.int64)
-    mask_BT = torch.zeros(len(documents), longest, dtype=torch.int64)
-    for row, document in enumerate(documents):
-        ids_BT[row, : len(document)] = torch.tensor(document)
-        mask_BT[row, : len(document)] = 1
+    ids_BT, mask_BT = pad_tokens(documents)
     h_BTD = pair.lower(model, ids_BT, mask_BT)
-    is_answer_BT = torch.arange(longest)[None] >= torch.tensor([len(prompt) for prompt in prompts])[:, None]
+    is_answer_BT = torch.arange(ids_BT.shape[1])[None] >= torch.tensor([len(prompt) for prompt in prompts])[:, None]
     where_BT = {"all": torch.ones_like(is_answer_BT), "prompt": ~is_answer_BT, "generated": is_answer_BT}
     added_BTD = where_BT[steering.positions].to(h_BTD)[..., None] * steering.vector.to(h_BTD)[:, None]
     rows_P = torch.repeat_interleave(torch.arange(len(answers)), torch.tensor([len(a) + 1 for a in answers]))
     positions_P = torch.cat([torch.arange(len(p) - 1, len(p) + len(a)) for p, a in zip(prompts, answers, strict=True)])
     hidden = [pair.upper(model, edited, mask_BT)[rows_P, positions_P] for edited in (h_BTD, h_BTD + added_BTD)]
-    # What each position predicts: the answer's next token, or nothing behind its end.
+    # What each position predicts: the answer's next token, or nothing (-1) after its end.
     target_P = torch.tensor([token for answer in answers for token in (*answer, -1)])
     sums_B2 = torch.zeros(len(documents), 2, dtype=torch.float64)
     for here in pair.decoders[model].head_chunks(len(rows_P)):
@@ -257,10 +253,10 @@ def steering_effect(
 
 def _row(run: _Run, answers: Sequence[_Answer]) -> dict[str, Any]:
     num_tokens = sum(answer.num_tokens for answer in answers)
-    shown = [shows_behavior(answer.text, run.prompts.markers) for answer in answers]
+    hits = [bool(shows_behavior(answer.text, run.prompts.markers)) for answer in answers]
     return {
         **run.key,
-        "rate": sum(map(bool, shown)) / len(shown) if run.prompts.markers else float("nan"),
+        "rate": sum(hits) / len(hits) if run.prompts.markers else float("nan"),
         "kl": sum(answer.kl for answer in answers) / (num_tokens + len(answers)),
         "nll": sum(answer.nll for answer in answers) / num_tokens if num_tokens else float("nan"),
         "num_prompts": len(answers),

@@ -1,8 +1,7 @@
-"""What steering starts from: prompts with the markers of a behaviour, and latents as directions.
+"""Inputs of steering: prompts with the markers of a behaviour, and latents as directions.
 
-Prompts come as parsed JSON, from the organism or from a user's file; a file may say nothing of behaviours, then KL,
-fluency and the answers themselves are all that is measured. Latents are named, or taken from the latent table by
-evidence. Nothing here runs a model.
+Prompts come as parsed JSON, from the organism or from a user's file; for a file without behaviours only KL, fluency and
+the answers are reported. latent_sets.py chooses latents. Nothing here runs a model.
 
 Shapes: D width, R random controls.
 """
@@ -15,10 +14,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pipeline.analyses.interventions import rank_by_nu
+from pipeline.analyses.latent_sets import require_latents
 from pipeline.errors import InputError
 from pipeline.numerics.crosscoder import Crosscoder
-from pipeline.schema import CHAT, Verdict
+from pipeline.schema import CHAT
 
 UNNAMED = "prompts"
 """Column `behavior` of a file that is a plain list of prompts."""
@@ -35,7 +34,7 @@ class Direction(NamedTuple):
 
 
 class BehaviorPrompts(NamedTuple):
-    """Prompts that do not call for a behaviour, and how it is recognised."""
+    """Prompts that do not call for a behaviour, and the markers by which it is recognised."""
 
     behavior: str
     prompts: tuple[str, ...]
@@ -51,13 +50,9 @@ def directions_of(crosscoder: Crosscoder, latents: pd.DataFrame, chosen: Sequenc
     """
     max_activation = dict(zip(latents["latent"].tolist(), latents["max_activation"].tolist(), strict=True))
     decoder_FD = crosscoder.raw_decoder_FMD()[:, CHAT]
+    require_latents(chosen, crosscoder.num_latents, "analyses.steering.latents")
     directions = []
     for latent in chosen:
-        if latent not in max_activation:
-            raise InputError(
-                f"expected latents to steer with between 0 and {crosscoder.num_latents - 1}, got {latent}; change "
-                "analyses.steering.latents"
-            )
         norm = float(decoder_FD[latent].norm())
         if not max_activation[latent] > 0 or not norm > 0:
             raise InputError(
@@ -69,25 +64,19 @@ def directions_of(crosscoder: Crosscoder, latents: pd.DataFrame, chosen: Sequenc
     return tuple(directions)
 
 
-def most_specific_latents(latents: pd.DataFrame, num: int) -> tuple[int, ...]:
-    """Up to num chat-specific latents of the latent table, best evidence first; empty where there is none."""
-    specific = latents[latents["verdict"] == Verdict.CHAT_SPECIFIC]
-    return tuple(int(latent) for latent in rank_by_nu(specific)[:num])
-
-
 def random_controls(
     crosscoder: Crosscoder, latents: pd.DataFrame, *, excluded: Sequence[int], num: int, seed: int
 ) -> Tensor:
     """Unit chat decoder directions [R, D], float32, of `num` random latents that fire (fewer where there are fewer).
 
-    Latents of the same dictionary are the fair control: a random direction leaves the space that the model uses.
-    `excluded` are the latents under test. Equal seeds give equal controls.
+    Other latents are a fairer control than random directions, which leave the space that the model uses. `excluded` are
+    the latents under test. Equal seeds give equal controls.
     """
     decoder_FD = crosscoder.raw_decoder_FMD()[:, CHAT].float().cpu()
     fires = latents.loc[latents["max_activation"] > 0, "latent"].to_numpy()
-    candidates = np.setdiff1d(fires, np.asarray(list(excluded), dtype=fires.dtype))
-    candidates = candidates[decoder_FD[torch.from_numpy(candidates).long()].norm(dim=1).numpy() > 0]
-    chosen = np.random.default_rng(seed).permutation(candidates)[:num]
+    others = np.setdiff1d(fires, np.asarray(list(excluded), dtype=fires.dtype))
+    others = others[decoder_FD[torch.from_numpy(others).long()].norm(dim=1).numpy() > 0]
+    chosen = np.random.default_rng(seed).permutation(others)[:num]
     chosen_RD = decoder_FD[torch.from_numpy(chosen).long()]
     units_RD: Tensor = chosen_RD / chosen_RD.norm(dim=1, keepdim=True)
     return units_RD

@@ -3,7 +3,7 @@
 Pairs are found from the decoder alone (cosine > 0.9; arXiv 2504.02922, section 3); whether the two really fire on
 different rows is measured in one pass: with activations relative to the pair's maximum, high > 0.4 and low <= 0.1, the
 divergence is (#(A high, B low) + #(B high, A low)) / #(A high or B high). The maximum is known only at the end, so rows
-that may still count as high are kept as (pair, a, b) and dropped once a larger maximum rules them out.
+that may still be high are kept as (pair, a, b) and dropped once a larger maximum excludes them.
 
 Shapes: B rows, D width, F latents, W twins, U latents that have a twin, N kept rows.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.analyses.ownership import classify, delta_norm
-from pipeline.analyses.rows import RowBatch, Sums
+from pipeline.analyses.rows import RowBatch, Sums, check_codes
 from pipeline.errors import InputError
 from pipeline.schema import BASE, CHAT, Ownership
 
@@ -77,10 +77,7 @@ class Twins:
     def update(self, sums: Sums, batch: RowBatch) -> None:
         """Keeps the rows on which a twin may be high."""
         codes = batch.codes
-        if codes.num_latents != self.num_latents:
-            raise InputError(
-                f"expected {self.num_latents} latents, got {codes.num_latents}: start the analysis for this crosscoder"
-            )
+        check_codes(codes, self.num_latents)
         if self._num_slots == 0:
             return
         slot_P = self._slot_F[codes.latents_P.cpu()]

@@ -1,17 +1,17 @@
-"""The verdict: one table that joins what decoder, Latent Scaling and activation statistics say of every latent.
+"""The verdict: one table that joins decoder norms, Latent Scaling and activation statistics of every latent.
 
 A latent that never fires is dead. One that Delta_norm calls chat-only is chat-specific if nu_eps and nu_r are below
 their thresholds, otherwise an artifact of shrinkage, decoupling or both (arXiv 2504.02922, section 3: nu_eps < 0.2 and
 nu_r < 0.5). It stays undecided where a ratio is undefined or the latent fires in too few documents for its ratios to
-mean anything. Everything else keeps its class by Delta_norm: this file never promotes a latent.
+mean anything. All other latents keep their class by Delta_norm.
 
 A latent whose base decoder row is exactly 0 was made without one (a difference SAE, a dedicated latent). Its Delta_norm
-is 1 by construction and says nothing, and a difference SAE has no reconstruction of the base model to look into. Such a
-latent is judged by the activations themselves: chat-specific if nu_act_centred, the base model's share of what moves
-with the latent, is below nu_eps's threshold, else shared. `reason` says so.
+is 1 by construction and is no evidence, and a difference SAE has no reconstruction of the base model. Such a latent is
+judged by the activations: chat-specific if nu_act_centred, the base model's share of what varies with the latent, is
+below nu_eps's threshold, else shared. `reason` states it.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from pipeline.schema import LATENT_COLUMNS, Ownership, Verdict
 DEFAULT_MIN_DOCUMENTS = 10
 """Below about ten documents the intervals' small-sample factor exceeds 1.2 and single documents decide the ratio."""
 
-MADE_SO = "nu_act_centred"
+NU_BY_CONSTRUCTION = "nu_act_centred"
 """The ratio that judges latents whose Delta_norm is 1 by construction."""
 
 _BY_OWNERSHIP = {
@@ -37,7 +37,7 @@ _BY_OWNERSHIP = {
 def latent_table(
     ownership: pd.DataFrame,
     scaling: pd.DataFrame,
-    templates: pd.DataFrame,
+    statistics: pd.DataFrame,
     *,
     nu_eps_threshold: float = DEFAULT_NU_EPS_THRESHOLD,
     nu_r_threshold: float = DEFAULT_NU_R_THRESHOLD,
@@ -45,61 +45,62 @@ def latent_table(
 ) -> pd.DataFrame:
     """schema.LATENT_COLUMNS, one row per latent in order, from the tables of three analyses; twins by `with_twins`.
 
-    The columns per corpus that `templates` brings follow.
-
-    is_confident is true for a chat-specific latent or artifact of which both intervals lie on one side of their
-    thresholds, and for a latent judged by nu_act_centred whose interval does; false for every other verdict.
+    The columns per corpus of `statistics` follow. is_confident is true for a chat-specific latent or artifact if both
+    intervals are on one side of their thresholds, or the one of nu_act_centred that judges it; else it is false.
     """
     latents = ownership["latent"].to_numpy()
-    for name, other in (("Latent Scaling", scaling), ("templates", templates)):
+    for name, other in (("Latent Scaling", scaling), ("activation statistics", statistics)):
         if not np.array_equal(other["latent"].to_numpy(), latents):
             raise InputError(
                 f"expected the same {len(latents)} latents in the {name} table, got {len(other)}: "
                 "join tables of one crosscoder"
             )
-    table = ownership.merge(templates, on="latent", validate="1:1").merge(scaling, on="latent", validate="1:1")
+    table = ownership.merge(statistics, on="latent", validate="1:1").merge(scaling, on="latent", validate="1:1")
     is_dead = table["frequency"].to_numpy() == 0
     is_chat_only = (table["ownership"] == Ownership.CHAT_ONLY).to_numpy()
-    is_made_so = is_chat_only & (table["decoder_norm_base"] == 0).to_numpy()
-    nu_eps, nu_r, nu_act = (table[name].to_numpy() for name in ("nu_eps", "nu_r", MADE_SO))
-    is_known = np.where(is_made_so, np.isfinite(nu_act), np.isfinite(nu_eps) & np.isfinite(nu_r))
+    is_constructed = is_chat_only & (table["decoder_norm_base"] == 0).to_numpy()
+    nu_eps, nu_r, nu_act = (table[name].to_numpy() for name in ("nu_eps", "nu_r", NU_BY_CONSTRUCTION))
+    is_known = np.where(is_constructed, np.isfinite(nu_act), np.isfinite(nu_eps) & np.isfinite(nu_r))
     is_decidable = is_known & (table["num_documents"].to_numpy() >= min_documents)
     has_shrunk, is_decoupled, is_held = nu_eps >= nu_eps_threshold, nu_r >= nu_r_threshold, nu_act >= nu_eps_threshold
-    cases = [
+    conditions = [
         (is_dead, Verdict.DEAD),
         (~is_chat_only, table["ownership"].map(_BY_OWNERSHIP).to_numpy(dtype=object)),
         (~is_decidable, Verdict.UNDECIDED),
-        (is_made_so & is_held, Verdict.SHARED),
-        (is_made_so, Verdict.CHAT_SPECIFIC),
+        (is_constructed & is_held, Verdict.SHARED),
+        (is_constructed, Verdict.CHAT_SPECIFIC),
         (has_shrunk & is_decoupled, Verdict.BOTH),
         (has_shrunk, Verdict.SHRINKAGE),
         (is_decoupled, Verdict.DECOUPLING),
     ]
     table["verdict"] = np.select(
-        [case for case, _ in cases],
-        [np.broadcast_to(np.asarray(verdict, dtype=object), len(table)) for _, verdict in cases],
+        [condition for condition, _ in conditions],
+        [np.broadcast_to(np.asarray(verdict, dtype=object), len(table)) for _, verdict in conditions],
         default=Verdict.CHAT_SPECIFIC,
     )
-    is_sure = _is_one_sided(table, "nu_eps", nu_eps_threshold) & _is_one_sided(table, "nu_r", nu_r_threshold)
-    is_sure_made_so = _is_one_sided(table, MADE_SO, nu_eps_threshold)
-    table["is_confident"] = is_chat_only & ~is_dead & is_decidable & np.where(is_made_so, is_sure_made_so, is_sure)
+    is_sure = np.where(
+        is_constructed,
+        _is_one_sided(table, NU_BY_CONSTRUCTION, nu_eps_threshold),
+        _is_one_sided(table, "nu_eps", nu_eps_threshold) & _is_one_sided(table, "nu_r", nu_r_threshold),
+    )
+    table["is_confident"] = is_chat_only & ~is_dead & is_decidable & is_sure
     thresholds = {"nu_eps": nu_eps_threshold, "nu_r": nu_r_threshold}
     table["reason"] = [_reason(row, thresholds, min_documents) for row in table.to_dict("records")]
     table["twin"] = np.full(len(table), -1, dtype=np.int32)
     table["twin_cosine"] = table["twin_divergence"] = np.nan
     fixed = [column.name for column in LATENT_COLUMNS]
-    return table[fixed + [name for name in templates.columns if name not in fixed]]
+    return table[fixed + [name for name in statistics.columns if name not in fixed]]
 
 
 def _reason(row: dict[Hashable, Any], thresholds: dict[str, float], min_documents: int) -> str:
-    """The comparison that decided, for a reader: what was measured against what."""
+    """The comparison that decided, as a phrase."""
     if row["verdict"] == Verdict.DEAD:
         return "never fires on the validation rows"
     if row["ownership"] != Ownership.CHAT_ONLY:
         return f"Delta_norm {row['delta_norm']:.2f}{' by construction' if row['decoder_norm_chat'] == 0 else ''}"
-    is_made_so = row["decoder_norm_base"] == 0
-    if is_made_so:
-        thresholds = {MADE_SO: thresholds["nu_eps"]}
+    is_constructed = row["decoder_norm_base"] == 0
+    if is_constructed:
+        thresholds = {NU_BY_CONSTRUCTION: thresholds["nu_eps"]}
     if row["verdict"] == Verdict.UNDECIDED:
         undefined = [name for name in thresholds if not np.isfinite(row[name])]
         if row["num_documents"] < min_documents:
@@ -109,7 +110,7 @@ def _reason(row: dict[Hashable, Any], thresholds: dict[str, float], min_document
         f"{name} {row[name]:.2f} {'<' if row[name] < threshold else '>='} {threshold:g}"
         for name, threshold in thresholds.items()
     )
-    return f"{measured} (Delta_norm is 1 by construction)" if is_made_so else measured
+    return f"{measured} (Delta_norm is 1 by construction)" if is_constructed else measured
 
 
 def with_twins(table: pd.DataFrame, twins: pd.DataFrame) -> pd.DataFrame:
@@ -141,12 +142,3 @@ def artifact_frac(table: pd.DataFrame) -> float:
     chat_only = table[table["ownership"] == Ownership.CHAT_ONLY]
     judged = chat_only[~chat_only["verdict"].isin([Verdict.DEAD, Verdict.UNDECIDED])]
     return float(judged["verdict"].isin(list(Verdict.ARTIFACTS)).mean())
-
-
-def latents_with(table: pd.DataFrame, verdicts: Sequence[str]) -> list[int]:
-    """Indices of the latents with one of these verdicts, highest Delta_norm first; may be empty."""
-    unknown = [verdict for verdict in verdicts if verdict not in Verdict.ALL]
-    if unknown:
-        raise InputError(f"expected verdicts of {', '.join(Verdict.ALL)}, got {', '.join(unknown)}: use these names")
-    chosen = table[table["verdict"].isin(list(verdicts))]
-    return [int(latent) for latent in chosen.sort_values(["delta_norm", "latent"], ascending=[False, True])["latent"]]

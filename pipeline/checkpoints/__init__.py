@@ -1,1 +1,4 @@
-"""Published crosscoders of other people: read into our tensors, and written so that their tools can read ours."""
+"""Published layouts of crosscoders: files of others read into tensors and settings, ours written so that others can.
+
+Nothing here knows the Crosscoder class, which imports this room to load and save itself.
+"""

@@ -1,10 +1,10 @@
 """Writes a crosscoder so that others can read it: the published layout, in a folder or on the hub.
 
-The way out, and also the form in which crossray keeps its own crosscoders. `model.safetensors` holds the tensors with
-the published names and axes, `config.json` only the fields that the published code's constructors take (an unknown
-one would stop it); what else is known goes into the safetensors header, which every reader may skip. Each file is
-written under a temporary name and then renamed, weights last, so a folder with weights is a complete one. Nothing is
-compressed or cast down: a 2-model crosscoder takes 16 D F bytes.
+crossray keeps its own crosscoders in this form too. `model.safetensors` holds the tensors with the published names and
+axes, `config.json` only the fields that the published code's constructors take (they refuse others); the rest goes into
+the safetensors header, which readers may skip. Each file is written under a temporary name and then renamed, weights
+last, so a folder with weights is complete. Weights are float32 and not compressed: a 2-model crosscoder takes 16 D F
+bytes.
 
 F latents, M models, D width.
 """
@@ -20,10 +20,8 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoints.layouts import (
-    CODE_WEIGHTS,
     MIXED_ALPHAS,
     OWN_SETTINGS,
-    RELU_CLASS,
     WEIGHT_KEYS,
     ActivationNorm,
     PublishedCrosscoder,
@@ -31,6 +29,7 @@ from pipeline.checkpoints.layouts import (
 )
 from pipeline.checkpoints.published import TRAINER_NAME
 from pipeline.errors import InputError, first_line
+from pipeline.numerics.settings import CODE_WEIGHTS
 from pipeline.schema import TABLE_METADATA
 
 
@@ -68,7 +67,7 @@ def published_settings(checkpoint: PublishedCrosscoder) -> dict[str, Any]:
         "num_layers": checkpoint.num_models,
         "encoder_layers": None,
         "same_init_for_all_layers": found.get("same_init_for_all_layers", True),
-        "norm_init_scale": found.get("norm_init_scale", 0.005 if checkpoint.dict_class == RELU_CLASS else 1.0),
+        "norm_init_scale": found.get("norm_init_scale", checkpoint.sparsity.published_init_norm),
         "init_with_transpose": found.get("init_with_transpose", True),
         "code_normalization": checkpoint.code_weight.upper(),
         "dict_class": checkpoint.dict_class,
@@ -139,7 +138,7 @@ def push_published(repo_id: str, folder: str | Path, *, private: bool = False, r
 
     The repository is made if missing. Needs a token with write access (`hf auth login`, or HF_TOKEN).
     """
-    import huggingface_hub  # optional in everyday use: only the hub needs it
+    import huggingface_hub  # only here: everything else works without it
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
 
     api = huggingface_hub.HfApi()

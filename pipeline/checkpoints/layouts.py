@@ -2,9 +2,9 @@
 
 Two layouts exist. "published": `encoder.weight` [M, D, F] and friends, with the settings in tensors and in
 `config.json`. "scaled": `W_enc` [M, D, F], `W_dec` [F, M, D], trained on activations that somebody else multiplied by
-one number per model (mean norm sqrt(D)); that number is not in the file. Everything that could be read in two ways is
-an error that says where: a wrong reading would still produce plausible latents. The price is strictness: a file with
-a tensor that this version does not know is refused, not loaded in part.
+one number per model (mean norm sqrt(D)); that number is not in the file. Whatever could be read in two ways is an error
+that says where, because a wrong reading would still give plausible latents. A file with a tensor that this version does
+not know is therefore refused, not loaded in part.
 
 F latents, M models, D width. Weights in memory are rows per latent: W_enc_FMD, W_dec_FMD.
 """
@@ -17,26 +17,21 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import InputError
+from pipeline.numerics.settings import CODE_WEIGHTS
+from pipeline.numerics.sparsities.base import Sparsity
+from pipeline.numerics.sparsities.batch_topk import BatchTopK
+from pipeline.numerics.sparsities.l1 import L1
+from pipeline.numerics.sparsities.registry import sparsity_by_class
 
-CODE_WEIGHTS = ("crosscoder", "sae", "mixed", "none", "decoupled")
-"""Names of the code weights; the published `code_normalization_id` is the place in this list, counted from 1."""
 MIXED_ALPHAS = {"code_normalization_alpha_sae": 1.0, "code_normalization_alpha_cc": 0.1}
 """The only mix of norms that the code weight `mixed` stands for."""
-RELU_CLASS, BATCH_TOPK_CLASS = "CrossCoder", "BatchTopKCrossCoder"
-TOPK_CLASS, JUMPRELU_CLASS = "TopKCrossCoder", "JumpReLUCrossCoder"
-CLASS_KEYS: dict[str, tuple[str, ...]] = {
-    RELU_CLASS: (),
-    BATCH_TOPK_CLASS: ("k", "threshold"),
-    TOPK_CLASS: ("k",),
-    JUMPRELU_CLASS: ("jump_threshold",),
-}
-"""Per value of `dict_class` the tensors that its codes need: plain ReLU (L1 training), scores above a threshold, and
-two that only crossray writes, under names that make other readers stop: the k best per row, a threshold per latent."""
 NORM_EPSILON = 1e-8
 """Added to the variance before the root by the published code."""
 
 WEIGHT_KEYS = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
 CODE_KEYS = ("k", "threshold", "jump_threshold")
+"""What inference may need; Sparsity.published_tensors says which of them belong to a `dict_class`. The classes of TopK
+and JumpReLU are crossray's own, under names that make other readers stop."""
 NORM_KEYS = ("target_rms", "activation_mean", "activation_std", "activation_global_scale")
 PUBLISHED_KEYS = (*WEIGHT_KEYS, *CODE_KEYS, "code_normalization_id", *NORM_KEYS)
 SCALED_KEYS = ("W_enc", "W_dec", "b_enc", "b_dec")
@@ -66,20 +61,25 @@ class PublishedCrosscoder(NamedTuple):
     b_dec_MD: Tensor
     code_weight: str = "crosscoder"
     """One of CODE_WEIGHTS: what the threshold is compared with is f_j times this weight of latent j."""
-    dict_class: str = RELU_CLASS
-    """One of CLASS_KEYS: how codes are made of pre-activations."""
+    dict_class: str = L1.published_class
+    """Published name of a sparsity: how codes are made of pre-activations."""
     k: int | None = None
     """Mean active latents per row asked for in training; None for ReLU and JumpReLU codes."""
     threshold: Tensor | None = None
-    """float64, scalar, or [M] for `decoupled`: BatchTopK keeps f_j where f_j w_j > threshold. None for others."""
+    """float64, scalar, or [M] for `decoupled`: BatchTopK keeps f_j where f_j w_j > threshold. None where not needed."""
     jump_threshold_F: Tensor | None = None
-    """float32 [F]: JumpReLU keeps f_j where f_j > jump_threshold_j. None for others."""
+    """float32 [F]: JumpReLU keeps f_j where f_j > jump_threshold_j. None where not needed."""
     norm: ActivationNorm | None = None
     """None: activations enter as they are."""
     is_scale_unknown: bool = False
     """The file was trained on scaled activations and nobody said by how much: x must arrive already scaled."""
     settings: Mapping[str, Any] = {}
     """`config.json` (or `cfg.json`) and, under "trainer", `trainer_config.json`, as found."""
+
+    @property
+    def sparsity(self) -> type[Sparsity]:
+        """The sparsity of dict_class."""
+        return sparsity_by_class()[self.dict_class]
 
     @property
     def num_latents(self) -> int:
@@ -140,8 +140,9 @@ def _read_published(named: dict[str, Tensor], settings: Mapping[str, Any], where
     _check_shape("decoder.bias", b_dec_MD, (M, D), "decoder.weight [M, F, D]", where)
     _check_settings(settings, {"activation_dim": D, "dict_size": F, "num_layers": M, "num_decoder_layers": M}, where)
     code_weight = _code_weight(named, settings, where)
-    dict_class = _dict_class(named, settings, where)
-    keys = CLASS_KEYS[dict_class]
+    sparsity = _sparsity(named, settings, where)
+    keys = sparsity.published_tensors
+    threshold_shape = (M,) if sparsity.compares_scores and code_weight == "decoupled" else ()
     if "jump_threshold" in keys:
         _check_shape("jump_threshold", named["jump_threshold"], (F,), "decoder.weight [M, F, D]", where)
     return PublishedCrosscoder(
@@ -150,9 +151,9 @@ def _read_published(named: dict[str, Tensor], settings: Mapping[str, Any], where
         W_dec_FMD=_copy(W_dec_MFD.permute(1, 0, 2)),
         b_dec_MD=_copy(b_dec_MD),
         code_weight=code_weight,
-        dict_class=dict_class,
+        dict_class=sparsity.published_class,
         k=_number_of_active(named["k"], F, where) if "k" in keys else None,
-        threshold=_threshold(named["threshold"], code_weight, M, settings, where) if "threshold" in keys else None,
+        threshold=_threshold(named["threshold"], threshold_shape, settings, where) if "threshold" in keys else None,
         jump_threshold_F=finite_weights(named, "jump_threshold", 1, where) if "jump_threshold" in keys else None,
         norm=_activation_norm(named, M, D, where),
         settings=dict(settings),
@@ -187,7 +188,7 @@ def _read_scaled(
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """Contiguous and in memory of its own: what is read may still be a map of the file, which others may change."""
+    """A contiguous copy: the tensor read may be a memory map of the file, which others may change."""
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
@@ -291,23 +292,25 @@ def _code_weight(named: dict[str, Tensor], settings: Mapping[str, Any], where: s
     return name
 
 
-def _dict_class(named: dict[str, Tensor], settings: Mapping[str, Any], where: str) -> str:
+def _sparsity(named: dict[str, Tensor], settings: Mapping[str, Any], where: str) -> type[Sparsity]:
+    """From `dict_class`, else from the tensors that are there (files older than the setting)."""
     present = tuple(key for key in CODE_KEYS if key in named)
     trainer = settings.get("trainer")
     came = settings.get("dict_class") or (trainer.get("dict_class") if isinstance(trainer, dict) else None)
-    name = came or (BATCH_TOPK_CLASS if present else RELU_CLASS)
-    if name not in CLASS_KEYS:
+    name, known = came or (BatchTopK if present else L1).published_class, sparsity_by_class()
+    if name not in known:
         raise InputError(
-            f"dict_class must be one of {', '.join(CLASS_KEYS)}, came {came!r} in {where}: this kind of dictionary "
+            f"dict_class must be one of {', '.join(known)}, came {came!r} in {where}: this kind of dictionary "
             f"is not a crosscoder that crossray can read"
         )
-    if present != CLASS_KEYS[name]:
+    needed = known[name].published_tensors
+    if present != needed:
         raise InputError(
-            f"a {name} holds {' and '.join(CLASS_KEYS[name]) or 'only weights and biases'}, came "
+            f"a {name} holds {' and '.join(needed) or 'only weights and biases'}, came "
             f"{' and '.join(present) or 'only weights and biases'} in {where}: settings and weights are of two "
             f"crosscoders, or the copy is incomplete; take both from one run"
         )
-    return name
+    return known[name]
 
 
 def _number_of_active(tensor: Tensor, F: int, where: str) -> int:
@@ -317,13 +320,13 @@ def _number_of_active(tensor: Tensor, F: int, where: str) -> int:
     return int(k)
 
 
-def _threshold(tensor: Tensor, code_weight: str, M: int, settings: Mapping[str, Any], where: str) -> Tensor:
+def _threshold(tensor: Tensor, shape: tuple[int, ...], settings: Mapping[str, Any], where: str) -> Tensor:
     """float64; the published float32, or the number that crossray rounded to it."""
-    shape = (M,) if code_weight == "decoupled" else ()
     if tensor.numel() != math.prod(shape) or not bool(tensor.isfinite().all()):
         raise InputError(
-            f"threshold must hold {math.prod(shape)} finite number(s) for the code weight {code_weight}, came "
-            f"{tensor.flatten()[:4].tolist()} (shape {list(tensor.shape)}) in {where}: settings and weights disagree"
+            f"threshold must hold {math.prod(shape)} finite number(s), one per model for the code weight decoupled, "
+            f"came {tensor.flatten()[:4].tolist()} (shape {list(tensor.shape)}) in {where}: settings and "
+            f"weights disagree"
         )
     published = tensor.detach().reshape(shape)
     exact = torch.tensor(settings.get(OWN_SETTINGS, {}).get("threshold", torch.nan), dtype=torch.float64)

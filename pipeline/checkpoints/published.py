@@ -1,9 +1,9 @@
 """Finds a published crosscoder (a folder, a file or a hub id) and reads it without running anyone's code.
 
-The way in from other people's work: `read_published("runs/mine")`, `read_published("owner/name")`. It returns plain
-tensors and settings (`layouts.PublishedCrosscoder`); `Crosscoder.from_pretrained` makes the module of them. Weights
-come as safetensors or as a pickled state dict read with `weights_only=True`: a pickle that wants anything but tensors
-is refused, with no switch to allow it. Files from the hub land in the hub's own cache; nothing is written elsewhere.
+`read_published("runs/mine")` or `read_published("owner/name")` returns tensors and settings
+(`layouts.PublishedCrosscoder`), of which `Crosscoder.from_pretrained` makes the module. Weights are safetensors or a
+pickled state dict read with `weights_only=True`: a pickle that asks for anything but tensors is refused, and no switch
+allows it. Files from the hub go into the hub's own cache; nothing is written elsewhere.
 """
 
 import json

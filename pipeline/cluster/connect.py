@@ -1,7 +1,6 @@
 """The Ray cluster of a run: started or joined, kept quiet, and asked for what it has.
 
-Ray's own messages go to a log file, never to the user's terminal. Besides this file only `stages/` and jobs.py import
-ray.
+Ray's own messages go to a log file, never to the user's terminal.
 """
 
 import logging
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.config.resources import ClusterSection, TrainingResources, WorkersSection
 from pipeline.errors import InputError, first_line
@@ -26,7 +25,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 _OBJECT_STORE_LIMIT = 2_000_000_000
 _POLL_SECONDS = 0.5
 _autoscales = False
-"""Of the cluster that this process has joined: what it lacks now may come."""
+"""Whether the cluster that this process has joined starts nodes on demand."""
 
 
 @contextmanager
@@ -81,7 +80,7 @@ def _start(section: ClusterSection) -> None:
 
 
 def use_token() -> None:
-    """Let Ray's clients show the cluster's token wherever there is one; Ray itself does so only where told to."""
+    """Make Ray's clients send the cluster's token where this machine has one; by default they do not."""
     given = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
     if given or (Path.home() / ".ray" / "auth_token").is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -119,12 +118,12 @@ def _total(kind: str) -> float:
 
 
 def node_cpus() -> float:
-    """Logical CPUs of the cluster's largest node: no single worker can have more."""
+    """Logical CPUs of the cluster's largest node, the most that one worker can have; 0 where no node is there yet."""
     return _largest_node("CPU")
 
 
 def worker_cpus(asked: float) -> float:
-    """What one worker asks for: never more than the largest node has, unless larger ones may come."""
+    """CPUs that one worker asks for: at most what the largest node has, unless larger ones may start."""
     return asked if _autoscales else min(asked, node_cpus())
 
 
@@ -147,15 +146,15 @@ def request(section: WorkersSection | TrainingResources, cpus: float) -> dict[st
 
 
 def check_total(name: str, asked: Mapping[str, float], workers: int) -> None:
-    """Raise an InputError if the cluster can never hold all of this together: Ray itself would wait for ever.
+    """Raise an InputError if the cluster can never hold all of this together; Ray would wait for ever.
 
-    A cluster that starts nodes on demand (resources.cluster.autoscales) is waited for instead.
+    Nothing is raised for a cluster that starts nodes on demand (resources.cluster.autoscales).
     """
     for kind, amount in asked.items():
         if not _autoscales and amount > _total(kind) + 1e-9:
             raise InputError(
                 f"resources.{name}: expected at most the cluster's {_amount(_total(kind), kind)}, got {amount:g} "
-                f"({workers} workers); ask for less or start more nodes{_that_offer(kind)}"
+                f"({workers} workers); ask for less or start more nodes{_with_resource(kind)}"
             )
 
 
@@ -166,7 +165,7 @@ def check_fits(name: str, each: Mapping[str, float], workers: int) -> None:
         if not _autoscales and amount > _largest_node(kind) + 1e-9:
             raise InputError(
                 f"resources.{name}: expected at most the {_amount(_largest_node(kind), kind)} of the cluster's largest "
-                f"node for each worker, got {amount:g}; ask for less or start larger nodes{_that_offer(kind)}"
+                f"node for each worker, got {amount:g}; ask for less or start larger nodes{_with_resource(kind)}"
             )
 
 
@@ -174,14 +173,14 @@ def _amount(value: float, kind: str) -> str:
     return f"{value:g} {kind}s" if kind in ("CPU", "GPU") else f"{value:g} of the custom resource {kind!r}"
 
 
-def _that_offer(kind: str) -> str:
+def _with_resource(kind: str) -> str:
     return "" if kind in ("CPU", "GPU") else f" that offer it (ray start --resources '{{\"{kind}\": 1}}')"
 
 
 def beside_driver(kind: type, *arguments: Any) -> Any:
-    """The handle of an actor of this class, without CPUs of its own, that is lost with the driver alone.
+    """The handle of an actor of this class that takes no CPUs and runs on the driver's own node.
 
-    It lives on this process's node; anywhere else the loss of a node would take along what it holds.
+    On another node it could be lost while the driver lives on.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -190,8 +189,8 @@ def beside_driver(kind: type, *arguments: Any) -> Any:
     return ray.remote(kind).options(num_cpus=0, scheduling_strategy=here).remote(*arguments)
 
 
-class _Board:
-    """Holds what distant workers have to say until the driver asks."""
+class _Events:
+    """Keeps the events that workers post until the driver takes them; an actor."""
 
     def __init__(self) -> None:
         self._events: list[Any] = []
@@ -199,26 +198,37 @@ class _Board:
     def post(self, event: Any) -> None:
         self._events.append(event)
 
-    def drain(self) -> list[Any]:
+    def take(self) -> list[Any]:
         events, self._events = self._events, []
         return events
 
 
-@contextmanager
-def listening(on_event: Callable[[Any], None]) -> Iterator[Any]:
-    """An actor handle for workers to `post.remote(event)` to; `on_event` runs in this process, in order, until the end.
+class Board(NamedTuple):
+    """Where workers anywhere post events for the driver."""
 
-    An exception of `on_event` is raised at the end of the block: a tracker that fails must not fail in silence.
+    actor: Any
+    """Handle of the actor that keeps them."""
+
+    def post(self, event: Any) -> None:
+        """Send an event; returns at once."""
+        self.actor.post.remote(event)
+
+
+@contextmanager
+def listening(on_event: Callable[[Any], None]) -> Iterator[Board]:
+    """A board for workers; `on_event` runs in this process for each event, in order, until the end of the block.
+
+    An exception of `on_event` is raised at the end of the block, so that a tracker that fails is noticed.
     """
     import ray
 
-    board = beside_driver(_Board)
+    actor = beside_driver(_Events)
     stop = Event()
     failures: list[BaseException] = []
 
     def drain() -> None:
         try:
-            for event in ray.get(board.drain.remote()):
+            for event in ray.get(actor.take.remote()):
                 on_event(event)
         except BaseException as error:
             failures.append(error)
@@ -231,19 +241,19 @@ def listening(on_event: Callable[[Any], None]) -> Iterator[Any]:
     thread = Thread(target=poll, name="crossray-listener", daemon=True)
     thread.start()
     try:
-        yield board
+        yield Board(actor)
     finally:
         stop.set()
         thread.join()
         if sys.exc_info()[0] is None and not failures:
             drain()
-        ray.kill(board)
+        ray.kill(actor)
     if failures:
         raise failures[0]
 
 
 def set_worker_threads(cpus: float) -> None:
-    """Give this worker's torch as many threads as it was given CPUs, at least one."""
+    """Set the threads of this worker's torch to its CPUs, at least one."""
     import torch
 
     torch.set_num_threads(max(1, int(cpus)))

@@ -1,4 +1,8 @@
-"""What is asked of a fitted crosscoder. Each analysis has one section; null in the run file turns it off."""
+"""The analyses of a fitted crosscoder: one section each. `null` in the run file turns an optional one off.
+
+These settings enter the identity of the analysis that they belong to, and of nothing else: a change repeats that
+analysis and the report. What each analysis computes is written in docs/method.md.
+"""
 
 from typing import Annotated, Literal
 
@@ -8,60 +12,60 @@ from pipeline.config.section import Section
 
 
 class FidelitySection(Section):
-    """Fraction of variance explained, L0 and dead latents on the validation rows."""
+    """Fraction of variance explained, L0 and dead latents, measured on the validation rows."""
 
 
 class LatentScalingSection(Section):
-    """How strongly each latent is present in either model, by least squares (arXiv 2504.02922, section 3)."""
+    """Latent Scaling: how strongly each latent is present in each model (arXiv 2504.02922, section 3)."""
 
     nu_eps_threshold: PositiveFloat = 0.2
-    """Below it a chat-only latent is not explained by complete shrinkage."""
+    """A chat-only latent whose nu_eps is at least this is a shrinkage artifact. Raising it calls more chat-specific."""
     nu_r_threshold: PositiveFloat = 0.5
-    """Below it a chat-only latent is not explained by latent decoupling."""
+    """A chat-only latent with a nu_r of at least this is a decoupling artifact. Raising it calls more chat-specific."""
     min_documents: PositiveInt = 10
-    """A latent that fires in fewer validation documents is undecided: its ratios mean nothing."""
+    """A latent that fires in fewer validation documents is undecided. Raising it leaves more latents undecided."""
     num_groups: Annotated[int, Field(ge=20)] = 64
-    """Groups of documents whose sums are kept apart for the bootstrap; memory grows as F x groups x 6 numbers."""
+    """Groups of documents that the bootstrap resamples. More give finer intervals and take F x groups x 6 numbers."""
     num_resamples: Annotated[int, Field(ge=100)] = 1000
-    """Bootstrap resamples behind each 95% interval."""
+    """Bootstrap resamples behind each 95% interval. More give steadier ends and take proportionally longer."""
     seed: NonNegativeInt = 0
     """Seed of the bootstrap."""
 
 
 class ExamplesSection(Section):
-    """The strongest contexts of latents, and some at given shares of their maximum."""
+    """Text around the places where a latent fires: its strongest contexts, and weaker ones for comparison."""
 
     num_contexts: PositiveInt = 8
-    """Contexts per latent, each from another document."""
+    """Strongest contexts per latent, each from a different document."""
     window_tokens: PositiveInt = 16
-    """Tokens shown on either side of the maximum."""
+    """Tokens shown before and after the token where the latent fires most."""
     num_sampled: NonNegativeInt = 4
-    """Further contexts per latent near 0.95, 0.75, 0.5 and 0.25 of its maximum, so that weak firing shows too."""
+    """Further contexts per latent, near 0.95, 0.75, 0.5 and 0.25 of its maximum, to show weak firing."""
     max_latents: PositiveInt = 200
-    """Chat-only latents for which contexts are written, chat-specific ones first."""
+    """At most this many chat-only latents get contexts, chat-specific ones first."""
     latents: Literal["all"] | tuple[NonNegativeInt, ...] = ()
-    """Latents for which contexts are written whatever their verdict, besides those; `all` for every latent."""
+    """Further latents that get contexts, whatever their verdict. `all` takes every latent of the dictionary."""
 
 
 class CausalitySection(Section):
-    """How much of the KL divergence between the models a set of latents closes (arXiv 2504.02922, section 4)."""
+    """How much of the KL divergence between the models a set of latents removes (arXiv 2504.02922, section 4)."""
 
     num_conversations: PositiveInt = 256
-    """Validation dialogues used, taken in order of their hash."""
+    """Validation dialogues to measure, in the order of their hash. More narrow the intervals and take longer."""
     num_random_halves: NonNegativeInt = 2
-    """Random halves of the latent set as control."""
+    """Random halves of the latent set, as a control beside the best and the worst half."""
     max_latents: PositiveInt | None = None
-    """Use only this many latents of highest Delta_norm; None takes the whole chat-only set."""
+    """Use only this many latents, those of highest Delta_norm. null uses the whole chat-only set."""
     min_latents: NonNegativeInt = 0
-    """Where fewer latents are chat-only, fill the set with those of next highest Delta_norm; 0 never does."""
+    """Fill a chat-only set that is smaller than this with the latents of next highest Delta_norm. 0 never fills."""
     num_random_orders: NonNegativeInt = 1
-    """Random orders beside the order of evidence in which the curve adds latents, as control."""
+    """Random orders in which the curve adds latents, as a control beside the order of evidence."""
     tokens_per_batch: PositiveInt = 4096
-    """Tokens in one forward pass."""
+    """Tokens in one forward pass, padding included. Raising it needs more memory."""
     num_resamples: Annotated[int, Field(ge=100)] = 1000
-    """Bootstrap resamples over conversations."""
+    """Bootstrap resamples of conversations behind each interval."""
     seed: NonNegativeInt = 0
-    """Seed of the random halves and orders and of the bootstrap."""
+    """Seed of the random halves, the random orders and the bootstrap."""
 
     @model_validator(mode="after")
     def _limits_agree(self) -> "CausalitySection":
@@ -74,107 +78,108 @@ class CausalitySection(Section):
 
 
 class SteeringSection(Section):
-    """What a latent does when its direction is added to a model's residual stream while it writes."""
+    """Answers of a model while the direction of a latent is added to its residual stream."""
 
     scales: tuple[float, ...] = Field((0.5, 1.0, 2.0), min_length=1)
-    """Multiples of the latent's maximal activation."""
+    """Strength of the added direction, as multiples of the latent's largest activation. Each is one sweep."""
     num_random: NonNegativeInt = 5
-    """Random latents, scaled to equal norm, as control."""
+    """Random latents, scaled to the same norm, as a control."""
     num_prompts: PositiveInt = 24
-    """Neutral prompts per behaviour."""
+    """Neutral prompts per behaviour. More make the rates finer and take proportionally longer."""
     max_new_tokens: PositiveInt = 24
-    """Length of an answer."""
+    """Longest answer, in tokens."""
     prompts_path: str | None = None
-    """JSON file {behavior: {neutral: [...], markers: [...]}} or [prompt, ...]; None takes the organism's own. Without
-    markers there is no rate, only KL, fluency and answers."""
+    """JSON file: {behavior: {neutral: [...], markers: [...]}} or [prompt, ...]. null takes the organism's own prompts.
+    Without markers there are no rates, only KL, fluency and answers."""
     latents: tuple[NonNegativeInt, ...] = ()
-    """Latents to steer with for every behaviour; empty takes num_latents."""
+    """Latents to steer with, for every behaviour. Empty uses num_latents."""
     num_latents: NonNegativeInt = 0
-    """The most chat-specific latents to steer with for every behaviour; 0 takes each behaviour's best one (planted)."""
+    """Steer with this many of the most chat-specific latents. 0 takes the best latent of each planted behaviour."""
     models: tuple[Literal["chat", "base"], ...] = Field(("chat", "base"), min_length=1)
-    """Models that answer. The base model with the latent added shows what the direction brings by itself."""
+    """Models that answer. A steered base model shows what the direction does without the fine-tuned weights."""
     positions: tuple[Literal["all", "prompt", "generated"], ...] = Field(("all",), min_length=1)
-    """Where the direction is added; each is a sweep of its own."""
+    """Tokens at which the direction is added. Each entry is a separate sweep."""
     temperature: NonNegativeFloat = 0.0
-    """0 answers greedily; above, answers are sampled, every prompt with its own random numbers."""
+    """Sampling temperature of the answers. 0 is greedy decoding; above, each prompt has its own random stream."""
     num_samples: NonNegativeInt = 3
-    """Prompts per behaviour and scale whose answers are written out side by side."""
+    """Prompts per behaviour and scale whose answers are kept, steered beside unsteered."""
     seed: NonNegativeInt = 0
-    """Seed of the random latents and of sampled answers."""
+    """Seed of the random latents and of the sampled answers."""
 
 
 class AutointerpSection(Section):
-    """Latents in words, by a language model behind an OpenAI-compatible endpoint, which resources.autointerp names.
+    """Explanations of latents in words, from a language model behind an OpenAI-compatible endpoint.
 
-    It reads passages of the corpus: they leave this machine unless the endpoint runs here.
+    resources.autointerp names the endpoint. Passages of the corpus are sent to it.
     """
 
     model: Annotated[str, Field(min_length=1)]
-    """Name under which the endpoint serves the model."""
+    """Name of the model at the endpoint."""
     latents: tuple[NonNegativeInt, ...] = ()
-    """Latents to explain; empty takes the chat-specific ones. Those that are not chat-only must also stand in
-    analyses.examples.latents, since explanations are made from their contexts."""
+    """Latents to explain. Empty takes the chat-specific ones. List others in analyses.examples.latents too, because
+    explanations are made from contexts."""
     max_latents: PositiveInt = 100
-    """At most this many chat-specific latents per crosscoder; requests and their cost grow with it."""
+    """At most this many chat-specific latents per crosscoder. Requests and cost grow in proportion."""
     num_explaining: PositiveInt = 6
-    """Strongest contexts from which an explanation is written (at most half of those that a latent has)."""
+    """Strongest contexts that the model reads to write an explanation, at most half of what the latent has."""
     num_active: PositiveInt = 6
-    """Held-out contexts on which the latent fires, spread over its range, among which the explanation is tested."""
+    """Held-out contexts on which the latent fires, spread over its range, used to test the explanation."""
     num_quiet: PositiveInt = 6
-    """Contexts of other documents on which it does not fire, from the same corpora."""
+    """Contexts of other documents on which the latent does not fire, from the same corpora, used in the same test."""
     contexts_per_request: PositiveInt = 12
-    """Contexts judged in one request; fewer cost more requests, more of them small models confuse."""
+    """Contexts judged in one request. More cost fewer requests, but small models then make more mistakes."""
     with_control: bool = True
-    """Also test another latent's explanation on each latent's contexts: what a sentence about something else scores.
-    Costs as many requests again as the test itself."""
+    """Also score another latent's explanation on each latent's contexts, as a baseline. This doubles the requests of
+    the test."""
     temperature: NonNegativeFloat | None = 0.0
-    """null leaves it out, as some models demand."""
+    """Sampling temperature of the requests. null omits the field, which some models require."""
     max_answer_tokens: PositiveInt | None = 400
-    """Sent as max_tokens; null leaves it out."""
+    """Longest answer in tokens, sent as max_tokens. null omits the field."""
     request_fields: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
-    """Further fields of every request, such as reasoning_effort; never a key, everything here is recorded."""
+    """Further fields of every request, such as reasoning_effort. They are recorded, so put no key here."""
     num_repeats: NonNegativeInt = 1
-    """How often a request is made again after an answer that cannot be used, before it counts as unanswered."""
+    """How often to ask again after an answer that cannot be parsed. After that the question counts as unanswered."""
     seed: NonNegativeInt = 0
-    """Seed of the choice and order of contexts."""
+    """Seed of the choice and the order of contexts."""
 
 
 class PlantedSection(Section):
-    """How well the latents find behaviours whose tokens are known (token-level AUROC on held-out dialogues)."""
+    """How well latents find tokens with a known label: AUROC per token on held-out dialogues."""
 
     first_tokens: PositiveInt = 8
-    """Tokens of each dialogue's answer over which the mean-difference baseline is taken (arXiv 2510.13900)."""
+    """First tokens of each answer over which the mean-difference baseline is taken (arXiv 2510.13900)."""
     num_resamples: Annotated[int, Field(ge=100)] = 200
-    """Bootstrap resamples over documents."""
+    """Bootstrap resamples of documents behind each interval."""
     seed: NonNegativeInt = 0
-    """Seed of the bootstrap. Latents are chosen on one half of the documents and scored on the other, by hash."""
+    """Seed of the bootstrap. Latents are chosen on half of the documents, by hash, and scored on the other half."""
 
 
 class ControlsSection(Section):
-    """What the verdict says of its own errors, and what it says where the answer is known."""
+    """Controls of the verdict: its stated error rate, and its answer in cases where the truth is known."""
 
     seed: NonNegativeInt = 0
     """Seed of the random directions."""
     min_match_cosine: float = Field(0.7, gt=0, le=1)
-    """Latents of two training seeds match if they are each other's best and their cosine is at least this."""
+    """Latents of two training seeds match if each is the other's nearest and their cosine is at least this. Raising it
+    lowers the agreement between seeds."""
 
 
 class AnalysesSection(Section):
-    """The analyses of every crosscoder of the run."""
+    """The analyses that every crosscoder of the run goes through."""
 
     fidelity: FidelitySection = FidelitySection()
-    """Always on: no verdict without it."""
+    """Always on."""
     latent_scaling: LatentScalingSection = LatentScalingSection()
-    """Always on: the verdict rests on it."""
+    """Always on, because the verdict depends on it."""
     examples: ExamplesSection | None = ExamplesSection()
-    """null turns it off."""
+    """null writes no contexts."""
     controls: ControlsSection | None = ControlsSection()
-    """null turns it off. Crosscoders of the run that differ in nothing but seed and name are matched too."""
+    """null turns the controls off. Crosscoders of the run that differ only in seed and name are compared as well."""
     causality: CausalitySection | None = CausalitySection()
-    """null turns it off."""
+    """null turns it off. Needs dialogues in the corpus."""
     steering: SteeringSection | None = None
-    """null (the default) turns it off; it needs an organism or prompts_path."""
+    """Off by default. Needs an organism or prompts_path."""
     planted: PlantedSection | None = None
-    """null (the default) turns it off; it needs labels in the corpus."""
+    """Off by default. Needs token labels in the corpus, which only an organism has."""
     autointerp: AutointerpSection | None = None
-    """null (the default) turns it off; it needs examples and an endpoint."""
+    """Off by default. Needs analyses.examples and an endpoint."""

@@ -1,103 +1,134 @@
-"""The crosscoders of a run: fitted on one shared read of the activations, or adopted from elsewhere."""
+"""The crosscoders of a run: fitted on one shared read of the activations, or adopted from elsewhere.
 
-from typing import Annotated, Any, Literal, Self
+The hyper-parameters of a fit and of its sparsity stand in numerics (spec.FitSettings and one dataclass per sparsity),
+with bounds, defaults and documentation; the sections here are built from those fields. This file adds what only a run
+file has: names, sizes relative to the activations, and the read of the rows.
+"""
 
-from pydantic import Discriminator, Field, NonNegativeInt, PositiveFloat, PositiveInt, Tag, model_validator
+import ast
+import functools
+import inspect
+import itertools
+import operator
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args, get_origin
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    create_model,
+    model_validator,
+)
 
 from pipeline.config.section import Name, Section
-from pipeline.numerics.rules import check_active_latents, check_recipe
+from pipeline.numerics.settings import Bounds, Precision, Settings, field_types
+from pipeline.numerics.sparsities.base import Sparsity
+from pipeline.numerics.sparsities.registry import SPARSITIES
+from pipeline.numerics.spec import FitSettings
 
 
-class L1Sparsity(Section):
-    """ReLU codes with a penalty; kept as the field's reference, known to invent chat-only latents."""
-
-    kind: Literal["l1"]
-    mu: float = Field(4.1e-2, ge=0)
-    """Weight of the penalty; raising it lowers L0."""
-    mu_warmup_steps: NonNegativeInt = 0
-    """The penalty grows linearly from 0 over this many steps."""
-
-
-class _AuxiliarySparsity(Section):
-    k: PositiveInt = 100
-    """Mean active latents per row."""
-    aux_weight: float = Field(1 / 32, ge=0)
-    """Weight of the auxiliary loss that revives dead latents; 0 turns it off."""
-    aux_k: PositiveInt | None = None
-    """Dead latents used per row by the auxiliary loss; None means half the activation width."""
-    dead_after_rows: PositiveInt = 10_000_000
-    """A latent that has not fired for this many rows counts as dead."""
+def field_docs(kind: type[Settings]) -> dict[str, str]:
+    """The documentation that stands under every field of a settings dataclass, its bases' fields included."""
+    docs, names = {}, {field.name for field in fields(kind)}
+    for base in kind.__mro__:
+        if names & inspect.get_annotations(base).keys():
+            tree = ast.parse(Path(inspect.getfile(base)).read_text(encoding="utf-8"))
+            own = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == base.__name__)
+            for field, below in itertools.pairwise(own.body):
+                if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+                    docs[ast.unparse(field.target)] = inspect.cleandoc(ast.literal_eval(below.value))
+    return {name: text for name, text in docs.items() if name in names}
 
 
-class BatchTopKSparsity(_AuxiliarySparsity):
-    """The k * batch_rows largest weighted codes of the whole global batch."""
-
-    kind: Literal["batch_topk"]
-    k_start: PositiveInt | None = None
-    """Begin with this k and go down linearly; None starts at k."""
-    k_anneal_steps: NonNegativeInt = 0
-    """Steps from k_start to k; 0 means k from the first step."""
-    threshold_decay: float = Field(0.999, ge=0, lt=1)
-    """Decay per step of the inference threshold's moving average."""
-    threshold_start_step: NonNegativeInt = 1000
-    """First step that enters the threshold's moving average."""
+def section_fields(kind: type[Settings]) -> dict[str, Any]:
+    """The fields of a settings dataclass as create_model takes them: types, bounds, defaults, documentation."""
+    types, docs = field_types(kind), field_docs(kind)
+    return {
+        field.name: (
+            _bounded(types[field.name]),
+            Field(... if field.default is MISSING else field.default, description=docs[field.name]),
+        )
+        for field in fields(kind)
+    }
 
 
-class TopKSparsity(_AuxiliarySparsity):
-    """The k largest weighted codes of each row."""
-
-    kind: Literal["topk"]
-
-
-class JumpReluSparsity(Section):
-    """Codes above a learned threshold per latent."""
-
-    kind: Literal["jumprelu"]
-    mu: float = Field(1e-3, ge=0)
-    """Weight of the mean number of active latents; raising it lowers L0."""
-    bandwidth: PositiveFloat = 1e-2
-    """Width of the straight-through estimator around the threshold."""
-    initial_threshold: PositiveFloat = 1e-2
-    """Threshold of every latent at the start."""
+def _bounded(annotation: Any) -> Any:
+    """The type with pydantic's bounds in place of ours."""
+    if get_origin(annotation) is Annotated:
+        kind, bounds = get_args(annotation)
+        assert isinstance(bounds, Bounds)
+        return Annotated[kind, Field(**bounds._asdict())]
+    if type(None) in get_args(annotation):
+        return functools.reduce(operator.or_, map(_bounded, get_args(annotation)))
+    return annotation
 
 
-Sparsity = Annotated[L1Sparsity | BatchTopKSparsity | TopKSparsity | JumpReluSparsity, Field(discriminator="kind")]
+class SparsitySection(Section):
+    """How codes are kept sparse; every sparsity adds the fields of its settings."""
+
+    model_config = ConfigDict(use_attribute_docstrings=False)  # its fields bring theirs; a search for source is slow
+
+    kind: str
+
+    def settings(self) -> Sparsity:
+        """The settings that training takes."""
+        return SPARSITIES[self.kind](**self.model_dump(exclude={"kind"}))
 
 
-class CrosscoderSection(Section):
-    """One dictionary to fit; all crosscoders of a run are fitted from one read of the activations."""
+def _section_of(kind: str, sparsity: type[Sparsity]) -> type[BaseModel]:
+    tag: Any = (Literal[kind], ...)
+    return create_model(
+        f"{sparsity.__name__}Sparsity",
+        __base__=SparsitySection,
+        __doc__=sparsity.__doc__,
+        __module__=__name__,
+        **({"kind": tag} | section_fields(sparsity)),
+    )
 
+
+if TYPE_CHECKING:
+    AnySparsity = SparsitySection
+else:
+    _sections = tuple(_section_of(kind, one) for kind, one in SPARSITIES.items())
+    AnySparsity = Annotated[Union[_sections], Field(discriminator="kind")]  # noqa: UP007 (as many as there are)
+
+
+class _NamedCrosscoder(Section):
     kind: Literal["fitted"] = "fitted"
     name: Name
     """Name in tables, figures and MLflow."""
-    sparsity: Sparsity
+    sparsity: AnySparsity
     """What keeps the codes sparse."""
     num_latents: PositiveInt | None = None
     """Size F of the dictionary; give this or expansion."""
     expansion: PositiveInt | None = None
     """F as a multiple of the activation width (32 in the paper)."""
-    inputs: Literal["both", "difference"] = "both"
-    """Fit the dictionary on both models' activations, or on chat - base (a difference SAE). A difference is published
-    as a crosscoder of both models; its Delta_norm is 1 by construction and its FVE is that of the difference."""
-    dedicated_frac: float = Field(0.0, ge=0, le=0.5)
-    """Share of the latents that only the chat model has, and as many that only the base model has; their Delta_norm is
-    1 or 0 by construction. The verdict then rests on Latent Scaling's activation target."""
-    code_weight: Literal["crosscoder", "sae", "mixed", "none", "decoupled"] = "crosscoder"
-    """What a latent costs: sum of its decoder norms, norm of both together, a mix, 1, or per model."""
-    reconstruction: Literal["l2", "mse"] = "l2"
-    """Mean unsquared L2 norm of the error, or the squared one."""
-    init_norm: PositiveFloat = 1.0
-    """Decoder norm per latent and model at the start (0.005 for L1 in the paper)."""
-    lr: PositiveFloat = 1e-4
-    """Adam's learning rate after warm-up."""
-    lr_warmup_steps: NonNegativeInt = 1000
-    """Linear warm-up; a run shorter than this reaches only part of lr."""
-    lr_decay_frac: float = Field(0.0, ge=0, le=1)
-    """Share of the run's end over which lr falls linearly to 0; 0 keeps it constant."""
-    clip_norm: PositiveFloat | None = 1.0
-    """Global gradient norm limit; None does not clip."""
-    seed: NonNegativeInt = 0
-    """Seed of the initial weights."""
+
+
+if TYPE_CHECKING:
+
+    class _FittedCrosscoder(_NamedCrosscoder):
+        seed: int  # the field that others read by name; the rest goes through settings()
+
+else:
+    _FittedCrosscoder = create_model(
+        "_FittedCrosscoder", __base__=_NamedCrosscoder, __module__=__name__, **section_fields(FitSettings)
+    )
+
+
+class CrosscoderSection(_FittedCrosscoder):
+    """One dictionary to fit; all crosscoders of a run are fitted from one read of the activations."""
+
+    def settings(self) -> FitSettings:
+        """The settings that training takes beside the sparsity's; raises ValueError where two of them disagree."""
+        return FitSettings(**self.model_dump(include={field.name for field in fields(FitSettings)}))
 
     @model_validator(mode="after")
     def _one_size(self) -> Self:
@@ -111,11 +142,9 @@ class CrosscoderSection(Section):
     @model_validator(mode="after")
     def _can_be_fitted(self) -> Self:
         try:
-            check_recipe(inputs=self.inputs, dedicated_frac=self.dedicated_frac, code_weight=self.code_weight)
-            for name in ("k", "k_start"):
-                value = getattr(self.sparsity, name, None)
-                if self.num_latents is not None and value is not None:
-                    check_active_latents(name, value, num_latents=self.num_latents, kind=self.sparsity.kind)
+            self.settings()
+            if self.num_latents is not None:
+                self.sparsity.settings().check_size(self.num_latents)
         except ValueError as error:
             raise ValueError(f"crosscoder {self.name!r}: {error}") from error
         return self
@@ -159,7 +188,7 @@ class TrainingSection(Section):
     shuffle_buffer_rows: PositiveInt = 200_000
     """activations.mode stream only: rows from which batches are drawn, over all data ranks; more mix better and cost
     memory, rows x 2 models x width x 2 bytes."""
-    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     """Precision of the matrix products over float32 weights; the last two need a GPU."""
 
     @property

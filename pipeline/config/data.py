@@ -1,4 +1,8 @@
-"""What is read: the model pair, the corpora, the tokens, and the rows of activations."""
+"""What a run reads: the model pair, the corpora, the tokens, and the rows of activations.
+
+Every field here enters the identity of the artifact that it shapes: a change makes that artifact and all that follow
+from it anew.
+"""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -17,19 +21,21 @@ from pipeline.config.section import Fraction, Name, Section
 
 
 class OrganismSection(Section):
-    """A generated model pair with planted behaviours; for demonstrations and tests, where the truth must be known."""
+    """A generated model pair with planted behaviours, for demonstrations and tests that need a known truth."""
 
     seed: NonNegativeInt = 0
     """Seed of the language, the dialogues and both trainings."""
     size: Literal["demo", "tiny"] = "demo"
-    """demo: both models learn what they should, about 90 s on two cores. tiny: a few seconds, quality irrelevant."""
+    """demo trains both models until they show the behaviours, in about 100 s on two cores. tiny takes seconds, and its
+    models know nothing."""
 
 
 class _NoisyModel(Section):
     weight_noise: NonNegativeFloat = 0.0
-    """A control: Gaussian noise on every weight matrix, relative to its size. Such a model holds nothing new."""
+    """Gaussian noise on every weight matrix, relative to its standard deviation: a control whose right verdict is that
+    nothing is new."""
     weight_noise_seed: NonNegativeInt = 0
-    """Seed of that noise."""
+    """Seed of the noise."""
 
 
 class HubModel(_NoisyModel):
@@ -39,15 +45,15 @@ class HubModel(_NoisyModel):
     source: str
     """Hub id (google/gemma-2-2b) or local folder."""
     revision: str | None = None
-    """Commit or tag of a hub id; pin it, or the hub may change the result under an unchanged name."""
+    """Commit or tag of a hub id. Without one, a change on the hub can change the result of the same file."""
     adapter: str | None = None
-    """Hub id or folder of a LoRA adapter on top of `source`. Where base is that source, both share one copy of it."""
+    """Hub id or folder of a LoRA adapter on top of `source`. If base is the same source, both share its weights."""
     adapter_revision: str | None = None
     """Commit or tag of an adapter on the hub."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off: such models are refused."""
+    """Run Python code that comes with the model. While it is off, a model that needs its own code is refused."""
     token_replacements: dict[NonNegativeInt, NonNegativeInt] = Field(default_factory=dict)
-    """Ids that this model reads as other ids: template tokens that a base model never saw in training."""
+    """Token ids that this model reads as other ids, for template tokens that a base model never saw in training."""
 
 
 class OrganismModel(_NoisyModel):
@@ -55,11 +61,11 @@ class OrganismModel(_NoisyModel):
 
     kind: Literal["organism"]
     member: Literal["base", "chat"]
-    """Which of the two."""
+    """Which of the two models."""
 
 
 def _model_kind(value: Any) -> str:
-    """A model without `kind` is a pretrained one: hub ids are what nearly everyone writes."""
+    """A model without `kind` is a pretrained one, which is what most run files name."""
     return str(value.get("kind", "pretrained") if isinstance(value, dict) else getattr(value, "kind", "pretrained"))
 
 
@@ -69,63 +75,63 @@ ModelSource = Annotated[
 
 
 class ModelsSection(Section):
-    """The pair that is compared. Both read the same token ids, made by the chat model's tokenizer."""
+    """The two models. Both read the same token ids, made by the chat model's tokenizer."""
 
     base: ModelSource
-    """The model before fine-tuning: index 0 of every tensor and table."""
+    """The model before fine-tuning. It has index 0 in every tensor and table."""
     chat: ModelSource
-    """The fine-tuned model: index 1."""
+    """The fine-tuned model. It has index 1."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Precision of both models' forward passes."""
+    """Precision of the forward passes of both models."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
-    """Attention code of transformers; None leaves the choice to the model."""
+    """Attention implementation of transformers. null uses the model's default."""
 
 
 class FiltersSection(Section):
-    """Documents of a corpus that are left out. The record counts every reason; the defaults leave out nothing."""
+    """Which documents of a corpus to drop. The record counts them by reason. The defaults keep every document."""
 
     min_characters: NonNegativeInt = 0
-    """Shorter documents go; of a dialogue all contents count together."""
+    """Drop documents with fewer characters. In a dialogue, all messages count together."""
     max_characters: PositiveInt | None = None
-    """Longer documents go; to cut them instead, see tokens.max_tokens_per_document."""
+    """Drop documents with more characters. To truncate them instead, use tokens.max_tokens_per_document."""
     min_messages: NonNegativeInt = 0
-    """Dialogues with fewer messages go; system prompts do not count."""
+    """Drop dialogues with fewer messages. System prompts do not count."""
     max_messages: PositiveInt | None = None
-    """Dialogues with more messages go."""
+    """Drop dialogues with more messages."""
     alternating_roles: bool = False
-    """Only dialogues user, assistant, user, ... stay; a system prompt may stand in front."""
+    """Keep only dialogues whose roles are user, assistant, user and so on. A system prompt may come first."""
     ends_with_assistant: bool = False
-    """Only dialogues whose last message is the assistant's stay."""
+    """Keep only dialogues whose last message is from the assistant."""
     max_repeated_frac: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Documents go whose characters lie in lines that repeat an earlier line to a larger share than this."""
+    """Drop documents in which repeated lines hold a larger share of the characters than this."""
     min_letter_frac: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Documents go that have a smaller share of letters (of any script) among their characters that are not blank."""
+    """Drop documents with a smaller share of letters, of any script, among the characters that are not blank."""
 
 
 class _FileCorpus(Section):
     name: Name
     """Name of the corpus in tables and figures."""
     weight: PositiveFloat = 1.0
-    """Share of the tokens relative to the other corpora; equal weights mix 1:1 by tokens."""
+    """Share of the tokens relative to the other corpora. Equal weights mix 1:1 by tokens."""
     max_documents: PositiveInt | None = None
-    """Keep at most this many documents, the first ones of the files in their order; None keeps all."""
+    """Keep at most this many documents, in the order of the files. null keeps all."""
     filters: FiltersSection = FiltersSection()
-    """Which documents are left out."""
+    """Which documents to drop."""
 
 
 class _ColumnCorpus(_FileCorpus):
     text_column: str | None = None
-    """Column (JSON key) of a plain document's text; give this or messages_column."""
+    """Column or JSON key that holds the text of a plain document. Give this or messages_column."""
     messages_column: str | None = None
-    """Column (JSON key) of a dialogue's list of messages."""
+    """Column or JSON key that holds the list of messages of a dialogue."""
     role_key: str = "role"
-    """Key of a message's role ("from" in ShareGPT's layout)."""
+    """Key of the role in a message. ShareGPT uses "from"."""
     content_key: str = "content"
-    """Key of a message's text ("value" in ShareGPT's layout)."""
+    """Key of the text in a message. ShareGPT uses "value"."""
     role_names: dict[str, str] = Field(default_factory=dict)
-    """What roles of other names mean: {human: user, gpt: assistant}."""
+    """Roles with other names, and what they mean: {human: user, gpt: assistant}."""
     where: dict[str, str | int | float | bool] = Field(default_factory=dict)
-    """Only rows whose columns have these values are used: {language: English}."""
+    """Use only rows whose columns have these values: {language: English}."""
 
     @model_validator(mode="after")
     def _one_column(self) -> Self:
@@ -138,11 +144,11 @@ class _ColumnCorpus(_FileCorpus):
 
 
 class JsonlCorpus(_ColumnCorpus):
-    """JSON lines: one document or dialogue per line."""
+    """JSON lines, with one document or dialogue per line."""
 
     kind: Literal["jsonl"]
     paths: tuple[str, ...] = Field(min_length=1)
-    """Files or globs, local or on any fsspec URL (s3://bucket/chat-*.jsonl.gz)."""
+    """Files or globs, local or at any fsspec URL: s3://bucket/chat-*.jsonl.gz."""
 
 
 class ParquetCorpus(_ColumnCorpus):
@@ -150,7 +156,7 @@ class ParquetCorpus(_ColumnCorpus):
 
     kind: Literal["parquet"]
     paths: tuple[str, ...] = Field(min_length=1)
-    """Files or globs, local or on any fsspec URL (s3://bucket/chat-*.jsonl.gz)."""
+    """Files or globs, local or at any fsspec URL: s3://bucket/chat-*.parquet."""
 
 
 class TextCorpus(_FileCorpus):
@@ -158,31 +164,31 @@ class TextCorpus(_FileCorpus):
 
     kind: Literal["text"]
     paths: tuple[str, ...] = Field(min_length=1)
-    """Files or globs, local or on any fsspec URL (s3://bucket/chat-*.jsonl.gz)."""
+    """Files or globs, local or at any fsspec URL: s3://bucket/notes-*.txt."""
     split_on: Literal["file", "blank_line", "line"] = "blank_line"
-    """What ends a document: the file, an empty line, or every line."""
+    """What ends a document: the end of the file, an empty line, or the end of each line."""
 
 
 class HubCorpus(_ColumnCorpus):
-    """A data set of the hub, read with `datasets` (streamed, so that only what is used is fetched)."""
+    """A data set of the hub. It is streamed with `datasets`, so only the documents in use are downloaded."""
 
     kind: Literal["hub"]
     dataset: str
-    """Hub id."""
+    """Hub id of the data set."""
     subset: str | None = None
     """Configuration name of the data set."""
     split: str = "train"
-    """Split of the data set; crossray makes its own train and validation parts from it."""
+    """Split of the data set. crossray divides it into its own training and validation parts."""
     revision: str | None = None
-    """Commit or tag; pin it."""
+    """Commit or tag. Without one, a change on the hub can change the result of the same file."""
 
 
 class OrganismCorpus(_FileCorpus):
-    """The text that comes with the run's `organism`, with token-level labels of its planted behaviours."""
+    """Text generated with the run's `organism`, with a label for every token of a planted behaviour."""
 
     kind: Literal["organism"]
     part: Literal["documents", "dialogues"]
-    """Plain documents, or chat with planted behaviours."""
+    """Plain documents, or dialogues with planted behaviours."""
 
 
 CorpusSource = Annotated[
@@ -191,12 +197,13 @@ CorpusSource = Annotated[
 
 
 class CorpusSection(Section):
-    """Which texts, and which part of them is held out."""
+    """The texts, and the share of them that is held out."""
 
     sources: tuple[CorpusSource, ...] = Field(min_length=1)
-    """Corpora to mix. Identical documents are kept once, in the first corpus that has them."""
+    """Corpora to mix. Identical documents are deduplicated: the first corpus that has one keeps it."""
     validation_frac: Fraction = 0.1
-    """Share of documents held out for validation and all analyses; chosen by the document's hash, never by order."""
+    """Share of documents held out for validation and all analyses. A document's hash decides, never its order. Raising
+    it narrows every interval and leaves less to train on."""
 
     @model_validator(mode="after")
     def _distinct_names(self) -> Self:
@@ -210,39 +217,40 @@ class TokensSection(Section):
     """How text becomes token ids."""
 
     max_tokens_per_document: int = Field(1024, ge=2)
-    """Documents are truncated to this many tokens."""
+    """Longer documents are truncated to this many tokens. Raising it needs more memory in a forward pass."""
     num_tokens: PositiveInt | None = None
-    """Token budget over all corpora and both splits; None takes as much as the mixing allows."""
+    """Token budget over all corpora and both splits. null takes as many as the mixing allows."""
     mixing: Literal["by_weight", "everything"] = "by_weight"
-    """by_weight: shares of tokens follow the weights to a document; where one corpus runs out, the others are cut too.
-    everything: one that runs out gives all it has, the others keep their part of the budget (without a budget: all)."""
+    """by_weight: the shares of tokens follow the weights; a corpus that runs out limits the others too.
+    everything: a corpus that runs out gives all it has, and the others keep their part of the budget."""
     chat_template: str | None = None
-    """File or URL of a Jinja chat template in place of the one that comes with the chat model's tokenizer."""
+    """File or URL of a Jinja chat template. null uses the template of the chat model's tokenizer."""
 
 
 class ActivationsSection(Section):
-    """Which rows of which layer enter the crosscoder."""
+    """The layer that is read, and the rows of it that are kept."""
 
     mode: Literal["store", "stream"] = "store"
-    """store: all rows are extracted once and kept. stream: only the validation rows are kept; training rows go from
-    extraction into the trainer, and every epoch costs another pass of both models."""
+    """store extracts all rows once and keeps them. stream keeps the validation rows only: training rows go straight to
+    the trainer, and every epoch costs another pass of both models."""
     layer: PositiveInt
-    """Output of this decoder layer, counted from 1 (transformers' hidden_states[layer], never after the final norm)."""
+    """Number of the decoder layer whose output is read, counted from 1. This is hidden_states[layer] in transformers,
+    before the final norm."""
     drop_first_tokens: NonNegativeInt = 0
-    """Leading tokens of each document to leave out (25 for Llama 3, 21 for Qwen 2.5: their default system prompt)."""
+    """Leading tokens of each document to drop, such as a default system prompt: 25 for Llama 3, 21 for Qwen 2.5."""
     drop_bos: bool = True
-    """Leave out the BOS row: an attention sink whose norm can exceed the median a hundredfold."""
+    """Drop the BOS row. It is an attention sink whose norm can be a hundred times the median."""
     norm_cap: PositiveFloat | None = None
-    """Leave out rows whose norm, in either model, exceeds this multiple of the median norm of their document's tokens
-    in that model: attention sinks other than BOS. None keeps every row."""
+    """Drop rows whose norm in either model exceeds this multiple of the median norm of their document. This removes
+    attention sinks other than BOS. null keeps every row."""
     rows_per_shard: PositiveInt = 50_000
-    """Rows in one file of the store; a killed run repeats at most the shards in work."""
+    """Rows in one shard, a file of the store. Raising it gives fewer files, and a killed run repeats more rows."""
     compression: Literal["none", "lossless", "int8"] = "none"
-    """How shards are kept. lossless: the same numbers in about two thirds of the bytes, slower to write and read. int8:
-    half the bytes, one scale per row and model; adds noise of at most 1/254 of a row's largest value."""
+    """Form of the shards on disk. lossless keeps the same numbers in two thirds of the bytes, but writes and reads
+    more slowly. int8 takes half the bytes and adds noise of at most 1/254 of the largest value of a row."""
     tokens_per_batch: PositiveInt | Literal["auto"] = "auto"
-    """Tokens in one forward pass, padding included; auto takes what the GPU has memory for, 16,384 on a CPU. A batch
-    that does not fit after all is run in halves."""
+    """Tokens in one forward pass, padding included. auto takes what the GPU has memory for, and 16,384 on a CPU. A
+    batch that does not fit is run again in halves."""
     max_rejected_frac: float = Field(0.01, ge=0, le=1)
-    """Share of documents that may be set aside because they cannot be read, fail or give NaN or Inf; more end the run.
-    0 allows none."""
+    """Largest share of documents that may go into quarantine because they cannot be read, fail, or give NaN or Inf. A
+    larger share ends the run. 0 allows none."""

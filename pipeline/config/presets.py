@@ -1,8 +1,8 @@
-"""What is known about a family of models and would otherwise be found out by a spoilt run.
+"""Presets: the rows to drop, norm caps and token replacements that a family of models needs.
 
-A preset is a plain tree that lies under the user's run file: the resolved configuration holds its values like typed
-ones, a key that the file names wins, and fingerprints cover the values, never the preset's name. Sources: arXiv
-2504.02922 and its code for Gemma 2, Llama 3 and Qwen 2.5; Gemma 3 and Qwen 3 follow from their chat templates.
+A preset gives the default of a few keys. A key that the run file names wins. Fingerprints cover the resulting values,
+never the name of the preset. Sources: arXiv 2504.02922 and its code for Gemma 2, Llama 3 and Qwen 2.5; the chat
+templates for Gemma 3 and Qwen 3.
 """
 
 from collections.abc import Mapping
@@ -11,13 +11,13 @@ from typing import Any, Literal
 PresetName = Literal["gemma-2", "gemma-3", "llama-3.1", "llama-3.2", "qwen-2.5", "qwen-3"]
 
 _SINK_NORM_CAP = 10.0
-"""Attention sinks other than BOS have norms of a hundred medians and more, other rows less than ten."""
+"""Attention sinks other than BOS have norms above a hundred medians, other rows below ten."""
 
 _GEMMA: Mapping[str, Any] = {"activations": {"drop_first_tokens": 0, "drop_bos": True}}
 _LLAMA_3: Mapping[str, Any] = {
-    # BOS and the default system prompt with its dates, which every dialogue repeats.
+    # BOS and the default system prompt with its dates, which all dialogues share.
     "activations": {"drop_first_tokens": 25, "drop_bos": True, "norm_cap": _SINK_NORM_CAP},
-    # The base model never saw start_header_id, end_header_id and eot_id; it reads plain tokens in their place.
+    # The base model never saw start_header_id, end_header_id and eot_id, so it reads plain tokens instead.
     "models": {"base": {"token_replacements": {128006: 1432, 128007: 827, 128009: 827}}},
 }
 
@@ -28,13 +28,13 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "llama-3.2": _LLAMA_3,
     # 21: the default system prompt.
     "qwen-2.5": {"activations": {"drop_first_tokens": 21, "drop_bos": True, "norm_cap": _SINK_NORM_CAP}},
-    # Neither a default system prompt nor a BOS: the first token is the attention sink.
+    # No default system prompt and no BOS: the first token is the attention sink.
     "qwen-3": {"activations": {"drop_first_tokens": 1, "drop_bos": True, "norm_cap": _SINK_NORM_CAP}},
 }
 
 
 def with_preset(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The run file's tree over the values of the preset that it names; unchanged where it names none that is known."""
+    """The tree of a run file, completed by its preset. Without a known preset the tree is returned as it is."""
     name = tree.get("preset")
     return _over(PRESETS.get(name, {}) if isinstance(name, str) else {}, tree)
 

@@ -1,4 +1,7 @@
-"""How a run is carried out: machines, places, tracking. Nothing here enters a fingerprint."""
+"""How a run is carried out: machines, storage, tracking. None of these settings enters a fingerprint.
+
+So they can change between two calls of `crossray run` without making a finished artifact stale.
+"""
 
 import re
 from typing import Annotated, Literal, Self
@@ -22,13 +25,13 @@ class ClusterSection(Section):
     """The Ray cluster."""
 
     address: str = "local"
-    """local starts one on this machine; auto or host:port joins a running one."""
+    """local starts a cluster on this machine. auto or host:port joins a running one."""
     autoscales: bool = False
-    """The cluster starts nodes on demand: what it lacks at the moment is waited for instead of refused."""
+    """The cluster starts nodes on demand. The run then waits for missing resources instead of refusing to start."""
     num_cpus: PositiveInt | None = None
-    """Logical CPUs of a local cluster; None takes the machine's cores."""
+    """Logical CPUs of a local cluster. null takes the cores of the machine."""
     object_store_bytes: PositiveInt | None = None
-    """Shared memory of a local cluster; None takes a tenth of the machine's memory, at most 2 GB."""
+    """Shared memory of a local cluster, in bytes. null takes a tenth of the machine's memory, at most 2 GB."""
 
 
 def _own_names(value: dict[str, float]) -> dict[str, float]:
@@ -42,31 +45,31 @@ def _own_names(value: dict[str, float]) -> dict[str, float]:
 
 
 CustomResources = Annotated[dict[str, Annotated[float, Field(ge=1e-4)]], AfterValidator(_own_names)]
-"""Amounts by name; a ten-thousandth is the least that Ray can tell from nothing."""
+"""Amounts by name. Ray rounds amounts below a ten-thousandth to 0."""
 
 
 class WorkersSection(Section):
-    """A pool of workers of one stage."""
+    """The workers of one stage."""
 
     workers: PositiveInt | None = None
-    """Processes; None means as many as the cluster's CPUs and its custom resources allow."""
+    """Number of processes. null takes as many as the CPUs and custom resources of the cluster allow."""
     cpus: PositiveFloat = 1.0
-    """CPUs (and threads, rounded down, at least 1) of each worker."""
+    """CPUs of each worker. It uses as many threads, rounded down, and at least one."""
     gpus: NonNegativeFloat = 0.0
-    """GPUs of each worker; above 0 the models are put on the GPU."""
+    """GPUs of each worker. Above 0, the models are placed on the GPU."""
     custom: CustomResources = Field(default_factory=dict)
-    """What else each worker takes of its node, such as {extract: 1}, by the names with which nodes were started (`ray
-    start --resources`): the stage runs on those nodes alone."""
+    """Custom Ray resources that each worker takes, such as {extract: 1}. The stage then runs only on nodes that were
+    started with that name (`ray start --resources`)."""
     max_retries: NonNegativeInt = 10
-    """How often an item is repeated because its process was lost, before the run fails."""
+    """How often an item is repeated after its process was lost. One more loss fails the run."""
 
 
 class ModelWorkersSection(WorkersSection):
-    """A pool of workers that hold both models."""
+    """Workers that hold both models."""
 
     placement: Literal["one_device", "two_devices", "spread"] = "one_device"
-    """Both models of a worker on one device, base and chat on one each, or each spread over all GPUs of the worker: for
-    models larger than one GPU (needs accelerate)."""
+    """one_device holds both models on one device. two_devices gives each model its own. spread divides each model over
+    all GPUs of the worker, for models larger than one GPU, and needs accelerate."""
 
     @model_validator(mode="after")
     def _enough_gpus(self) -> Self:
@@ -79,11 +82,11 @@ class ModelWorkersSection(WorkersSection):
 
 
 class ExtractionResources(ModelWorkersSection):
-    """The pool of workers that hold both models."""
+    """Workers that hold both models up to the layer."""
 
     min_workers: PositiveInt | None = None
-    """Start with this many and grow to `workers` while work is waiting and the cluster has room (also by starting
-    nodes, where it can); None starts all at once."""
+    """Start with this many workers and grow to `workers` while work is waiting and the cluster has room or can start
+    nodes. null starts all at once."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -96,51 +99,51 @@ class ExtractionResources(ModelWorkersSection):
 
 
 class TrainingResources(Section):
-    """Workers of the crosscoder stage: a mesh of data x latent ranks."""
+    """Ranks of the crosscoder stage: a mesh of data x latent."""
 
     data: PositiveInt = 1
-    """Ranks that share the rows of each global batch."""
+    """Ranks that divide the rows of each global batch."""
     min_data: PositiveInt | None = None
-    """Go on with as few as this many data ranks while nodes are missing, and take the others back as they return (Ray
-    Train's elastic mode); None waits for all. The result differs from an undisturbed run by rounding alone."""
+    """Train with as few as this many data ranks while nodes are missing, and with more as nodes return (Ray Train's
+    elastic mode). null waits for all. The result differs from an undisturbed run by rounding only."""
     latent: PositiveInt = 1
-    """Ranks that share the latents: each holds F / latent of them."""
+    """Ranks that divide the latents: each holds F / latent of them."""
     cpus: PositiveFloat | None = None
-    """CPUs (and threads) of each rank; None shares the machine's cores equally."""
+    """CPUs and threads of each rank. null divides the cores of the machine equally."""
     gpus: NonNegativeFloat = 0.0
     """GPUs of each rank."""
     custom: CustomResources = Field(default_factory=dict)
-    """What else each rank takes of its node, as for the pools, such as {train: 1}."""
+    """Custom Ray resources that each rank takes, such as {train: 1}."""
     kernels: Literal["auto", "reference", "cpu", "triton"] = "auto"
-    """Code of the sparse steps; auto takes the fastest that the device offers, and the choice is logged."""
+    """Implementation of the sparse operations. auto takes the fastest one for the device, and logs which."""
     checkpoint_every_steps: PositiveInt = 500
-    """A killed run repeats at most this many steps."""
+    """Steps between two checkpoints. A killed run repeats at most this many steps."""
     checkpoints_kept: PositiveInt = 2
-    """Older checkpoints are removed."""
+    """Checkpoints to keep. Older ones are deleted."""
     max_restarts: NonNegativeInt = 2
-    """How often lost workers are replaced before the run fails."""
+    """How often training restarts after losing a rank. One more loss fails the run."""
 
 
 class EndpointSection(Section):
-    """A server that speaks the OpenAI chat protocol: a vendor's, or one's own (vLLM, llama.cpp, Ollama ...)."""
+    """A server with an OpenAI-compatible chat API: of a provider, or your own (vLLM, llama.cpp, Ollama)."""
 
     base_url: str | None = None
-    """Such as https://api.example.com/v1; /chat/completions is appended."""
+    """Address such as https://api.example.com/v1, to which /chat/completions is appended."""
     api_key_env: str | None = None
-    """Name of the environment variable that holds the key; the key itself is never read from a file, recorded or
-    logged. null sends none."""
+    """Name of the environment variable that holds the key. The key itself is never read from a file, recorded or
+    logged. null sends no key."""
     concurrency: PositiveInt = 8
-    """Requests under way at once; lower it where the endpoint answers 429."""
+    """Requests in flight at once. Lower it if the endpoint answers 429."""
     timeout_seconds: PositiveFloat = 120.0
-    """After so long without an answer a request is made again."""
+    """Seconds to wait for an answer before the request is sent again."""
     max_retries: NonNegativeInt = 6
-    """How often a request is made again after 429, 5xx, a time-out or a lost connection, before the run ends."""
+    """How often to repeat a request after 429, 5xx, a time-out or a lost connection. One more failure ends the run."""
     backoff_seconds: PositiveFloat = 1.0
-    """Wait before the first of these; doubled each time, up to a minute, or what the endpoint asks for."""
+    """Seconds before the first retry. The wait doubles each time up to a minute, unless the endpoint names one."""
     price_in: NonNegativeFloat | None = None
-    """Price of a million tokens read, in any currency; with price_out, plan states the cost."""
+    """Price of a million input tokens, in any currency. With price_out, plan states the cost."""
     price_out: NonNegativeFloat | None = None
-    """Price of a million tokens written."""
+    """Price of a million output tokens."""
 
     @field_validator("base_url")
     @classmethod
@@ -167,37 +170,37 @@ class EndpointSection(Section):
 
 
 class ResourcesSection(Section):
-    """Who does the work."""
+    """Machines and workers of each stage."""
 
     cluster: ClusterSection = ClusterSection()
     """The Ray cluster."""
     tokens: WorkersSection = WorkersSection()
-    """Tokenising workers."""
+    """Workers that tokenise."""
     extraction: ExtractionResources = ExtractionResources()
-    """Workers that hold both models up to the layer."""
+    """Workers that extract activations."""
     training: TrainingResources = TrainingResources()
     """Ranks that fit the crosscoders."""
     analyses: ModelWorkersSection = ModelWorkersSection()
-    """Workers of the analyses; causality and steering hold both models whole."""
+    """Workers of the analyses. Those of causality and steering hold both models whole."""
     autointerp: EndpointSection = EndpointSection()
-    """The endpoint that analyses.autointerp asks."""
+    """The endpoint that analyses.autointerp uses."""
 
 
 class StorageSection(Section):
-    """Where artifacts live."""
+    """Where artifacts are kept."""
 
     root: str = "runs"
-    """Local folder or URL (s3://bucket/prefix). Artifacts of all runs share it and are found again by identity."""
+    """Local folder or URL such as s3://bucket/prefix. Runs that share a root reuse each other's artifacts."""
 
 
 class TrackingSection(Section):
-    """Where numbers, figures and models are logged."""
+    """Where metrics, figures and models are logged."""
 
     kind: Literal["mlflow", "none"] = "mlflow"
-    """none logs nothing; the artifacts hold every number all the same."""
+    """none logs nothing. The artifacts hold every number in either case."""
     uri: str | None = None
-    """MLflow tracking URI; None uses MLFLOW_TRACKING_URI if set, else a SQLite file under a local storage root."""
+    """MLflow tracking URI. null uses MLFLOW_TRACKING_URI if set, else a SQLite file under a local storage root."""
     experiment: Annotated[str, Field(min_length=1)] = "crossray"
-    """MLflow experiment."""
+    """Name of the MLflow experiment."""
     log_every_steps: PositiveInt = 20
-    """Distance of two points of a training curve."""
+    """Training steps between two points of a logged curve."""

@@ -1,8 +1,9 @@
 """The run file: loading, overrides and errors that name the nearest valid key.
 
-`load(path, overrides)` gives a frozen `RunConfig` or raises one InputError. A preset lies under the file. Overrides are
-applied to the resolved tree, not to the YAML, so that `--set crosscoders.l1.sparsity.mu=0.02` works whether or not the
-file mentions the key. No file inheritance, no interpolation, no environment variables. Needs pydantic and yaml alone.
+`load(path, overrides)` gives a frozen `RunConfig` or raises one InputError. A preset fills what the file leaves open.
+Overrides are applied to the resolved tree, not to the YAML, so that `--set crosscoders.l1.sparsity.mu=0.02` works
+whether or not the file mentions the key. No file inheritance, no interpolation, no environment variables. Needs
+pydantic and yaml alone.
 """
 
 import difflib
@@ -30,7 +31,7 @@ from pipeline.errors import InputError
 
 
 class _Yaml12Loader(yaml.SafeLoader):
-    """PyYAML follows YAML 1.1 and reads 1e-4 as a string; this one reads it as the number that everyone means."""
+    """PyYAML follows YAML 1.1 and reads 1e-4 as a string; this loader reads it as a number."""
 
 
 _Yaml12Loader.add_implicit_resolver(
@@ -123,7 +124,7 @@ def load_as(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -> Co
     """The same for another kind of file whose sections are checked like a run's (a benchmark)."""
     tree = read_tree(path)
     presets = [override for override in overrides if override.partition("=")[0] == "preset"]
-    for override in presets:  # before the rest: it decides what lies under the file
+    for override in presets:  # before the rest: it decides the values that the file leaves open
         tree.setdefault("preset", None)
         _apply(tree, override)
     config = validated(kind, with_preset(tree), str(path))

@@ -1,4 +1,7 @@
-"""The base of every section of a run file: frozen, strict, documented under each field."""
+"""The base class of every section of a run file, and the types that sections share.
+
+Sections are frozen and strict, and document each field below it. They check numbers; they read no files.
+"""
 
 from typing import Annotated
 
@@ -9,6 +12,6 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
 
 
 class Section(BaseModel):
-    """Unknown keys fail, nothing changes after loading, and the docs under the fields are part of the schema."""
+    """Base class of all sections. Unknown keys fail, values cannot change, and the text under a field documents it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)

@@ -1,9 +1,9 @@
-"""Token rows to activation rows: both models, layers 1..L only, padding neither kept nor paid for.
+"""Token rows to activation rows: both models, layers 1..L only, with little padding computed and none kept.
 
 A call takes the documents of one shard, runs them in batches of similar length and returns one row per kept token, in
-the order of the documents, positions ascending. What comes out depends on the documents and options alone: the same
-call gives the same bytes, wherever and however often it runs. Only where memory runs out are batches cut differently,
-which changes roundings and nothing else.
+the order of the documents, positions ascending. The rows depend on the documents and options alone: the same call gives
+the same bytes on every worker and every time. Only where memory runs out are batches cut differently, which changes
+nothing but rounding.
 
 It knows no shards or files. The trade-off: documents are sorted by length inside a call, so more documents a call
 means less padding, and all rows of a call are in memory at once.
@@ -20,11 +20,12 @@ from torch import Tensor
 
 from pipeline.errors import InputError
 from pipeline.models.memory import is_out_of_memory
+from pipeline.models.padding import TokenBatch, pad_tokens
 from pipeline.models.pair import ModelPair
 from pipeline.schema import MODEL_NAMES, Flag
 
 OVERHEAD_TOKENS = 64
-"""What starting one more batch costs, in tokens; below it padding is cheaper than another batch."""
+"""Cost of starting one more batch, in tokens; less padding than that is cheaper than another batch."""
 
 
 class RowOptions(NamedTuple):
@@ -70,17 +71,6 @@ class ActivationRows(NamedTuple):
     """How often a batch did not fit and the budget was halved."""
 
 
-class TokenBatch(NamedTuple):
-    """Documents side by side, padded on the right."""
-
-    ids_BT: Tensor
-    """int64, 0 at padding."""
-    mask_BT: Tensor
-    """int64, 1 on tokens."""
-    flags_BT: Tensor
-    """int32, 0 at padding."""
-
-
 class ExtractRows:
     """Callable on token rows (schema.TOKEN_COLUMNS as a dict of columns): ActivationRows of all their documents."""
 
@@ -109,7 +99,7 @@ class ExtractRows:
         waiting = self._plan(np.arange(len(ids)), lengths)
         while waiting:
             members = waiting.pop()
-            batch = pad_documents([ids[i] for i in members], [flags[i] for i in members])
+            batch = pad_tokens([ids[i] for i in members])
             width = batch.ids_BT.shape[1]
             source = np.concatenate([row * width + positions[i] for row, i in enumerate(members)])
             taken = self._run(batch, torch.from_numpy(source))
@@ -141,7 +131,7 @@ class ExtractRows:
         return [members[batch] for batch in reversed(plan.batches)]
 
     def _run(self, batch: TokenBatch, source_B: Tensor) -> "_TakenRows | None":
-        """Rows of a batch, or None where memory ran out; by the return, whatever the attempt held is free again."""
+        """Rows of a batch, or None where memory ran out; the memory of a failed attempt is freed before the return."""
         try:
             h_BTMD = self.pair.activations(batch.ids_BT, batch.mask_BT)
             source_B = source_B.to(h_BTMD.device)
@@ -175,12 +165,17 @@ class _TakenRows(NamedTuple):
     is_within_cap_B: Tensor
 
 
-def kept_positions(flags: np.ndarray, options: RowOptions) -> np.ndarray:
-    """Positions of a document that become rows, int64 ascending, from its tokens' flags."""
-    is_kept = np.arange(len(flags)) >= options.drop_first_tokens
+def is_row(flags: np.ndarray, options: RowOptions) -> np.ndarray:
+    """bool [T]: which tokens of a document become rows, from their flags; norm_cap is `within_norm_cap`'s."""
+    is_kept: np.ndarray = np.arange(len(flags)) >= options.drop_first_tokens
     if options.drop_bos:
         is_kept &= (flags & int(Flag.BOS)) == 0
-    return np.flatnonzero(is_kept)
+    return is_kept
+
+
+def kept_positions(flags: np.ndarray, options: RowOptions) -> np.ndarray:
+    """Positions of a document that become rows, int64 ascending."""
+    return np.flatnonzero(is_row(flags, options))
 
 
 def within_norm_cap(h_BTMD: Tensor, mask_BT: Tensor, norm_cap: float) -> Tensor:
@@ -236,19 +231,6 @@ def plan_batches(lengths: Sequence[int], tokens_per_batch: int, *, overhead_toke
     batches.reverse()
     computed = sum(int(length_N[batch[0]]) * len(batch) for batch in batches)
     return BatchPlan(tuple(batches), int(length_N.sum()) / computed if computed else 1.0)
-
-
-def pad_documents(ids: Sequence[np.ndarray], flags: Sequence[np.ndarray]) -> TokenBatch:
-    """Documents side by side, padded on the right with id 0."""
-    longest = max(len(row) for row in ids)
-    ids_BT = np.zeros((len(ids), longest), dtype=np.int64)
-    flags_BT = np.zeros((len(ids), longest), dtype=np.int32)
-    lengths_B1 = np.array([len(row) for row in ids])[:, None]
-    for row, (document, document_flags) in enumerate(zip(ids, flags, strict=True)):
-        ids_BT[row, : len(document)] = document
-        flags_BT[row, : len(document)] = document_flags
-    mask_BT = (np.arange(longest)[None] < lengths_B1).astype(np.int64)
-    return TokenBatch(torch.from_numpy(ids_BT), torch.from_numpy(mask_BT), torch.from_numpy(flags_BT))
 
 
 def _of_rows(rows: ActivationRows, is_kept_B: Tensor) -> ActivationRows:

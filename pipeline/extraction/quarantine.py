@@ -1,12 +1,13 @@
-"""Documents that cannot become rows are found and set aside, so that one of them does not end a run.
+"""Quarantine of documents that cannot become rows, so that one of them does not end a run.
 
-A document is poisonous if its token ids cannot be read, if the forward pass fails on it, or if it gives NaN or Inf. A
-call of the extraction that goes well costs nothing more. Only where it fails are documents run apart: those that gave
-bad rows each alone, or halves of halves until the failing ones stand alone; then the remaining documents are run
-together once more. Which documents are set aside, and the rows of the others, depend on the documents alone.
+A document goes to quarantine if its token ids cannot be read, if the forward pass fails on it, or if it gives NaN or
+Inf. A call of the extraction in which all goes well costs nothing more. Only where it fails are documents run apart:
+those that gave bad rows each alone, or halves of halves until the failing ones stand alone; then the remaining
+documents are run together once more. Which documents are in quarantine, and the rows of the others, depend on the
+documents alone.
 
-What is not a document's fault goes through unchanged: a refused input, exhausted memory, a broken device. A fault that
-shows only when documents run together is refused too, because no document can be blamed for it.
+Failures that no document causes are raised unchanged: a refused input, exhausted memory, a broken device. A failure
+that shows only when documents run together is refused too, because no document can be blamed for it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,24 +19,24 @@ import torch
 from pipeline.errors import CrossrayError, InputError
 from pipeline.extraction.activations import ActivationRows
 
-_NAMED = 3
-"""Documents that a refusal names; the rest are counted."""
+_NUM_NAMED = 3
+"""Documents that an error names; the rest are counted."""
 
 
-class Rejected(NamedTuple):
-    """A document that was set aside."""
+class QuarantinedDocument(NamedTuple):
+    """A document that gives no rows."""
 
     doc_id: int
     reason: str
     """What happened, as a phrase."""
 
 
-class Screened(NamedTuple):
+class QuarantineResult(NamedTuple):
     """Rows of the documents that can be run, and the others."""
 
     rows: ActivationRows
-    """In the order of the documents, without those set aside."""
-    rejected: tuple[Rejected, ...]
+    """In the order of the documents, without those in quarantine."""
+    quarantined: tuple[QuarantinedDocument, ...]
     """In the order of the documents."""
 
 
@@ -43,53 +44,45 @@ Documents = Mapping[str, Sequence[Any]]
 Extract = Callable[[Documents], ActivationRows]
 
 
-def extract_screened(extract: Extract, documents: Documents, *, vocab_size: int, max_rejected: int) -> Screened:
-    """`extract(documents)` without the poisonous ones.
+def extract_with_quarantine(
+    extract: Extract, documents: Documents, *, vocab_size: int, max_quarantined: int
+) -> QuarantineResult:
+    """`extract(documents)` without the documents that cannot be run.
 
-    Raises InputError as soon as more than `max_rejected` are found.
+    Raises InputError as soon as more than `max_quarantined` are found.
     """
     reasons = _unreadable(documents, vocab_size)
     while True:
-        _check_count(documents, reasons, max_rejected)
+        quarantined = [
+            QuarantinedDocument(int(documents["doc_id"][place]), reasons[place]) for place in sorted(reasons)
+        ]
+        if len(quarantined) > max_quarantined:
+            raise too_many_quarantined(quarantined, limit=max_quarantined)
         places = [place for place in range(len(documents["doc_id"])) if place not in reasons]
         outcome = _attempt(extract, documents, places)
-        if isinstance(outcome, ActivationRows):
-            suspects = _places_with_bad_rows(outcome, documents)
-            if not suspects:
-                rejected = tuple(Rejected(int(documents["doc_id"][p]), reasons[p]) for p in sorted(reasons))
-                return Screened(outcome, rejected)
-            groups = [[place] for place in suspects]
-            symptom = f"NaN or Inf in {len(suspects)} documents"
-        else:
-            middle = (len(places) + 1) // 2
-            groups = [group for group in (places[:middle], places[middle:]) if group]
-            symptom = _phrase(outcome)
+        suspects = _suspects(outcome, documents, places)
+        if isinstance(outcome, ActivationRows) and not suspects:
+            return QuarantineResult(outcome, tuple(quarantined))
         found: dict[int, str] = {}
-        for group in groups:
-            _isolate(extract, documents, group, found, limit=max_rejected - len(reasons))
+        for group in suspects:
+            _isolate(extract, documents, group, found, limit=max_quarantined - len(reasons))
         if not found:
             raise InputError(
-                f"expected documents that can be run together, got {symptom} in a batch of {len(places)} documents "
-                f"of which each alone, or in smaller batches, is fine; lower activations.tokens_per_batch or use "
-                "models.dtype: float32"
+                f"expected documents that can be run together, got {_symptom(outcome)} in a batch of {len(places)} "
+                "documents of which each alone, or in smaller batches, is fine; lower activations.tokens_per_batch or "
+                "use models.dtype: float32"
             )
         reasons |= found
 
 
-def refusal(rejected: Sequence[Rejected], *, limit: int) -> InputError:
-    """The error of a run in which more documents than allowed were set aside; names the first ones."""
-    named = "; ".join(f"document {item.doc_id}: {item.reason}" for item in rejected[:_NAMED])
+def too_many_quarantined(quarantined: Sequence[QuarantinedDocument], *, limit: int) -> InputError:
+    """The error of a run with more documents in quarantine than allowed; names the first ones."""
+    named = "; ".join(f"document {item.doc_id}: {item.reason}" for item in quarantined[:_NUM_NAMED])
     return InputError(
-        f"activations.max_rejected_frac: expected at most {limit} documents that cannot be run, got {len(rejected)} "
+        f"activations.max_rejected_frac: expected at most {limit} documents that cannot be run, got {len(quarantined)} "
         f"so far ({named}); mend or remove them, use models.dtype: bfloat16 or float32 where they overflow, or raise "
         "the limit"
     )
-
-
-def _check_count(documents: Documents, reasons: Mapping[int, str], max_rejected: int) -> None:
-    if len(reasons) > max_rejected:
-        rejected = [Rejected(int(documents["doc_id"][place]), reasons[place]) for place in sorted(reasons)]
-        raise refusal(rejected, limit=max_rejected)
 
 
 def _unreadable(documents: Documents, vocab_size: int) -> dict[int, str]:
@@ -107,29 +100,6 @@ def _unreadable(documents: Documents, vocab_size: int) -> dict[int, str]:
     return reasons
 
 
-def _isolate(extract: Extract, documents: Documents, places: Sequence[int], found: dict[int, str], limit: int) -> None:
-    """Add the documents among `places` that fail alone to `found`; stops early once there are more than `limit`."""
-    if len(found) > limit:
-        return
-    outcome = _attempt(extract, documents, places)
-    if isinstance(outcome, ActivationRows):
-        suspects = _places_with_bad_rows(outcome, documents)
-        if not suspects:
-            return
-        if len(places) == 1:
-            found[places[0]] = _where_not_finite(outcome)
-            return
-        groups = [[place] for place in suspects]
-    else:
-        if len(places) == 1:
-            found[places[0]] = f"the forward pass failed: {_phrase(outcome)}"
-            return
-        middle = (len(places) + 1) // 2
-        groups = [list(places[:middle]), list(places[middle:])]
-    for group in groups:
-        _isolate(extract, documents, group, found, limit)
-
-
 def _attempt(extract: Extract, documents: Documents, places: Sequence[int]) -> ActivationRows | Exception:
     """Rows of some documents, or the failure that may be a document's fault."""
     try:
@@ -140,18 +110,37 @@ def _attempt(extract: Extract, documents: Documents, places: Sequence[int]) -> A
         return error
 
 
-def _places_with_bad_rows(rows: ActivationRows, documents: Documents) -> list[int]:
-    bad_B = ~rows.x_BMD.flatten(1).isfinite().all(dim=1)
-    bad = set(rows.doc_id_B[bad_B].tolist())
-    return [place for place, doc_id in enumerate(documents["doc_id"]) if int(doc_id) in bad] if bad else []
+def _suspects(outcome: ActivationRows | Exception, documents: Documents, places: Sequence[int]) -> list[list[int]]:
+    """Groups to run apart: documents with bad rows each alone, or both halves of what failed; none if all is well."""
+    if isinstance(outcome, ActivationRows):
+        bad = set(outcome.doc_id_B[_is_bad(outcome)].tolist())
+        return [[place] for place in places if int(documents["doc_id"][place]) in bad]
+    middle = (len(places) + 1) // 2
+    return [list(group) for group in (places[:middle], places[middle:]) if group]
 
 
-def _where_not_finite(rows: ActivationRows) -> str:
-    bad_B = ~rows.x_BMD.flatten(1).isfinite().all(dim=1)
-    first = int(bad_B.nonzero()[0])
-    return f"NaN or Inf in {int(bad_B.sum())} of {len(bad_B)} rows, first at position {int(rows.position_B[first])}"
+def _isolate(extract: Extract, documents: Documents, places: Sequence[int], found: dict[int, str], limit: int) -> None:
+    """Add the documents among `places` that fail alone to `found`; stops early once there are more than `limit`."""
+    if len(found) > limit:
+        return
+    outcome = _attempt(extract, documents, places)
+    suspects = _suspects(outcome, documents, places)
+    if suspects and len(places) == 1:
+        found[places[0]] = _symptom(outcome)
+        return
+    for group in suspects:
+        _isolate(extract, documents, group, found, limit)
 
 
-def _phrase(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {line[:200]}" if line else type(error).__name__
+def _is_bad(rows: ActivationRows) -> torch.Tensor:
+    is_bad_B: torch.Tensor = ~rows.x_BMD.flatten(1).isfinite().all(dim=1)
+    return is_bad_B
+
+
+def _symptom(outcome: ActivationRows | Exception) -> str:
+    if isinstance(outcome, ActivationRows):
+        bad = _is_bad(outcome).nonzero().flatten()
+        first = int(outcome.position_B[bad[0]])
+        return f"NaN or Inf in {len(bad)} of {len(outcome.x_BMD)} rows, first at position {first}"
+    line = (str(outcome).strip().splitlines() or [""])[0]
+    return f"the forward pass failed: {type(outcome).__name__}{': ' if line else ''}{line[:200]}"

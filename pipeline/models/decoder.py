@@ -3,10 +3,10 @@
     ids -> [embedding, layers 1..L] -> h -> [layers L+1..N, final norm] -> hidden -> [head] -> logits
                   lower                               upper                          head
 
-The halves are the model's own forward with some layers replaced while it runs: the lower half ends by an exception
-raised right after layer L, the upper half skips layers 1..L and starts from the given h, the head runs the model's
-outermost forward on a given hidden state. So masks, rotary embeddings, sliding windows, soft-capping and logit scaling
-stay the architecture's own code, and no architecture is named here.
+The halves are the model's own forward with some layers replaced while it runs (stand_ins.py): the lower half ends by
+an exception raised right after layer L, the upper half skips layers 1..L and starts from the given h, the head runs the
+model's outermost forward on a given hidden state. So masks, rotary embeddings, sliding windows, soft-capping and logit
+scaling stay the architecture's own code, and no architecture is named here.
 
 L counts from 1; h is the residual stream after L layers, for L = N before the final norm. Two decoders may share one
 model that is switched between them (an adapter on and off) or have their first layers in common (`lower_and_prefix`,
@@ -17,22 +17,25 @@ Shapes: B documents, T positions, D width, P chosen positions, V vocabulary.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
+from pipeline.models.stand_ins import (
+    GivenBody,
+    LayerReachedError,
+    edited,
+    hidden_of,
+    replaced,
+    skip,
+    stop_after,
+    stop_before,
+)
 
 LOGITS_PER_CHUNK = 1 << 25
 """Numbers in one chunk of logits: 128 MiB in float32."""
-
-
-class AttentionInputs(NamedTuple):
-    """What a model's forward needs to ignore padding; both None where causality alone already does."""
-
-    attention_mask: Tensor | None
-    position_ids: Tensor | None
 
 
 class LowerRun(NamedTuple):
@@ -47,8 +50,8 @@ class LowerRun(NamedTuple):
 class SplitDecoder:
     """A causal language model whose two halves run separately.
 
-    layer: L in 1 .. number of layers. token_replacements: ids that this model reads as other ids (a base model that
-    never saw the template's tokens). select: called before every forward, for a model that two decoders share.
+    layer: L in 1 .. number of layers. token_replacements: ids that this model reads as other ids (for a base model that
+    was not trained on the template's tokens). select: called before every forward of a model that two decoders share.
     """
 
     def __init__(
@@ -80,7 +83,7 @@ class SplitDecoder:
         self.layers = find_layers(self.base, self.num_layers)
         self.device = next(self.base.parameters()).device
         self._replacements = self._replacement_table(token_replacements or {})
-        # What this architecture's layers return; learned from the first forward through the lower half.
+        # Whether this architecture's layers return tuples; read from the first forward through the lower half.
         self.returns_tuple = False
         self._select = select
 
@@ -90,13 +93,13 @@ class SplitDecoder:
         return self.base(**inputs)
 
     def select(self) -> None:
-        """Makes a shared model this decoder's; `body`, `lower`, `upper` and `head` do so themselves."""
+        """Switches a shared model to this decoder; `body`, `lower`, `upper` and `head` call it themselves."""
         if self._select is not None:
             self._select()
 
     @torch.no_grad()
     def lower(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """h_BTD, the residual stream after layer L, in the model's dtype; the values at padding mean nothing.
+        """h_BTD, the residual stream after layer L, in the model's dtype; values at padding are undefined.
 
         mask_BT: 1 on tokens, 0 on padding, on either side.
         """
@@ -106,10 +109,10 @@ class SplitDecoder:
     def lower_and_prefix(self, ids_BT: Tensor, mask_BT: Tensor, num_layers: int) -> LowerRun:
         """As `lower`, with the stream after the first num_layers layers (at least 1, fewer than L)."""
         assert 1 <= num_layers < self.layer, f"a prefix of {num_layers} layers below layer {self.layer}"
-        record = _Record(self.layers[num_layers - 1])
-        h_BTD = self._run_lower(ids_BT, mask_BT, {num_layers - 1: record})
-        assert record.hidden is not None
-        return LowerRun(record.hidden, h_BTD)
+        seen: list[Tensor] = []
+        with self.layers[num_layers - 1].register_forward_hook(lambda *args: seen.append(hidden_of(args[-1]))):
+            h_BTD = self._run_lower(ids_BT, mask_BT, {})
+        return LowerRun(seen[0], h_BTD)
 
     @torch.no_grad()
     def lower_from(self, prefix_BTD: Tensor, num_layers: int, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -119,12 +122,11 @@ class SplitDecoder:
 
     @torch.no_grad()
     def run_before_layers(self) -> None:
-        """What runs before the first layer, on one token: wherever the model lies, and with any attention code."""
-        entry = _Entry(self.layers[0])
+        """Runs what comes before the first layer on one token, on any device and with any attention code."""
         try:
-            with _replaced(self.layers, {0: entry}):
+            with replaced(self.layers, {0: stop_before(self.layers[0])}):
                 self.body(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device), use_cache=False)
-        except _LayerReachedError:
+        except LayerReachedError:
             return
         raise AssertionError(f"the forward of {type(self.base).__name__} never reached its first layer")
 
@@ -134,42 +136,40 @@ class SplitDecoder:
                 f"expected documents of at most {self.context} tokens (context of {self.base.config.name_or_path!r}), "
                 f"got one of {ids_BT.shape[1]}; lower tokens.max_tokens_per_document"
             )
-        attention = attention_inputs(mask_BT)
-        stop = _Stop(self.layers[self.layer - 1])
+        stop = stop_after(self.layers[self.layer - 1])
         try:
-            with _replaced(self.layers, {**stand_ins, self.layer - 1: stop}):
-                self.body(
-                    input_ids=self.read(ids_BT),
-                    attention_mask=_to(attention.attention_mask, self.device),
-                    position_ids=_to(attention.position_ids, self.device),
-                    use_cache=False,
-                )
-        except _LayerReachedError as reached:
+            with replaced(self.layers, {**stand_ins, self.layer - 1: stop}):
+                self.body(input_ids=self.read(ids_BT), **self._attention(mask_BT), use_cache=False)
+        except LayerReachedError as reached:
             self.returns_tuple = reached.returns_tuple
-            return reached.hidden.to(self.device)
+            return reached.hidden_BTD.to(self.device)
         raise AssertionError(f"the forward of {type(self.base).__name__} never reached its layer {self.layer}")
 
     def _starting_from(self, h_BTD: Tensor, num_layers: int) -> dict[int, nn.Module]:
         """Stand-ins for the first layers that put the given stream in the place of the last one's output."""
-        stand_ins: dict[int, nn.Module] = {
-            i: _Skip(self.layers[i], returns_tuple=self.returns_tuple) for i in range(num_layers - 1)
+        return {
+            i: skip(self.layers[i], h_BTD if i == num_layers - 1 else None, returns_tuple=self.returns_tuple)
+            for i in range(num_layers)
         }
-        last = self.layers[num_layers - 1]
-        return {**stand_ins, num_layers - 1: _Start(last, h_BTD, returns_tuple=self.returns_tuple)}
+
+    def _attention(self, mask_BT: Tensor) -> dict[str, Tensor | None]:
+        """The arguments that keep padding out of every real token's view.
+
+        A causal model never sees padding on the right, so nothing is passed and the fast causal kernels apply.
+        Otherwise the mask and positions counted from the first real token are passed.
+        """
+        if bool((mask_BT[:, 1:] <= mask_BT[:, :-1]).all()):
+            return {"attention_mask": None, "position_ids": None}
+        mask_BT = mask_BT.to(self.device, torch.int64)
+        return {"attention_mask": mask_BT, "position_ids": (mask_BT.cumsum(1) - 1).clamp_min(0)}
 
     @torch.no_grad()
     def upper(self, h_BTD: Tensor, mask_BT: Tensor) -> Tensor:
         """hidden_BTD after the final norm, continued from h_BTD (taken in the model's dtype) at layer L."""
         assert self.has_upper, "the upper half was dropped; load the pair with both halves"
-        attention = attention_inputs(mask_BT)
         h_BTD = h_BTD.to(self.device, self.base.dtype)
-        with _replaced(self.layers, self._starting_from(h_BTD, self.layer)):
-            output = self.body(
-                inputs_embeds=h_BTD,
-                attention_mask=_to(attention.attention_mask, self.device),
-                position_ids=_to(attention.position_ids, self.device),
-                use_cache=False,
-            )
+        with replaced(self.layers, self._starting_from(h_BTD, self.layer)):
+            output = self.body(inputs_embeds=h_BTD, **self._attention(mask_BT), use_cache=False)
         hidden_BTD: Tensor = output.last_hidden_state
         return hidden_BTD.to(self.device)
 
@@ -180,7 +180,7 @@ class SplitDecoder:
         self.select()
         hidden_1PD = hidden_PD.unsqueeze(0).to(self.device)
         prefix = self.model.base_model_prefix
-        setattr(self.model, prefix, _Given(hidden_1PD))
+        setattr(self.model, prefix, GivenBody(hidden_1PD))
         try:
             logits_PV: Tensor = self.model(inputs_embeds=hidden_1PD, use_cache=False).logits[0]
         finally:
@@ -215,14 +215,15 @@ class SplitDecoder:
         self.was_moved()
 
     def was_moved(self) -> None:
-        """Takes note of where the model is now; inputs go to the device of its first parameter."""
+        """Call it after the model was moved; inputs go to the device of its first parameter."""
         self.device = next(self.base.parameters()).device
-        self._replacements = _to(self._replacements, self.device)
+        if self._replacements is not None:
+            self._replacements = self._replacements.to(self.device)
 
     @contextmanager
-    def layer_replaced_by(self, stand_in: nn.Module) -> Iterator[None]:
-        """Runs the body with layer L replaced by a module that wraps it."""
-        with _replaced(self.layers, {self.layer - 1: stand_in}):
+    def stream_edited(self, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Runs the body with `edit` applied to the residual stream after layer L."""
+        with replaced(self.layers, {self.layer - 1: edited(self.layers[self.layer - 1], edit)}):
             yield
 
     def read(self, ids_BT: Tensor) -> Tensor:
@@ -244,26 +245,6 @@ class SplitDecoder:
         return table.to(self.device)
 
 
-class LayerStandIn(nn.Module):
-    """Takes a layer's place in the model; whatever the model asks of the layer is answered by the layer itself."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("layer"), name)
-
-
-def hidden_of(output: Any) -> Tensor:
-    """The residual stream in a layer's output, which is a tensor or a tuple that starts with it."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
-
-
 def find_layers(base: nn.Module, num_layers: int) -> nn.ModuleList:
     """The model's list of decoder layers; InputError where it has none or more than one of that length."""
     found = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
@@ -274,106 +255,3 @@ def find_layers(base: nn.Module, num_layers: int) -> nn.ModuleList:
             f"{type(base).__name__}; this architecture cannot be cut at a layer"
         )
     return outer[0]
-
-
-def attention_inputs(mask_BT: Tensor) -> AttentionInputs:
-    """The arguments that keep padding out of every real token's view.
-
-    Padding on the right is never seen by a causal model, so nothing is needed and the fast causal kernels apply.
-    Elsewhere the mask and positions counted from the first real token are given.
-    """
-    is_right_padded = bool((mask_BT[:, 1:] <= mask_BT[:, :-1]).all())
-    if is_right_padded:
-        return AttentionInputs(None, None)
-    position_ids = (mask_BT.to(torch.int64).cumsum(1) - 1).clamp_min(0)
-    return AttentionInputs(mask_BT.to(torch.int64), position_ids)
-
-
-class _LayerReachedError(Exception):
-    """Carries the residual stream out of a forward that need not go on."""
-
-    def __init__(self, hidden: Tensor, *, returns_tuple: bool) -> None:
-        super().__init__("layer reached")
-        self.hidden = hidden
-        self.returns_tuple = returns_tuple
-
-
-class _Entry(LayerStandIn):
-    def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> NoReturn:
-        raise _LayerReachedError(hidden_states, returns_tuple=False)
-
-
-class _Record(LayerStandIn):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__(layer)
-        self.hidden: Tensor | None = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.layer(*args, **kwargs)
-        self.hidden = hidden_of(output)
-        return output
-
-
-class _Stop(LayerStandIn):
-    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
-        output = self.layer(*args, **kwargs)
-        raise _LayerReachedError(hidden_of(output), returns_tuple=isinstance(output, tuple))
-
-
-class _Skip(LayerStandIn):
-    def __init__(self, layer: nn.Module, *, returns_tuple: bool) -> None:
-        super().__init__(layer)
-        self.returns_tuple = returns_tuple
-
-    def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
-        return (hidden_states,) if self.returns_tuple else hidden_states
-
-
-class _Start(LayerStandIn):
-    def __init__(self, layer: nn.Module, h_BTD: Tensor, *, returns_tuple: bool) -> None:
-        super().__init__(layer)
-        self.h_BTD = h_BTD
-        self.returns_tuple = returns_tuple
-
-    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
-        return (self.h_BTD,) if self.returns_tuple else self.h_BTD
-
-
-class _Given(nn.Module):
-    """Takes the whole body's place: hands a known hidden state to the head."""
-
-    def __init__(self, hidden_BTD: Tensor) -> None:
-        super().__init__()
-        self.hidden_BTD = hidden_BTD
-
-    def forward(self, *_args: Any, **_kwargs: Any) -> "_GivenOutput":
-        return _GivenOutput(self.hidden_BTD)
-
-
-class _GivenOutput:
-    """A body's output with the hidden state alone; every other field that a head may pass on is None."""
-
-    def __init__(self, hidden_BTD: Tensor) -> None:
-        self.last_hidden_state = hidden_BTD
-
-    def __getattr__(self, _name: str) -> None:
-        return None
-
-    def __getitem__(self, index: int) -> Tensor | None:
-        return self.last_hidden_state if index == 0 else None
-
-
-@contextmanager
-def _replaced(layers: nn.ModuleList, stand_ins: Mapping[int, nn.Module]) -> Iterator[None]:
-    originals = {i: layers[i] for i in stand_ins}
-    for i, stand_in in stand_ins.items():
-        layers[i] = stand_in
-    try:
-        yield
-    finally:
-        for i, original in originals.items():
-            layers[i] = original
-
-
-def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)

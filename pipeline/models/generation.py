@@ -1,9 +1,9 @@
 """Answers of one model, greedy or sampled, optionally steered at layer L, and how likely an answer is without steering.
 
-A loop of its own instead of the library's generate: the prompts of a batch may each have their own steering vector,
-and settings hidden in a checkpoint (penalties, temperatures) must not decide what an analysis measures. Prompts are
-padded on the left with exact positions, so a batch gives the tokens that each prompt gives alone; a sampled answer is
-drawn with numbers of its own prompt, so it does not depend on the batch either.
+The loop is our own, not the library's `generate`: each prompt of a batch may have its own steering vector, and settings
+of a checkpoint (penalties, temperatures) must not decide what an analysis measures. Prompts are padded on the left with
+exact positions, so a batch gives the tokens that each prompt gives alone; a sampled answer is drawn with its own
+prompt's random numbers, so it does not depend on the batch either.
 
 Shapes: B prompts, T positions, N new tokens, D width, P chosen positions, V vocabulary.
 """
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import InputError
-from pipeline.models.decoder import LayerStandIn, SplitDecoder, hidden_of
+from pipeline.models.decoder import SplitDecoder
+from pipeline.models.padding import pad, pad_tokens
 
 Positions = Literal["all", "prompt", "generated"]
 
@@ -69,19 +70,19 @@ def generate(
     check_prompts(decoder, prompts, max_new_tokens)
     if sampling is not None:
         _check_sampling(sampling, len(prompts), max_new_tokens)
-    ids_BT, mask_BT = _pad_left(prompts, decoder.device)
+    ids_BT, mask_BT = (part.to(decoder.device) for part in pad_tokens(prompts, on_left=True))
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=decoder.device)
-    wrapper = None if steering is None else _Steer(decoder, steering, num_prompts=len(prompts))
+    steer = None if steering is None else _Steer(decoder, steering, num_prompts=len(prompts))
     is_done_B = torch.zeros(len(prompts), dtype=torch.bool, device=decoder.device)
     new_BN = torch.zeros(len(prompts), 0, dtype=torch.int64, device=decoder.device)
     ended_BN = torch.zeros(len(prompts), 0, dtype=torch.bool, device=decoder.device)
     cache: Any = None
-    with nullcontext() if wrapper is None else decoder.layer_replaced_by(wrapper):
+    with nullcontext() if steer is None else decoder.stream_edited(steer):
         for step in range(max_new_tokens):
             positions_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)
             num_read = 1 if use_cache and step else ids_BT.shape[1]
-            if wrapper is not None:
-                wrapper.num_generated = min(step, num_read)
+            if steer is not None:
+                steer.num_generated = min(step, num_read)
             output = decoder.body(
                 input_ids=decoder.read(ids_BT[:, -num_read:]),
                 attention_mask=mask_BT,
@@ -143,10 +144,7 @@ def answer_likelihood(
     num_tokens_B = torch.tensor([len(answer) for answer in answers], dtype=torch.int64)
     if not documents or int(num_tokens_B.sum()) == 0:
         return AnswerLikelihood(nll_B, num_tokens_B)
-    longest = max(len(document) for document in documents)
-    ids_BT = torch.zeros(len(documents), longest, dtype=torch.int64, device=decoder.device)
-    for row, document in enumerate(documents):
-        ids_BT[row, : len(document)] = torch.tensor(document)
+    ids_BT = pad(documents).to(decoder.device)
     hidden_BTD = decoder.body(input_ids=decoder.read(ids_BT), use_cache=False).last_hidden_state.to(decoder.device)
     rows_P = torch.repeat_interleave(torch.arange(len(documents)), num_tokens_B)
     predicted_P = torch.cat([torch.arange(len(p), len(p) + len(a)) for p, a in zip(prompts, answers, strict=True)])
@@ -158,11 +156,10 @@ def answer_likelihood(
     return AnswerLikelihood(nll_B, num_tokens_B)
 
 
-class _Steer(LayerStandIn):
-    """Layer L followed by the addition; `num_generated` tells how many of the last positions were generated."""
+class _Steer:
+    """The addition at layer L; `num_generated` says how many of the last positions were generated."""
 
     def __init__(self, decoder: SplitDecoder, steering: Steering, *, num_prompts: int) -> None:
-        super().__init__(decoder.layers[decoder.layer - 1])
         vector = steering.vector.to(decoder.device, decoder.base.dtype)
         expected = {(decoder.activation_dim,), (num_prompts, decoder.activation_dim)}
         if tuple(vector.shape) not in expected:
@@ -174,24 +171,11 @@ class _Steer(LayerStandIn):
         self.positions = steering.positions
         self.num_generated = 0
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.layer(*args, **kwargs)
-        hidden_BTD = hidden_of(output)
+    def __call__(self, hidden_BTD: Tensor) -> Tensor:
         num_prompt = hidden_BTD.shape[1] - self.num_generated
         scale_T = torch.ones(hidden_BTD.shape[1], dtype=hidden_BTD.dtype, device=hidden_BTD.device)
         if self.positions == "prompt":
             scale_T[num_prompt:] = 0
         elif self.positions == "generated":
             scale_T[:num_prompt] = 0
-        steered_BTD = hidden_BTD + scale_T[None, :, None] * self.vector_B1D
-        return (steered_BTD, *output[1:]) if isinstance(output, tuple) else steered_BTD
-
-
-def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    longest = max(len(prompt) for prompt in prompts)
-    ids_BT = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    mask_BT = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        ids_BT[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask_BT[row, longest - len(prompt) :] = 1
-    return ids_BT.to(device), mask_BT.to(device)
+        return hidden_BTD + scale_T[None, :, None] * self.vector_B1D

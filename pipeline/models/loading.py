@@ -1,7 +1,7 @@
 """Two language models from folders or the hub: checked to form a pair before any weight is read, then loaded.
 
-The refusals of the libraries become one line each. What both models have in common is loaded or kept once: the same
-model twice, a model and its adapter, byte-equal leading layers (prefix.py). Weights are read into the host's memory
+Errors of the libraries become one line each. What both models have in common is loaded or kept once: the same model
+twice, a model and its adapter, byte-equal leading layers (shared_layers.py). Weights are read into the host's memory
 first; placement.py moves them to their devices.
 """
 
@@ -16,11 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from pipeline.errors import InputError, first_line
-from pipeline.models.adapters import attach_adapter, merge_adapter
+from pipeline.models.adapters import attach_adapter, merge_adapter, require_all_keys
 from pipeline.models.decoder import SplitDecoder
 from pipeline.models.noise import add_weight_noise
 from pipeline.models.placement import Placement, put
-from pipeline.models.prefix import count_unadapted_layers, share_equal_prefix
+from pipeline.models.shared_layers import count_unadapted_layers, share_equal_prefix
 from pipeline.schema import BASE, CHAT, MODEL_NAMES
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -61,8 +61,8 @@ class LoadOptions(NamedTuple):
     attn_implementation: str | None = None
     """Attention code of transformers; None leaves the choice to the model."""
     is_lower_only: bool = False
-    """Whether what lies above layer L never reaches the device: enough for extraction. One more layer stays for the
-    check against the plain forward, until ModelPair.drop_upper."""
+    """Whether the layers above L stay off the device: enough for extraction. One more layer is kept for the check
+    against the plain forward, until ModelPair.drop_upper."""
 
 
 class PairShape(NamedTuple):
@@ -80,7 +80,7 @@ class LoadedPair(NamedTuple):
     base: SplitDecoder
     chat: SplitDecoder
     num_shared_layers: int
-    """Leading layers that give both models' stream in one run; L where base and chat do not differ below the cut."""
+    """Leading layers that both models have in common; L where base and chat do not differ up to the cut."""
     commits: tuple[str | None, str | None]
     """Commits of both models on the hub; None for folders."""
 
@@ -196,12 +196,7 @@ def _load_model(spec: ModelSpec, options: LoadOptions) -> Any:
     if options.attn_implementation is not None:
         settings["attn_implementation"] = options.attn_implementation
     model, info = _load(AutoModelForCausalLM, spec, "a causal language model", output_loading_info=True, **settings)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise InputError(
-            f"expected all weights of the model {spec.source!r}, its files lack {len(missing)} of them, first "
-            f"{missing[0]!r}; they would be random, so download or save the model again"
-        )
+    require_all_keys(f"model {spec.source!r}", missing=info["missing_keys"], unused=info["unexpected_keys"])
     if spec.weight_noise:
         add_weight_noise(model, scale=spec.weight_noise, seed=spec.weight_noise_seed)
     return model.requires_grad_(False)
@@ -224,7 +219,7 @@ def _commit(model: Any) -> str | None:
 
 
 def _load(loader: Any, spec: ModelSpec, what: str, **options: Any) -> Any:
-    """from_pretrained with its refusals turned into one line."""
+    """from_pretrained; its errors become one line."""
     looks_like_path = spec.source.startswith((".", "/", "~")) or spec.source.count("/") > 1
     source = str(Path(spec.source).expanduser()) if looks_like_path else spec.source
     if looks_like_path and not Path(source).is_dir():
@@ -240,7 +235,7 @@ def _load(loader: Any, spec: ModelSpec, what: str, **options: Any) -> Any:
 
 @contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """Loading draws no bars of its own: stages show progress."""
+    """Loading shows no progress bars; stages show their own."""
     was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

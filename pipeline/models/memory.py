@@ -1,7 +1,7 @@
-"""How many tokens a forward pass may hold, and what counts as having run out of memory.
+"""How many tokens fit into one forward pass, and which errors mean that memory ran out.
 
 The budget of an extraction is found once, from a short forward of the pair and the free memory of its GPUs; where it
-was too bold, the extraction halves it (extraction/activations.py). The trade-off: budgets are powers of two, so that
+was too large, the extraction halves it (extraction/activations.py). The trade-off: budgets are powers of two, so that
 two workers of one kind find the same one although their free memory differs a little.
 """
 
@@ -13,9 +13,9 @@ CPU_TOKENS_PER_BATCH = 16_384
 """On a CPU, where larger batches are no faster."""
 SMALLEST, LARGEST = 1024, 131_072
 _PROBE_TOKENS = 1024
-"""Tokens of the one document of the probe: attention that stores its scores needs most with long documents."""
+"""Tokens of the probe's one document; a long one, because stored attention scores grow with its square."""
 _USED_SHARE = 0.6
-"""Of the free memory: the rest is for fragmentation and for lengths other than the probe's."""
+"""Of the free memory; the rest is for fragmentation and other lengths than the probe's."""
 
 
 def automatic_tokens_per_batch(pair: ModelPair) -> int:
@@ -52,9 +52,9 @@ def tokens_that_fit(free_bytes: int, bytes_per_token: float) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a forward pass failed because memory ran out, on whatever device."""
+    """Whether a forward pass failed because memory ran out, on any device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    # The CPU's allocator has no error class of its own; "out of memory" is what CUDA libraries below torch say.
+    # The CPU's allocator has no error class of its own; "out of memory" comes from CUDA libraries below torch.
     text = str(error)
     return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text.lower())

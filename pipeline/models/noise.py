@@ -1,7 +1,7 @@
-"""Noise on a model's weights: a chat model that holds nothing new, for a pair whose right verdict is known.
+"""Noise on a model's weights: a chat model with nothing new in it, for a pair whose right verdict is known.
 
-A control, never a regulariser. Every matrix gets Gaussian noise relative to its own size; vectors (biases, weights of
-norms) are left alone, since a few numbers of an RMS norm would change the stream's scale rather than its content.
+A control. Every matrix gets Gaussian noise relative to its own size. Vectors (biases, weights of norms) stay as they
+are, because noise on an RMS norm would change the scale of the stream.
 """
 
 import hashlib

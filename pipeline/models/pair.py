@@ -1,11 +1,11 @@
 """The two language models of a run, side by side and cut at the same layer.
 
-Everything that is asked of the models goes through ModelPair: the residual streams of both on the same ids, the upper
-half continued from an edited stream, greedy answers with steering, and the check against the library's own forward.
-Layers that both models have in common run once. Loading is loading.py's.
+ModelPair gives the residual streams of both models on the same ids, the upper half continued from an edited stream,
+answers with steering, and the check against the library's own forward. Layers that both models have in common run once.
+loading.py loads the models.
 
-It plans no batches (extraction/activations.py) and edits nothing (analyses/). Whatever device a model lies on, results
-are on the chat model's (`device`).
+It plans no batches (extraction/activations.py) and edits nothing (analyses/). Results are on the chat model's device
+(`device`).
 
 Shapes: B documents, T positions, M models in schema order, D width, P chosen positions, V vocabulary.
 """
@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import InputError
-from pipeline.models.decoder import SplitDecoder, hidden_of
+from pipeline.models.decoder import SplitDecoder
 from pipeline.models.generation import AnswerLikelihood, Sampling, Steering, answer_likelihood, generate
 from pipeline.models.loading import LoadOptions, ModelSpec, load_decoders, load_tokenizer
+from pipeline.models.padding import pad_tokens
+from pipeline.models.stand_ins import hidden_of
 from pipeline.schema import CHAT, MODEL_NAMES
 from pipeline.text.tokenise import end_of_turn_id
 
@@ -72,14 +74,14 @@ class ModelPair:
             decoder.drop_upper()
 
     def activations(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """h_BTMD after layer L of both models in the models' dtype; values at padding mean nothing.
+        """h_BTMD after layer L of both models in the models' dtype; values at padding are undefined.
 
         mask_BT is 1 on tokens and 0 on padding; padding may be on either side. Layers above L do not run.
         """
         base, chat = self.decoders
         shared = self.num_shared_layers
         if shared == 0:
-            # On two devices both forwards are under way before either result is asked for.
+            # On two devices both forwards are started before either result is needed.
             return self._stack(base.lower(ids_BT, mask_BT), chat.lower(ids_BT, mask_BT))
         if shared >= self.layer:
             chat_BTD = chat.lower(ids_BT, mask_BT)
@@ -146,11 +148,10 @@ class ModelPair:
     def verify_against_plain_forward(self, documents: Sequence[Sequence[int]]) -> Verification:
         """Our halves on all documents in one padded batch, against the library's forward of each document alone.
 
-        The plain side is what `output_hidden_states` says of layer L; for L = N, where the library's last hidden state
-        is already normalised, what a hook sees leave that layer.
+        The plain side is `output_hidden_states` of layer L; for L = N, where the library's last hidden state is already
+        normalised, the output of that layer, taken by a hook.
         """
-        ids_BT, mask_BT = _padded(documents)
-        ours_BTMD = self.activations(ids_BT, mask_BT)
+        ours_BTMD = self.activations(*pad_tokens(documents))
         relative: list[list[Tensor]] = [[] for _ in MODEL_NAMES]
         logits: list[Tensor] = []
         for model, decoder in enumerate(self.decoders):
@@ -168,7 +169,7 @@ class ModelPair:
         return Verification((base_difference, chat_difference), logits_difference)
 
     def require_plain_forward(self, documents: Sequence[Sequence[int]]) -> Verification:
-        """The verification; InputError where it says more than rounding in the models' dtype explains."""
+        """The verification; InputError where the difference is larger than rounding in the models' dtype explains."""
         verification = self.verify_against_plain_forward(documents)
         for name, decoder, found in zip(MODEL_NAMES, self.decoders, verification.relative_difference, strict=True):
             tolerance = PLAIN_FORWARD_TOLERANCE[decoder.base.dtype]
@@ -185,14 +186,11 @@ def _plain_forward(decoder: SplitDecoder, document: Sequence[int]) -> tuple[Tens
     """stream_TD after layer L of one uninterrupted forward, and logits_TV where the head is there."""
     seen: list[Tensor] = []
     layer = decoder.layers[decoder.layer - 1]
-    handle = layer.register_forward_hook(lambda _module, _args, output: seen.append(hidden_of(output)))
-    try:
+    with layer.register_forward_hook(lambda *args: seen.append(hidden_of(args[-1]))):
         decoder.select()
         output = decoder.whole(
             input_ids=decoder.read(torch.tensor([list(document)])), use_cache=False, output_hidden_states=True
         )
-    finally:
-        handle.remove()
     is_last = len(decoder.layers) == decoder.layer
     stream_BTD = seen[0] if is_last else output.hidden_states[decoder.layer]
     return stream_BTD[0], None if decoder.model is None else output.logits[0]
@@ -204,10 +202,3 @@ def _relative_errors(ours_TD: Tensor, plain_TD: Tensor) -> Tensor:
     error_T: Tensor = (ours_TD - plain_TD).norm(dim=-1) / plain_TD.norm(dim=-1).clamp_min(tiny)
     error_T = error_T.masked_fill(~ours_TD.isfinite().all(dim=-1), float("inf"))
     return error_T.masked_fill(~plain_TD.isfinite().all(dim=-1), 0.0)
-
-
-def _padded(documents: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    longest = max(map(len, documents))
-    ids_BT = torch.tensor([[*document, *[0] * (longest - len(document))] for document in documents])
-    lengths_B1 = torch.tensor([len(document) for document in documents])[:, None]
-    return ids_BT, (torch.arange(longest) < lengths_B1).to(torch.int64)

@@ -1,8 +1,8 @@
-"""Which device holds what: both models on one, one each, or both spread over several.
+"""Placement of models on devices: both models on one, one each, or both spread over several.
 
 `spread` cuts each model into runs of layers of about equal bytes and lets accelerate move the stream from device to
-device; it is for models larger than one GPU. The devices then work one after the other, so several small workers beat
-one spread pair wherever a model fits a device.
+device; it is for models larger than one GPU. The devices then work one after the other, so several small workers are
+faster than one spread pair wherever a model fits a device.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from torch import nn
 
 from pipeline.errors import InputError, first_line
 from pipeline.models.decoder import SplitDecoder
-from pipeline.models.prefix import modules_before_layers
+from pipeline.models.shared_layers import modules_before_layers
 
 Placement = Literal["one_device", "two_devices", "spread"]
 
 
 def put(decoder: SplitDecoder, devices: Sequence[str]) -> None:
-    """Moves a model to one device, or spreads it over several. InputError where this machine lacks them or is full."""
+    """Moves a model to one device, or spreads it over several. InputError without these devices or their memory."""
     try:
         if len(devices) == 1:
             decoder.to(devices[0])
@@ -39,7 +39,7 @@ def put(decoder: SplitDecoder, devices: Sequence[str]) -> None:
 def spread_map(decoder: SplitDecoder, devices: Sequence[str]) -> dict[str, str]:
     """Device of every layer and of every other module with tensors of its own, by name in `decoder.whole`.
 
-    Layers go to the devices in order, cut where the bytes are shared evenly; what runs before them lies with the first
+    Layers go to the devices in order, cut where the bytes are shared evenly; what runs before them goes with the first
     layer, what runs after them with the last. Tied tensors stay together.
     """
     name_of = {module: name for name, module in decoder.whole.named_modules()}

@@ -1,8 +1,8 @@
 """Clipping and Adam over the parameters of all ranks, in torch's fused kernel.
 
-The global gradient norm is taken once, and the clipping factor is handed to the fused update instead of costing a pass
-over the gradients. A step whose loss or gradient is not finite changes nothing, without the host having to know.
-Updates are dense: Adam's moments decay also where a latent did not fire.
+The global gradient norm is taken once, and the fused update applies the clipping factor, which saves a pass over the
+gradients. A step whose loss or gradient is not finite changes nothing; the host does not wait to find out. Updates are
+dense: Adam's moments decay also where a latent did not fire.
 
 Shapes: F latents of this rank, N = M * D.
 """
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from pipeline.numerics.gradients import Parameters
 from pipeline.numerics.parallel import Mesh
+from pipeline.numerics.parameters import Parameters
 from pipeline.numerics.spec import CrosscoderSpec
 
 

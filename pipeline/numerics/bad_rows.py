@@ -1,7 +1,7 @@
 """Names the rows of a batch that hold NaN or Inf, for messages that a user can act on.
 
-Only called once something has gone wrong: a loss or gradient that is not finite is noticed for free, and this then
-looks for the cause in the input.
+Called only after a loss or gradient was not finite, which the step notices at no cost; this looks for the cause in the
+input.
 
 Shapes: B rows, M models, D width.
 """

@@ -1,8 +1,8 @@
 """The code of a batch in sparse form: which latents fired on which row, and how strongly.
 
-Everything after the encoder works on this type: decoding, gradients, Latent Scaling, examples. It never holds a zero
-and never holds B x F numbers; `to_dense` exists for tests and small batches only. The trade-off against a dense code is
-an int64 index per active pair, which pays as soon as fewer than about one code in five is active.
+Everything after the encoder works on this type: decoding, gradients, Latent Scaling, examples. It never holds B x F
+numbers; `to_dense` is for tests and small batches. Compared with a dense code it costs an int64 index per active pair,
+so it is smaller where fewer than about one code in five is active.
 
 Shapes: B rows, M models, F latents, P active (row, latent) pairs.
 """
@@ -46,6 +46,10 @@ class SparseCodes(NamedTuple):
         rows_B = torch.arange(self.num_rows, device=self.row_offsets.device)
         return rows_B.repeat_interleave(counts_B, output_size=self.num_pairs)
 
+    def of_latents(self, values_F: Tensor) -> Tensor:
+        """values_F of every pair's latent, [P]."""
+        return pick(values_F, self.latents_P)
+
     def l0(self) -> Tensor:
         """Mean active latents per row, a float scalar; 0 for an empty batch."""
         return (self.values_P > 0).sum().to(self.values_P.dtype) / max(self.num_rows, 1)
@@ -79,7 +83,7 @@ class SparseCodes(NamedTuple):
 
 
 def pick(values_P: Tensor, places: Tensor) -> Tensor:
-    """values_P[places]; on CPU by numpy, without waking torch's threads for arrays this small."""
+    """values_P[places]; on CPU by numpy, since torch's threads cost more than they save on arrays this small."""
     if values_P.device.type == "cpu":
         return torch.from_numpy(values_P.detach().numpy()[places.numpy()])
     return values_P.index_select(0, places)

@@ -4,29 +4,37 @@
 
 This is the inference side: activations in, sparse codes out, reconstructions back, all in the units of the raw
 activations (a normalisation, if the crosscoder was trained with one, is applied and inverted here and nowhere else).
-Training has its own hand-written gradients (trainer.py), so nothing here builds an autograd graph. M = 2 is model
-diffing, M = models x layers a multi-layer crosscoder, M = 1 an SAE; a difference SAE (recipes.py) is published as a
-crosscoder of two models. BatchTopK is cut at its threshold row by row: a row's code does not depend on its neighbours.
+Training has hand-written gradients (trainer.py), so nothing here builds an autograd graph. M = 2 is model diffing,
+M = models x layers a multi-layer crosscoder, M = 1 an SAE; a difference SAE (recipes.py) is published as a crosscoder
+of two models. A row's code does not depend on its neighbours. Files are read and written by checkpoints/, which knows
+tensors and settings only and is imported when a method needs it.
 
 Shapes: B rows, M models (0 = base, 1 = chat), D width, F latents, N = M * D, P active pairs.
 """
 
+import logging
 import math
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, overload
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.numerics import sparsity
+from pipeline.numerics.batch import InferenceBlock
+from pipeline.numerics.code_weight import code_weights, decoder_norms
 from pipeline.numerics.codes import SparseCodes, concatenate, split_models
-from pipeline.numerics.kernels.base import Kernels, choose_kernels
-from pipeline.numerics.parallel import Mesh
-from pipeline.numerics.selection import select_rows
+from pipeline.numerics.kernels.base import Kernels
+from pipeline.numerics.kernels.choose import choose_kernels
+from pipeline.numerics.settings import CODE_WEIGHTS, check_choice
+from pipeline.numerics.sparsities.base import Sparsity
+from pipeline.numerics.sparsities.registry import sparsity_of_activation
 
-ACTIVATIONS = ("relu", "batch_topk", "topk", "jumprelu")
-"""relu (trained with L1), a threshold on scores, the k largest scores per row, one threshold per latent."""
+if TYPE_CHECKING:
+    from pipeline.checkpoints.layouts import PublishedCrosscoder
+
+_log = logging.getLogger(__name__)
 _BLOCK_NUMBERS = 1 << 25
 """Pre-activations computed at a time; 128 MiB in float32."""
 
@@ -64,34 +72,43 @@ class Crosscoder(nn.Module):
         code_weight: str = "crosscoder",
         k: int | None = None,
     ) -> None:
-        """All weights are 0 (training and loading fill them); float32. k is needed by batch_topk and topk alone."""
+        """All weights are 0 (training and loading fill them); float32.
+
+        activation is one of the sparsities' (sparsities/registry.py): relu (trained with L1), batch_topk, topk,
+        jumprelu. k is needed by batch_topk and topk alone.
+        """
         super().__init__()
-        sparsity.check_choice("activation", activation, ACTIVATIONS)
-        sparsity.check_choice("code_weight", code_weight, sparsity.CODE_WEIGHTS)
+        needed = sparsity_of_activation(activation).published_tensors
+        check_choice("code_weight", code_weight, CODE_WEIGHTS)
         if min(num_latents, num_models, activation_dim) < 1:
             raise ValueError(
                 f"expected positive sizes, got num_latents={num_latents}, num_models={num_models}, "
                 f"activation_dim={activation_dim}: the shape of the dictionary must be known"
             )
-        if activation in ("batch_topk", "topk") and (k is None or not 1 <= k <= num_latents):
+        if "k" in needed and (k is None or not 1 <= k <= num_latents):
             raise ValueError(f"expected 1 <= k <= num_latents = {num_latents} for {activation}, got k={k}: set k")
         self.activation = activation
         self.code_weight = code_weight
         self.k = k
         shape = (num_latents, num_models, activation_dim)
-        single = torch.float32  # said each time: the caller's default dtype must not decide
+        single = torch.float32  # explicit, so that the caller's default dtype does not decide
         self.W_enc_FMD = nn.Parameter(torch.zeros(shape, dtype=single))
         self.b_enc_F = nn.Parameter(torch.zeros(num_latents, dtype=single))
         self.W_dec_FMD = nn.Parameter(torch.zeros(shape, dtype=single))
         self.b_dec_MD = nn.Parameter(torch.zeros(shape[1:], dtype=single))
-        per_model = activation == "batch_topk" and code_weight == "decoupled"
+        per_model = self.sparsity.compares_scores and code_weight == "decoupled"
         self.register_buffer("threshold", torch.zeros(num_models if per_model else (), dtype=torch.float64))
-        num_jumps = num_latents if activation == "jumprelu" else 0
+        num_jumps = num_latents if "jump_threshold" in needed else 0
         self.register_buffer("jump_threshold_F", torch.zeros(num_jumps, dtype=single))
         self.register_buffer("mean_MD", torch.zeros(shape[1:], dtype=single))
         self.register_buffer("scale_M", torch.ones(num_models, dtype=single))
         self.is_normalised = False
         self._kernels: Kernels | None = None
+
+    @property
+    def sparsity(self) -> type[Sparsity]:
+        """How codes are kept sparse."""
+        return sparsity_of_activation(self.activation)
 
     @property
     def num_latents(self) -> int:
@@ -128,7 +145,7 @@ class Crosscoder(nn.Module):
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
-        # The buffers tell: a state dict holds tensors alone.
+        # A state dict holds tensors alone, so the flag follows from the buffers.
         self.is_normalised = bool((self.mean_MD != 0).any()) or bool((self.scale_M != 1).any())
 
     def set_normalisation(self, normalisation: Normalisation | None) -> None:
@@ -150,7 +167,7 @@ class Crosscoder(nn.Module):
     @torch.no_grad()
     def code_weights_F(self) -> Tensor:  # noqa: N802 (shape letter)
         """w_j, what a latent costs, [F]; taken in the dictionary's own (normalised) units."""
-        return sparsity.code_weights(sparsity.decoder_norms(self.W_dec_FMD), self.code_weight)
+        return code_weights(decoder_norms(self.W_dec_FMD), self.code_weight)
 
     @torch.no_grad()
     def raw_decoder_FMD(self) -> Tensor:  # noqa: N802 (shape letter)
@@ -223,26 +240,18 @@ class Crosscoder(nn.Module):
         return x_BMD.flatten(1)
 
     def _sparsify(self, preact_BF: Tensor, weight_F: Tensor) -> SparseCodes:
-        if self.activation == "relu":
-            return self.kernels.collect(preact_BF, torch.ones_like(weight_F), 0.0)
-        if self.activation == "jumprelu":
-            codes = self.kernels.collect(preact_BF, torch.ones_like(weight_F), 0.0)
-            return codes.keep(codes.values_P > self.jump_threshold_F[codes.latents_P])
-        if self.activation == "topk":
-            assert self.k is not None
-            return row_candidates_selected(preact_BF, weight_F, k=self.k)
-        if self.code_weight == "decoupled":
-            return self._cut_per_model(preact_BF, weight_F)
-        floor = max(float(self.threshold), 0.0)
-        codes = self.kernels.collect(preact_BF, weight_F, floor)
-        return codes.keep((codes.values_P * weight_F[codes.latents_P]).double() > floor)
-
-    def _cut_per_model(self, preact_BF: Tensor, weight_F: Tensor) -> SparseCodes:
-        norm_FM = sparsity.decoder_norms(self.W_dec_FMD)
-        codes = self.kernels.collect(preact_BF, weight_F, 0.0)
-        score_PM = codes.values_P[:, None] * norm_FM[codes.latents_P]
-        mask_PM = score_PM.double() > self.threshold.clamp(min=0)
-        return codes._replace(model_mask_PM=mask_PM).keep(mask_PM.any(1))
+        return self.sparsity.select_at_inference(
+            InferenceBlock(
+                preact_BF,
+                weight_F,
+                self.W_dec_FMD.detach(),
+                is_decoupled=self.code_weight == "decoupled",
+                kernels=self.kernels,
+                k=self.k,
+                threshold=self.threshold,
+                jump_threshold_F=self.jump_threshold_F,
+            )
+        )
 
     @classmethod
     def from_pretrained(
@@ -253,43 +262,87 @@ class Crosscoder(nn.Module):
         subfolder: str | None = None,
         activation_scale: Sequence[float] | None = None,
     ) -> "Crosscoder":
-        """A crosscoder from a folder, a file or a hub id, in any published layout; see formats.glue.
+        """A crosscoder from a folder, a file or a hub id, in any published layout, on the CPU in float32.
 
         Args:
             source: folder, weights file or hub id `owner/name[/subfolder]`.
             revision: branch, tag or commit, for hub ids alone.
             subfolder: where the files are within a folder or a hub repository.
             activation_scale: one factor per model, for the layout that does not store what its activations were
-                scaled by (`cfg.json` with `cc_weights.pt`).
+                scaled by (`cfg.json` with `cc_weights.pt`); without it such a file loads with a warning.
 
         Raises InputError for what cannot be read.
         """
-        from pipeline.checkpoints import conversion as glue
+        from pipeline.checkpoints.published import read_published  # only here: mathematics needs torch alone
 
-        return glue.load_crosscoder(source, revision=revision, subfolder=subfolder, activation_scale=activation_scale)
+        checkpoint = read_published(source, revision=revision, subfolder=subfolder, activation_scale=activation_scale)
+        if checkpoint.is_scale_unknown:
+            _log.warning(
+                "%s was trained on activations scaled to mean norm sqrt(D) = %.1f per model, and the scales are not in "
+                "the file: give it activations scaled so, or pass activation_scale=(sqrt(D) / mean |x| of each model)",
+                source,
+                checkpoint.activation_dim**0.5,
+            )
+        return cls.from_checkpoint(checkpoint)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: "PublishedCrosscoder") -> "Crosscoder":
+        """The module of a checkpoint that was read; shares its weights' memory."""
+        crosscoder = cls(
+            checkpoint.num_latents,
+            checkpoint.num_models,
+            checkpoint.activation_dim,
+            activation=checkpoint.sparsity.activation,
+            code_weight=checkpoint.code_weight,
+            k=checkpoint.k,
+        )
+        for name in ("W_enc_FMD", "b_enc_F", "W_dec_FMD", "b_dec_MD"):
+            getattr(crosscoder, name).data = getattr(checkpoint, name)
+        if checkpoint.threshold is not None:
+            crosscoder.threshold.copy_(checkpoint.threshold)
+        if checkpoint.jump_threshold_F is not None:
+            crosscoder.jump_threshold_F.copy_(checkpoint.jump_threshold_F)
+        if checkpoint.norm is not None:
+            crosscoder.set_normalisation(Normalisation(checkpoint.norm.mean_MD, checkpoint.norm.scale_M))
+        return crosscoder
+
+    def to_checkpoint(self) -> "PublishedCrosscoder":
+        """What goes into a file: float32 on the CPU, whatever the module's dtype and device."""
+        from pipeline.checkpoints.layouts import ActivationNorm, PublishedCrosscoder
+
+        needed = self.sparsity.published_tensors
+        norm = None
+        if self.is_normalised:
+            norm = ActivationNorm(self.mean_MD.float().cpu(), self.scale_M.float().cpu())
+        return PublishedCrosscoder(
+            **{
+                name: getattr(self, name).detach().to("cpu", torch.float32)
+                for name in ("W_enc_FMD", "b_enc_F", "W_dec_FMD", "b_dec_MD")
+            },
+            code_weight=self.code_weight,
+            dict_class=self.sparsity.published_class,
+            k=self.k if "k" in needed else None,
+            threshold=self.threshold.detach().cpu() if "threshold" in needed else None,
+            jump_threshold_F=self.jump_threshold_F.float().cpu() if "jump_threshold" in needed else None,
+            norm=norm,
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes model.safetensors and config.json in the published layout; see formats.glue."""
-        from pipeline.checkpoints import conversion as glue
+        """Writes model.safetensors and config.json in the published layout, each file atomically.
 
-        glue.save_crosscoder(self, folder)
+        Loaded again, a float32 crosscoder is the same to the last bit, its threshold included.
+        """
+        from pipeline.checkpoints.export import write_published
+
+        write_published(folder, self.to_checkpoint())
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
-        """Uploads what `save_pretrained` writes; returns the address. See formats.glue."""
-        from pipeline.checkpoints import conversion as glue
+        """Uploads what `save_pretrained` writes to the hub; returns the commit's address."""
+        from pipeline.checkpoints.export import push_published
 
-        return glue.push_crosscoder(self, repo_id, private=private)
-
-
-def row_candidates_selected(preact_BF: Tensor, weight_F: Tensor, *, k: int, mesh: Mesh | None = None) -> SparseCodes:
-    """TopK per row: the k largest positive scores of every row, values the raw codes; ties to the smaller latent."""
-    mesh = mesh or Mesh()
-    score_BF = preact_BF.clamp(min=0) * weight_F
-    least_B1 = score_BF.topk(min(k, score_BF.shape[1]), dim=1).values[:, -1:]
-    candidates = SparseCodes.from_dense(torch.where(score_BF >= least_B1, score_BF, 0.0))
-    values_P = preact_BF[candidates.rows_P(), candidates.latents_P]
-    selection = select_rows(candidates, candidates.values_P, k=k, mesh=mesh)
-    return selection.codes._replace(values_P=values_P[selection.mask_P])
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_published(repo_id, folder, private=private)
 
 
 def check_activations(x_BMD: Tensor, num_models: int, activation_dim: int) -> None:

@@ -15,30 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.numerics import moments, sparsity
+from pipeline.numerics import moments
+from pipeline.numerics.code_weight import add_code_weight_gradient, code_weights, decoder_norms
 from pipeline.numerics.codes import SparseCodes, concatenate, count_true, pick, split_models
 from pipeline.numerics.kernels.base import Kernels, LatentOrder, latent_order
 from pipeline.numerics.objective import Objective, auxiliary_loss, reconstruction_loss
 from pipeline.numerics.parallel import Mesh, Pending
-
-
-class Parameters(NamedTuple):
-    """Trained tensors, or their gradients."""
-
-    W_enc_FN: Tensor
-    b_enc_F: Tensor
-    W_dec_FN: Tensor
-    b_dec_N: Tensor
-    log_threshold_F: Tensor | None = None
-    """JumpReLU only: log of the pre-activation below which a code is 0."""
-
-    def tensors(self) -> list[Tensor]:
-        """The tensors that exist, in field order."""
-        return [tensor for tensor in self if tensor is not None]
-
-    def empty_like(self) -> "Parameters":
-        """Uninitialised tensors of the same shapes."""
-        return Parameters(*(None if tensor is None else torch.empty_like(tensor) for tensor in self))  # type: ignore[arg-type]
+from pipeline.numerics.parameters import Parameters
+from pipeline.numerics.sparsities.base import CodePenalty
 
 
 class Setting(NamedTuple):
@@ -57,7 +41,7 @@ class Encoded(NamedTuple):
     auxiliary: SparseCodes | None = None
     """The dead latents that explain the residual; None if nothing is dead."""
     preact_P: Tensor | None = None
-    """JumpReLU: pre-activation of every pair; codes then hold 0 where it is within the band below the threshold."""
+    """Pre-activation of every pair, where a threshold is trained; see sparsities.base.Kept."""
 
 
 class Losses(NamedTuple):
@@ -106,21 +90,22 @@ def sparse_gradients(
     order = latent_order(stacked)
     _decoder_gradient(stacked, order, result.table_RN, out_FN=out.W_dec_FN, setting=setting)
     sums_F = _code_sums(codes, order if encoded.auxiliary is None else latent_order(codes), kernels)
-    penalty, penalty_F = sums_F.new_zeros(()), None
-    if objective.kind == "l1" and objective.penalty > 0:
-        grad_w_F = (objective.penalty / objective.num_rows) * sums_F
-        weight_F = add_penalty_gradient(
-            parameters, out, grad_w_F=grad_w_F, kind=objective.code_weight, num_models=setting.num_models
-        )
-        penalty = (weight_F * grad_w_F).sum()
-        penalty_F = (objective.penalty / objective.num_rows) * weight_F
+    penalty = sums_F.new_zeros(())
+    code_penalty = penalise_codes(parameters, out, sums_F=sums_F, objective=objective, num_models=setting.num_models)
     pending = setting.mesh.start_sum(out.W_dec_FN, "data")
     grad_P = _value_gradients(parameters, stacked, result.table_RN, setting)
-    if penalty_F is not None:
-        grad_P = grad_P + pick(penalty_F, codes.latents_P)
+    if code_penalty is not None:
+        penalty = code_penalty.loss
+        grad_P = grad_P + codes.of_latents(code_penalty.grad_code_F)
     if encoded.preact_P is not None:
-        assert out.log_threshold_F is not None
-        penalty, grad_P, grad_threshold_P = _jump_gradients(parameters, encoded, grad_P=grad_P, objective=objective)
+        assert parameters.log_threshold_F is not None and out.log_threshold_F is not None
+        penalty, grad_P, grad_threshold_P = objective.sparsity.threshold_gradients(
+            codes,
+            encoded.preact_P,
+            grad_P=grad_P,
+            log_threshold_F=parameters.log_threshold_F,
+            scale=objective.penalty / objective.num_rows,
+        )
         out.log_threshold_F.copy_(kernels.latent_sums(order, pick(grad_threshold_P, order.order_P)))
     coefficients_P = pick(grad_P, order.order_P)
     if encoded.auxiliary is not None:
@@ -197,32 +182,57 @@ def _decoder_gradient(
     setting.kernels.weight_gradients(order, pick(codes.values_P, order.order_P), table_RN, out_FN)
 
 
-def add_penalty_gradient(
-    parameters: Parameters, out: Parameters, *, grad_w_F: Tensor, kind: str, num_models: int
-) -> Tensor:
-    """Adds dL/dw_j * dw_j/dd_j to out.W_dec_FN; returns the code weights w_F."""
-    W_dec_FMD = parameters.W_dec_FN.view(len(grad_w_F), num_models, -1)
-    norm_FM = sparsity.decoder_norms(W_dec_FMD)
-    sparsity.add_code_weight_gradient(out.W_dec_FN.view_as(W_dec_FMD), W_dec_FMD, norm_FM, grad_w_F=grad_w_F, kind=kind)
-    return sparsity.code_weights(norm_FM, kind)
+def penalise_codes(
+    parameters: Parameters, out: Parameters, *, sums_F: Tensor, objective: Objective, num_models: int
+) -> CodePenalty | None:
+    """The sparsity's penalty on codes, if it has one; adds its gradient through the code weights to out.W_dec_FN."""
+    if not objective.sparsity.penalises_codes or objective.penalty == 0:
+        return None
+    W_dec_FMD = parameters.W_dec_FN.view(len(sums_F), num_models, -1)
+    norm_FM = decoder_norms(W_dec_FMD)
+    weight_F = code_weights(norm_FM, objective.code_weight)
+    penalty = objective.sparsity.code_penalty(sums_F, weight_F, scale=objective.penalty / objective.num_rows)
+    add_code_weight_gradient(
+        out.W_dec_FN.view_as(W_dec_FMD),
+        W_dec_FMD,
+        norm_FM,
+        grad_w_F=penalty.grad_weight_F,
+        kind=objective.code_weight,
+    )
+    return penalty
 
 
-class _Jump(NamedTuple):
-    penalty: Tensor
-    """Share of the L0 penalty."""
-    grad_P: Tensor
-    """dL/dpreact."""
-    grad_threshold_P: Tensor
-    """Every pair's part of dL/dlog(theta)."""
+def sum_over_ranks(losses: Losses, gradients: Parameters, mesh: Mesh) -> Tensor:
+    """Global reconstruction, penalty and auxiliary loss and number of active pairs, float64 [4].
+
+    Sums the gradients over the data ranks in place. Latent ranks hold equal shares of the losses that they computed
+    together.
+    """
+    share = 1 / mesh.latent_size
+    totals = torch.stack(
+        [
+            losses.reconstruction.double() * share,
+            losses.penalty.double(),
+            losses.auxiliary.double() * share,
+            losses.num_active.double(),
+        ]
+    )
+    mesh.sum_(totals, "world")
+    if mesh.data_size > 1:
+        _sum_over_data(losses, gradients, mesh)
+    return totals
 
 
-def _jump_gradients(parameters: Parameters, encoded: Encoded, *, grad_P: Tensor, objective: Objective) -> _Jump:
-    """JumpReLU's straight-through gradients (arXiv 2407.14435, section 3)."""
-    assert parameters.log_threshold_F is not None and encoded.preact_P is not None
-    threshold_P = parameters.log_threshold_F.exp()[encoded.codes.latents_P]
-    is_active_P = encoded.preact_P > threshold_P
-    is_near_P = (encoded.preact_P - threshold_P).abs() < objective.bandwidth / 2
-    scale = objective.penalty / objective.num_rows
-    # By log theta: one more factor theta.
-    grad_threshold_P = -(threshold_P * grad_P + scale) * threshold_P / objective.bandwidth * is_near_P
-    return _Jump(scale * is_active_P.sum().to(grad_P.dtype), grad_P * is_active_P, grad_threshold_P)
+def _sum_over_data(losses: Losses, gradients: Parameters, mesh: Mesh) -> None:
+    """Sums gradients and joins the fired latents over the data ranks, the small tensors in one message."""
+    mesh.sum_(gradients.W_enc_FN, "data")
+    small = [tensor for tensor in gradients.tensors() if tensor.ndim == 1]
+    packed = mesh.sum_(torch.cat([*small, losses.fired_F.to(small[0].dtype)]), "data")
+    *sums, fired_F = torch.split(packed, [len(tensor) for tensor in [*small, losses.fired_F]])
+    for tensor, total in zip(small, sums, strict=True):
+        tensor.copy_(total)
+    losses.fired_F.copy_(fired_F > 0)
+    if losses.pending is None:
+        mesh.sum_(gradients.W_dec_FN, "data")
+    else:
+        losses.pending.wait()

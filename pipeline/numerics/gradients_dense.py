@@ -1,4 +1,4 @@
-"""The same gradients as gradients.py by dense matrix products, for L1 and JumpReLU codes that are not sparse yet.
+"""The same gradients as gradients.py by dense matrix products, for codes that are not sparse yet.
 
 A new L1 or JumpReLU run starts with about half of all codes active; gathering pairs then costs more than multiplying
 zeros. Works block by block on the pre-activations that the encoder just wrote, and turns them into codes in place. The
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from pipeline.numerics import moments
 from pipeline.numerics.codes import count_true
-from pipeline.numerics.gradients import Losses, Parameters, Setting, add_penalty_gradient
+from pipeline.numerics.gradients import Losses, Setting, penalise_codes
 from pipeline.numerics.objective import Objective, reconstruction_loss
+from pipeline.numerics.parameters import Parameters
 
 
 class Block(NamedTuple):
@@ -25,12 +26,6 @@ class Block(NamedTuple):
     scratch_BF: Tensor
     is_first: bool
     """Whether this block overwrites the gradient instead of adding to it."""
-
-
-class _Codes(NamedTuple):
-    code_BF: Tensor
-    near_BF: Tensor | None
-    """JumpReLU: whether the pre-activation is within half a bandwidth of the threshold."""
 
 
 def dense_gradients(
@@ -46,7 +41,8 @@ def dense_gradients(
 
     The penalty's gradient through the code weights is included, so blocks simply add up.
     """
-    codes, is_first = _activate(parameters, block.preact_BF, objective), block.is_first
+    sparsity, is_first = objective.sparsity, block.is_first
+    codes = sparsity.dense_codes(block.preact_BF, parameters.log_threshold_F)
     decoded_BN = setting.mesh.sum_(codes.code_BF @ parameters.W_dec_FN, "latent")
     residual_BMD = torch.sub(x_BN - parameters.b_dec_N, decoded_BN).view(len(x_BN), setting.num_models, -1)
     loss, grad_BMD = reconstruction_loss(residual_BMD, objective.reconstruction, objective.num_rows)
@@ -57,19 +53,19 @@ def dense_gradients(
     penalty, sums_F = loss.new_zeros(()), _line_sums(codes.code_BF)
     constant_F = torch.zeros_like(sums_F)
     num_active = count_true(codes.code_BF > 0)
-    if objective.kind == "l1" and objective.penalty > 0:
-        scale = objective.penalty / objective.num_rows
-        grad_w_F = scale * sums_F
-        weight_F = add_penalty_gradient(
-            parameters, out, grad_w_F=grad_w_F, kind=objective.code_weight, num_models=setting.num_models
-        )
-        penalty = (weight_F * grad_w_F).sum()
-        constant_F = scale * weight_F
+    code_penalty = penalise_codes(parameters, out, sums_F=sums_F, objective=objective, num_models=setting.num_models)
+    if code_penalty is not None:
+        penalty, constant_F = code_penalty.loss, code_penalty.grad_code_F
     grad_BF = torch.addmm(constant_F, grad_BN, parameters.W_dec_FN.T, out=block.scratch_BF)
     if codes.near_BF is not None:
-        assert out.log_threshold_F is not None
-        penalty = objective.penalty / objective.num_rows * num_active.to(grad_BF.dtype)
-        grad_threshold_F = _threshold_gradient(parameters, codes.near_BF, grad_BF=grad_BF, objective=objective)
+        assert parameters.log_threshold_F is not None and out.log_threshold_F is not None
+        penalty, grad_threshold_F = sparsity.dense_threshold_gradients(
+            codes,
+            grad_BF=grad_BF,
+            num_active=num_active,
+            log_threshold_F=parameters.log_threshold_F,
+            scale=objective.penalty / objective.num_rows,
+        )
         _accumulate(out.log_threshold_F, grad_threshold_F, is_first)
     # Zero where the code is zero, in place.
     torch.ops.aten.threshold_backward.grad_input(grad_BF, codes.code_BF, 0, grad_input=grad_BF)
@@ -77,24 +73,6 @@ def dense_gradients(
     _accumulate(out.b_enc_F, _line_sums(grad_BF), is_first)
     residual = moments.moments_of(residual_BMD)
     return Losses(loss, penalty, loss.new_zeros(()), num_active, sums_F > 0, residual)
-
-
-def _activate(parameters: Parameters, preact_BF: Tensor, objective: Objective) -> _Codes:
-    if objective.kind == "l1":
-        return _Codes(preact_BF.relu_(), None)
-    assert parameters.log_threshold_F is not None
-    threshold_F = parameters.log_threshold_F.exp()
-    near_BF = ((preact_BF - threshold_F).abs() < objective.bandwidth / 2) & (preact_BF > 0)
-    return _Codes(preact_BF.mul_(preact_BF > threshold_F), near_BF)
-
-
-def _threshold_gradient(parameters: Parameters, near_BF: Tensor, *, grad_BF: Tensor, objective: Objective) -> Tensor:
-    """Block's share of the gradient by log theta, [F] (see gradients._jump_gradients)."""
-    assert parameters.log_threshold_F is not None
-    threshold_F = parameters.log_threshold_F.exp()
-    near_sum_F = torch.where(near_BF, grad_BF, 0.0).sum(0)
-    scale = objective.penalty / objective.num_rows
-    return -(threshold_F * near_sum_F + scale * near_BF.sum(0)) * threshold_F / objective.bandwidth
 
 
 def _line_sums(values_BF: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The weights that training starts from: a function of the spec alone.
 
-Every latent's direction is drawn from a generator of its block of latents, so a rank that holds a part of the latents
-draws that part only and gets the same numbers (arXiv 2504.02922, section 2: one direction for all models, the encoder
-begins as the decoder's transpose).
+Directions are drawn block by block, each block of latents from a generator of its own, so a rank that holds some of
+the latents draws no others and gets the same numbers. All models share a direction and the encoder starts as the
+decoder's transpose (arXiv 2504.02922, section 2).
 
 Shapes: M models, D width, N = M * D, F latents of this rank.
 """
@@ -12,12 +12,12 @@ import math
 import torch
 from torch import Tensor
 
-from pipeline.numerics.gradients import Parameters
+from pipeline.numerics.parameters import Parameters
 from pipeline.numerics.recipes import fixed_rows, zero_fixed_rows
 from pipeline.numerics.spec import CrosscoderSpec
 
 _BLOCK_LATENTS = 1024
-"""Latents that share a generator; part of what a seed means."""
+"""Latents that share a generator; another number gives other weights for the same seed."""
 
 
 def initial_parameters(spec: CrosscoderSpec, latents: slice, device: torch.device) -> Parameters:
@@ -33,9 +33,9 @@ def initial_parameters(spec: CrosscoderSpec, latents: slice, device: torch.devic
         ]
     )
     W_dec_FN = (spec.init_norm * direction_FD).to(device, dtype).repeat(1, spec.fitted_models)
-    log_threshold_F = None
-    if spec.kind == "jumprelu":
-        log_threshold_F = torch.full((len(W_dec_FN),), math.log(spec.initial_threshold), dtype=dtype, device=device)
+    log_threshold_F, threshold = None, spec.sparsity.initial_threshold
+    if threshold is not None:
+        log_threshold_F = torch.full((len(W_dec_FN),), math.log(threshold), dtype=dtype, device=device)
     zero_fixed_rows(W_dec_FN, fixed_rows(spec, latents))
     bias_F, bias_N = W_dec_FN.new_zeros(len(W_dec_FN)), W_dec_FN.new_zeros(W_dec_FN.shape[1])
     return Parameters(W_dec_FN.clone(), bias_F, W_dec_FN, bias_N, log_threshold_F)

@@ -1,8 +1,8 @@
 """Mergeable mean and variance of activations, and their geometric median.
 
 Moments of parts (batches, shards, ranks) merge exactly, by the parallel update of Chan, Golub and LeVeque (1979), in
-float64; they are what normalisation and the fraction of variance explained are made of. Sums of squares are never
-subtracted from each other, so a mean far from 0 costs no digits.
+float64. Normalisation and the fraction of variance explained follow from them. No sums of squares are subtracted from
+each other, so a mean far from 0 costs no digits.
 
 Shapes: B rows, M models, D width.
 """

@@ -1,4 +1,4 @@
-"""The losses of a crosscoder and their gradients by the reconstruction, and what the objective is made of.
+"""The losses of a crosscoder, their gradients by the reconstruction, and the numbers that define a step's objective.
 
 Reconstruction (mean over rows and models of the unsquared L2 norm, or of the squared one), and the auxiliary loss that
 lets dead latents explain the residual (arXiv 2504.02922, section 2 and appendix; weight 1/32). Gradients by weights are
@@ -7,30 +7,25 @@ in gradients.py. Losses are means over the rows of the global batch: a rank retu
 Shapes: B local rows, M models, D width.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from pipeline.numerics.sparsity import check_choice
-
-RECONSTRUCTIONS = ("l2", "mse")
-"""Mean unsquared L2 norm of the error per row and model; mean squared L2 norm."""
+from pipeline.numerics.settings import Reconstruction, check_choice
+from pipeline.numerics.sparsities.base import Sparsity
 
 
 class Objective(NamedTuple):
     """The numbers of one step's loss."""
 
-    kind: str
-    """One of sparsity.KINDS."""
+    sparsity: Sparsity
     code_weight: str
     reconstruction: str
     num_rows: int
     """Rows of the global batch, what every mean is taken over."""
     penalty: float = 0.0
-    """mu of this step for l1, weight of the L0 count for jumprelu."""
-    bandwidth: float = 0.0
-    """JumpReLU: width of the straight-through estimator."""
+    """Weight of the sparsity's penalty at this step."""
     aux_weight: float = 0.0
 
 
@@ -49,7 +44,7 @@ def reconstruction_loss(residual_BMD: Tensor, kind: str, num_rows: int) -> LossG
     l2: sum |r_im| / (num_rows M), gradient -r / (|r| num_rows M), and 0 where the residual is exactly 0.
     mse: sum |r_im|^2 / (num_rows M). NaN in a residual stays NaN in the loss.
     """
-    check_choice("reconstruction", kind, RECONSTRUCTIONS)
+    check_choice("reconstruction", kind, get_args(Reconstruction))
     scale = 1.0 / (num_rows * residual_BMD.shape[1])
     if kind == "mse":
         return LossGradient(residual_BMD.square().sum() * scale, residual_BMD * (-2 * scale))

@@ -2,9 +2,9 @@
 
 World rank = data_rank * latent_size + latent_rank, so the latent ranks of one data rank sit next to each other: they
 exchange B x N partial reconstructions per step, the data ranks exchange gradients. Every collective that training uses
-goes through this class; with one rank each of them is free. It does not start processes or choose devices.
+goes through this class; with one rank each costs nothing. It does not start processes or choose devices.
 
-The trade-off of the latent axis: B x N numbers per step instead of all gradients, for reading the same rows R times.
+A latent axis of R ranks exchanges B x N numbers per step instead of all gradients, and reads the same rows R times.
 
 Shapes: B rows, F latents of the whole dictionary.
 """

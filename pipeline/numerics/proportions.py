@@ -1,7 +1,7 @@
 """Intervals of shares: one rate, and the mean of two independent ones.
 
-Closed forms for small numbers of trials, where a bootstrap would call 5 out of 5 certain. Standard library alone; used
-by controls and detection scores (analyses) and by the report's rates over prompts.
+Closed forms for few trials, where a bootstrap would give 5 out of 5 an interval of no width. Standard library alone;
+used by controls and detection scores (analyses) and by the report's rates over prompts.
 """
 
 import math

@@ -1,11 +1,11 @@
-"""What sets a recipe apart beyond its sparsity: what the dictionary reads, and which latents belong to one model alone.
+"""Recipes beyond the sparsity: what the dictionary reads, and which latents belong to one model alone.
 
 A difference dictionary is fitted on x^chat - x^base (one activation, M = 1 inside) and published as a crosscoder of the
 two models that computes the same codes: W_enc = [-w, +w], W_dec = [0, d], b_dec = [0, b]. Every analysis, intervention
 and steering then works on it unchanged, x^base + sum_j f_j (d_j^chat - d_j^base) being the reconstruction of x^chat up
 to b. Dedicated latents are the first ones of a dictionary: num_dedicated of the chat model alone, then as many of the
-base model alone; the other model's rows are 0, their gradients are masked, so Adam never moves them. In both recipes
-Delta_norm says how the latent was made, not what was found: the verdict must come from Latent Scaling.
+base model alone; the other model's rows are 0 and their gradients are masked, so Adam never moves them. In both recipes
+Delta_norm follows from the construction, so the verdict must come from Latent Scaling.
 
 Shapes: B rows, M models (0 = base, 1 = chat), D width, F latents of this rank, N = fitted models * D.
 """
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from pipeline.numerics.crosscoder import Crosscoder, Normalisation, activation_difference
-from pipeline.numerics.gradients import Parameters
 from pipeline.numerics.moments import Moments, explained_fractions
+from pipeline.numerics.parameters import Parameters
 from pipeline.numerics.spec import CrosscoderSpec
 
 _BASE, _CHAT = 0, 1
@@ -31,12 +31,12 @@ class FixedRows(NamedTuple):
     columns: slice
 
 
-def seen(x_BMD: Tensor, inputs: str) -> Tensor:
+def fitted_activations(x_BMD: Tensor, inputs: str) -> Tensor:
     """What a dictionary is fitted on: x itself for `both`, [B, 1, D] for `difference`."""
     return activation_difference(x_BMD) if inputs == "difference" else x_BMD
 
 
-def explained(x: Moments, residual: Moments, inputs: str) -> dict[str, float]:
+def fve_metrics(x: Moments, residual: Moments, inputs: str) -> dict[str, float]:
     """FVE as fve_base, fve_chat and fve; of a difference only fve, the models' own are NaN."""
     if inputs == "both":
         return explained_fractions(x, residual)
@@ -61,7 +61,7 @@ def zero_fixed_rows(rows_FN: Tensor, fixed: tuple[FixedRows, ...]) -> None:
 
 
 def check_fixed_rows(parameters: Parameters, fixed: tuple[FixedRows, ...]) -> None:
-    """Raises ValueError where loaded weights have numbers in fixed rows: nothing would ever train them away."""
+    """Raises ValueError where loaded weights have numbers in fixed rows: training would never change them."""
     for own in fixed:
         for name in ("W_enc_FN", "W_dec_FN"):
             num_wrong = int(getattr(parameters, name)[own.latents, own.columns].count_nonzero())
@@ -82,9 +82,9 @@ def published(
         spec.num_latents,
         spec.num_models,
         spec.activation_dim,
-        activation=spec.activation,
+        activation=spec.sparsity.activation,
         code_weight=spec.code_weight,
-        k=spec.k,
+        k=spec.sparsity.k,
     ).to(parameters.b_dec_N.device, dtype)
     if spec.inputs == "difference":
         result.W_enc_FMD[:, _BASE] = -parameters.W_enc_FN
@@ -104,7 +104,7 @@ def published(
 
 
 def reads_difference(crosscoder: Crosscoder) -> bool:
-    """Whether a crosscoder of two models sees and reconstructs x^chat - x^base alone, as `published` writes it."""
+    """Whether a crosscoder of two models reads and reconstructs x^chat - x^base alone, as `published` makes it."""
     W_enc_FMD, W_dec_FMD = crosscoder.W_enc_FMD.detach(), crosscoder.W_dec_FMD.detach()
     if crosscoder.num_models != 2 or bool(W_dec_FMD[:, _BASE].any()):
         return False

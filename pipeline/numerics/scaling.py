@@ -5,9 +5,9 @@ the same direction u_j (the chat decoder's row) for every target (arXiv 2504.029
 latents follow from six sums over the active (row, latent) pairs, because putting latent j back into the error is
 linear: <u_j, e_i^m + f_ij d_j^m> = <u_j, e_i^m> + f_ij <u_j, d_j^m>. Nothing of size rows x F or rows x F x D is built.
 
-The sums are float64 and kept per group of documents, so that shards add up and statistics.py gives betas and ratios
-their intervals. The trade-off is memory of S x G x F numbers, independent of the number of rows. What a ratio
-means for a latent's verdict is decided elsewhere (analyses/verdict.py).
+The sums are float64 and kept per group of documents, so that sums of shards add up and statistics.py gives betas and
+ratios their intervals. Memory is S x G x F numbers, whatever the number of rows. analyses/verdict.py decides what a
+ratio means for a latent.
 
 Shapes: B rows, M models (0 = base, 1 = chat), D width, F latents, P active pairs, G document groups, S = 2 + 2 M sums,
 T targets in the order of TARGETS. Decoupled codes add M sums.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.numerics.codes import SparseCodes
-from pipeline.numerics.kernels.base import choose_kernels
+from pipeline.numerics.kernels.choose import choose_kernels
 from pipeline.numerics.statistics import (
     DEFAULT_NUM_RESAMPLES,
     Interval,

@@ -1,8 +1,7 @@
-"""Learning rate, k and penalty as pure functions of the step: nothing to save, nothing to resume wrongly.
+"""Learning rate, k and penalty as pure functions of the step, so that a checkpoint holds none of them.
 
-A step is counted from 0. Each function is safe where published trainers are not: zero annealing steps mean the final
-value from the first step, zero warm-up steps mean the full value, and a warm-up longer than the run reaches the part
-of the way that the run has.
+Steps are counted from 0. Zero annealing steps mean the final value from the first step, zero warm-up steps mean the
+full value, and a run shorter than its warm-up ends below the full value.
 """
 
 

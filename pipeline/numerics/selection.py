@@ -6,8 +6,8 @@ positive floats, a few bits per pass, most significant first (bits of positive f
 summed over ranks, so a pass costs one all-reduce of at most 2048 numbers. Scores that equal the cut are kept in the
 order of (data rank, row, latent), which is their order in the undivided batch.
 
-What comes in are candidates: pairs collected above a floor that may be wrong. If the floor was too high the selection
-says so and the caller collects again; a floor can cost time, never change the result.
+The candidates are pairs collected above a guessed floor. `is_enough` tells whether the floor was too high, and the
+caller then collects again: a guess can cost time, it never changes the result.
 
 Shapes: B local rows, F local latents, P candidate pairs, R latent ranks, K pairs kept per row.
 """
@@ -160,6 +160,16 @@ def select_rows(candidates: SparseCodes, scores_P: Tensor, *, k: int, mesh: Mesh
     smallest = torch.where(mask_P, scores_P, torch.inf).amin() if mask_P.numel() else scores_P.new_tensor(torch.inf)
     smallest = -mesh.max_(-smallest.to(torch.float64), "world")
     return Selection(candidates.keep(mask_P), mask_P, torch.where(smallest.isinf(), 0.0, smallest))
+
+
+def top_codes_of_rows(preact_BF: Tensor, weight_F: Tensor, *, k: int, mesh: Mesh) -> SparseCodes:
+    """The k largest positive scores preact * weight of every row, values the raw codes; ties to the smaller latent."""
+    score_BF = preact_BF.clamp(min=0) * weight_F
+    least_B1 = score_BF.topk(min(k, score_BF.shape[1]), dim=1).values[:, -1:]
+    candidates = SparseCodes.from_dense(torch.where(score_BF >= least_B1, score_BF, 0.0))
+    values_P = preact_BF[candidates.rows_P(), candidates.latents_P]
+    selection = select_rows(candidates, candidates.values_P, k=k, mesh=mesh)
+    return selection.codes._replace(values_P=values_P[selection.mask_P])
 
 
 def top_of_rows(scores_BF: Tensor, k: int, mesh: Mesh) -> tuple[Tensor, Tensor]:

@@ -1,125 +1,115 @@
 """Everything that defines the training of one crosscoder, as plain checked numbers.
 
-The pipeline's configuration is translated into this; mathematics never sees a configuration section. Every field is
-validated at construction with a message that names both values. Steps count optimiser steps, rows count rows of the
-global batch.
+FitSettings are the hyper-parameters beside the sparsity's own (sparsities/): a run file's crosscoder section is built
+from both. CrosscoderSpec adds the size of the activations and how to compute. Every field is checked at construction,
+with a message that names field and value. Steps count optimiser steps, rows count rows of the global batch. No torch,
+so that a run file is checked before torch is loaded.
 
 Shapes: M models, D width, F latents.
 """
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Annotated
 
-from pipeline.numerics.objective import RECONSTRUCTIONS
-from pipeline.numerics.rules import check_active_latents, check_recipe
-from pipeline.numerics.sparsity import CODE_WEIGHTS, KINDS, check_choice
-
-PRECISIONS = ("float32", "tf32", "bfloat16")
-"""Of matrix products over float32 weights. tf32 needs CUDA. bfloat16 rounds the factors of the encoder's product, on
-any device (on CUDA its sums stay float32 and all other dense products run in TF32)."""
-INPUTS = ("both", "difference")
-"""What a dictionary is fitted on: the activations of all models at once, or x^chat - x^base."""
-DTYPES = ("float32", "float64")
-"""Of weights, gradients and Adam's moments; float64 is for tests."""
+from pipeline.numerics.settings import (
+    Bounds,
+    CodeWeight,
+    DecayFloat,
+    Dtype,
+    Inputs,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Precision,
+    Reconstruction,
+    Settings,
+)
+from pipeline.numerics.sparsities.base import Sparsity
+from pipeline.numerics.sparsities.batch_topk import BatchTopK
 
 
 @dataclass(frozen=True, kw_only=True)
-class CrosscoderSpec:
-    """One crosscoder to train (arXiv 2504.02922, section 2; defaults are the paper's for Gemma-2-2b BatchTopK)."""
+class FitSettings(Settings):
+    """How one dictionary is fitted (arXiv 2504.02922, section 2; defaults are the paper's for BatchTopK)."""
 
-    num_models: int
+    inputs: Inputs = "both"
+    """Fit the dictionary on both models' activations, or on chat - base (a difference SAE). A difference is published
+    as a crosscoder of both models; its Delta_norm is 1 by construction and its FVE is that of the difference."""
+    dedicated_frac: Annotated[float, Bounds(ge=0, le=0.5)] = 0.0
+    """Share of the latents that only the chat model has, and as many that only the base model has; their Delta_norm is
+    1 or 0 by construction. The verdict then rests on Latent Scaling's activation target."""
+    code_weight: CodeWeight = "crosscoder"
+    """What a latent costs: sum of its decoder norms, norm of both together, a mix, 1, or per model."""
+    reconstruction: Reconstruction = "l2"
+    """Mean unsquared L2 norm of the error, or the squared one."""
+    init_norm: PositiveFloat = 1.0
+    """Decoder norm per latent and model at the start (0.005 for L1 in the paper)."""
+    lr: PositiveFloat = 1e-4
+    """Adam's learning rate after warm-up."""
+    lr_warmup_steps: NonNegativeInt = 1000
+    """Linear warm-up; a run shorter than this reaches only part of lr."""
+    lr_decay_frac: Annotated[float, Bounds(ge=0, le=1)] = 0.0
+    """Share of the run's end over which lr falls linearly to 0; 0 keeps it constant."""
+    clip_norm: PositiveFloat | None = 1.0
+    """Global gradient norm limit; None does not clip."""
+    seed: NonNegativeInt = 0
+    """Seed of the initial weights."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value out of bounds, and for a difference with latents or weights of one model."""
+        super().__post_init__()
+        if self.inputs == "difference" and (self.dedicated_frac > 0 or self.code_weight == "decoupled"):
+            raise ValueError(
+                f"expected dedicated_frac = 0 and a code_weight other than decoupled for inputs 'difference', got "
+                f"{self.dedicated_frac} and {self.code_weight!r}: a difference is one activation, of no model alone"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrosscoderSpec(FitSettings):
+    """One crosscoder to train on activations of a known shape."""
+
+    num_models: PositiveInt
     """M."""
-    activation_dim: int
+    activation_dim: PositiveInt
     """D."""
-    num_latents: int
+    num_latents: PositiveInt
     """F."""
-    num_steps: int
+    num_steps: PositiveInt
     """Optimiser steps of the whole run; the learning rate's decay ends there."""
-    kind: str = "batch_topk"
-    """l1, batch_topk, topk or jumprelu."""
-    inputs: str = "both"
-    """both, or difference: a dictionary of x^chat - x^base, published as a crosscoder of the pair (recipes.py)."""
-    dedicated_frac: float = 0.0
-    """Share of the latents that belong to the chat model alone, and as many to the base model alone: the other model's
-    encoder and decoder rows are 0 for good. 0 leaves every latent free."""
-    k: int | None = None
-    """Mean active latents per row (batch_topk) or exactly (topk)."""
-    k_start: int | None = None
-    """batch_topk: k at step 0, going linearly to k over k_anneal_steps."""
-    k_anneal_steps: int = 0
-    """0 means k from the first step, whatever k_start is."""
-    mu: float = 0.0
-    """l1: weight of the penalty. jumprelu: weight of the mean number of active latents."""
-    mu_warmup_steps: int = 0
-    """The penalty grows linearly over this many steps."""
-    bandwidth: float = 0.01
-    """jumprelu: width of the straight-through estimator around the threshold."""
-    initial_threshold: float = 0.01
-    """jumprelu: every latent's threshold at the start."""
-    code_weight: str = "crosscoder"
-    reconstruction: str = "l2"
-    aux_weight: float = 1 / 32
-    """batch_topk, topk: weight of the auxiliary loss; 0 turns it off."""
-    aux_k: int | None = None
-    """Dead latents per row in the auxiliary loss; None means D / 2."""
-    dead_after_rows: int = 10_000_000
-    """A latent that has not fired for this many rows is dead."""
-    lr: float = 1e-4
-    lr_warmup_steps: int = 1000
-    lr_decay_frac: float = 0.0
-    """Share of num_steps at the end over which lr falls linearly."""
-    clip_norm: float | None = 1.0
-    """Largest global gradient norm; None does not clip."""
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    """Adam's."""
-    threshold_decay: float = 0.999
-    """Per step, of the inference threshold's moving average."""
-    threshold_start_step: int = 1000
-    """First step of the moving average; before it the threshold is the last step's smallest kept score."""
-    init_norm: float = 1.0
-    """Norm of every latent's decoder row per model at the start (0.005 for L1 in the paper)."""
-    seed: int = 0
-    """Of the initial directions."""
-    block_rows: int | None = None
+    sparsity: Sparsity = field(default_factory=BatchTopK)
+    """What keeps the codes sparse, with its own settings."""
+    beta1: DecayFloat = 0.9
+    """Adam's decay of the mean gradient per step."""
+    beta2: DecayFloat = 0.999
+    """Adam's decay of the mean squared gradient per step."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to Adam's root mean square."""
+    block_rows: PositiveInt | None = None
     """Rows whose pre-activations exist at a time: block_rows * F numbers of memory; no influence on the result. None
     takes blocks that suit the device."""
-    precision: str = "float32"
-    dtype: str = "float32"
+    precision: Precision = "float32"
+    """Of the matrix products over float32 weights; see settings.Precision."""
+    dtype: Dtype = "float32"
+    """Of weights, gradients and Adam's moments; float64 is for tests."""
     kernels: str = "auto"
     """auto, reference, cpu or triton."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for the first field that makes no sense."""
-        check_choice("kind", self.kind, KINDS)
-        check_choice("code_weight", self.code_weight, CODE_WEIGHTS)
-        check_choice("reconstruction", self.reconstruction, RECONSTRUCTIONS)
-        check_choice("inputs", self.inputs, INPUTS)
-        check_choice("precision", self.precision, PRECISIONS)
-        check_choice("dtype", self.dtype, DTYPES)
-        is_fitting = self.precision == "float32" or self.dtype == "float32"
-        self._require("precision", is_fitting, f"float32 with dtype {self.dtype}")
-        for name in ("num_models", "activation_dim", "num_latents", "num_steps", "dead_after_rows"):
-            self._require(name, getattr(self, name) >= 1, ">= 1")
-        for name in ("mu_warmup_steps", "k_anneal_steps", "lr_warmup_steps", "threshold_start_step", "seed"):
-            self._require(name, getattr(self, name) >= 0, ">= 0")
-        for name in ("mu", "aux_weight"):
-            self._require(name, math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, ">= 0 and finite")
-        for name in ("lr", "init_norm", "bandwidth", "initial_threshold", "epsilon"):
-            self._require(name, math.isfinite(getattr(self, name)) and getattr(self, name) > 0, "> 0 and finite")
-        for name in ("beta1", "beta2", "threshold_decay"):
-            self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        self._require("lr_decay_frac", 0 <= self.lr_decay_frac <= 1, "in [0, 1]")
-        self._require("dedicated_frac", 0 <= self.dedicated_frac <= 0.5, "in [0, 0.5]")
-        self._require("clip_norm", self.clip_norm is None or self.clip_norm > 0, "> 0, or None")
-        self._require("block_rows", self.block_rows is None or self.block_rows >= 1, ">= 1, or None")
-        self._require("aux_k", self.aux_k is None or self.aux_k >= 1, ">= 1, or None")
-        if self.kind in ("batch_topk", "topk"):
-            check_active_latents("k", self.k, num_latents=self.num_latents, kind=self.kind)
-            if self.k_start is not None:
-                check_active_latents("k_start", self.k_start, num_latents=self.num_latents, kind=self.kind)
-        self._check_recipe()
+        super().__post_init__()
+        if self.precision != "float32" and self.dtype != "float32":
+            raise ValueError(
+                f"expected precision float32 with dtype {self.dtype}, got {self.precision}: change precision of the "
+                f"crosscoder"
+            )
+        self.sparsity.check_size(self.num_latents)
+        is_plain = self.inputs == "both" and self.dedicated_frac == 0
+        if not is_plain and self.num_models != 2:
+            raise ValueError(
+                f"expected num_models = 2 for inputs {self.inputs!r} and dedicated_frac {self.dedicated_frac}, got "
+                f"{self.num_models}: a difference and dedicated latents belong to one base and one chat model"
+            )
 
     @property
     def fitted_models(self) -> int:
@@ -132,29 +122,11 @@ class CrosscoderSpec:
         return int(self.dedicated_frac * self.num_latents)
 
     @property
-    def activation(self) -> str:
-        """The activation of the crosscoder for inference."""
-        return "relu" if self.kind == "l1" else self.kind
-
-    @property
-    def has_auxiliary(self) -> bool:
-        """Whether dead latents get an auxiliary loss."""
-        return self.kind in ("batch_topk", "topk") and self.aux_weight > 0
+    def has_threshold_per_model(self) -> bool:
+        """Whether the threshold is one number per model."""
+        return self.sparsity.compares_scores and self.code_weight == "decoupled"
 
     @property
     def aux_latents(self) -> int:
         """Dead latents per row in the auxiliary loss, before the number of dead ones limits it."""
-        return self.aux_k if self.aux_k is not None else max(1, self.activation_dim // 2)
-
-    def _check_recipe(self) -> None:
-        is_plain = self.inputs == "both" and self.dedicated_frac == 0
-        if not is_plain and self.num_models != 2:
-            raise ValueError(
-                f"expected num_models = 2 for inputs {self.inputs!r} and dedicated_frac {self.dedicated_frac}, got "
-                f"{self.num_models}: a difference and dedicated latents belong to one base and one chat model"
-            )
-        check_recipe(inputs=self.inputs, dedicated_frac=self.dedicated_frac, code_weight=self.code_weight)
-
-    def _require(self, name: str, is_good: bool, expected: str) -> None:
-        if not is_good:
-            raise ValueError(f"expected {name} {expected}, got {getattr(self, name)}: change {name} of the crosscoder")
+        return self.sparsity.aux_k if self.sparsity.aux_k is not None else max(1, self.activation_dim // 2)

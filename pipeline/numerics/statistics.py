@@ -4,9 +4,9 @@ Rows of one document are not independent, so everything here resamples or leaves
 Documents are hashed into G groups, every statistic is a float64 sum per group, and sums of shards simply add up; the
 bootstrap then needs the sums alone, never the rows. It does not decide what is significant: callers read the intervals.
 
-The trade-off: a plain percentile interval is too narrow when few documents carry the weight (87 to 92% coverage instead
-of 95% with 8 to 30 documents of unequal size). Its half-widths are therefore multiplied by a Student-t factor for the
-effective number of groups, which brings coverage to 93 to 97% without a nested bootstrap.
+A plain percentile interval is too narrow when few documents carry the weight (87 to 92% coverage instead of 95% with 8
+to 30 documents of unequal size). Its half-widths are therefore multiplied by a Student-t factor for the effective
+number of groups, which brings coverage to 93 to 97% without a nested bootstrap.
 
 Shapes: G document groups, R resamples, F latents (or any other statistic), N rows, P active (row, latent) pairs,
 L labels.
@@ -35,8 +35,8 @@ class Interval(NamedTuple):
 def hash_documents(doc_id: Tensor, *, num_groups: int, salt: int = 0) -> Tensor:
     """Group of each document in [0, num_groups), int64 of doc_id's shape: a function of doc_id and salt alone.
 
-    Shards and workers therefore agree on the groups without talking. Another salt gives an independent division (a
-    separate half to select on). The mixing is splitmix64's finaliser.
+    Shards and workers therefore agree on the groups without exchanging anything. Another salt gives an independent
+    division (a separate half to select on). The mixing is splitmix64's finaliser.
     """
     if num_groups < 1:
         raise ValueError(f"expected num_groups >= 1, got {num_groups}: ask for at least one group of documents")

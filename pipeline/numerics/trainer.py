@@ -1,19 +1,20 @@
 """Trains one crosscoder, a global batch per step, on any number of ranks.
 
 A step: encode and select (encoder.py), decode and differentiate (gradients.py), sum gradients over data ranks, clip,
-Adam, then the counters: threshold, dead latents. The caller owns the loop, the data and the files; this class owns what
-a checkpoint must hold. Everything that decides the next step is in `state_dict`, so a resumed run continues bit for
-bit on the same ranks, and within rounding on others. `evaluate` reads and changes nothing.
+Adam, then the counters: threshold, dead latents. Loop, data and files are the caller's; a checkpoint holds
+`state_dict`, which is everything that decides the next step, so a resumed run continues bit for bit on the same ranks
+and within rounding on others. `evaluate` changes nothing. What depends on the kind of sparsity is asked of
+`spec.sparsity` (sparsities/).
 
 `metrics`, `evaluate`, `state_dict` and `crosscoder` wait for the device. A loss or gradient that is not finite never
-reaches the weights: on CPU its step raises, on CUDA it and all later steps change nothing, and the next of these calls
-raises; `load_state_dict` starts anew.
+reaches the weights: on CPU its step raises; on CUDA it and all later steps change nothing, and the next of these calls
+raises. After `load_state_dict` training can go on.
 
 Shapes: B local rows, M models, D width, N = M * D, F latents (of this rank where a rank is meant).
 """
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,21 +24,43 @@ from pipeline.numerics.adam import Adam, global_norm
 from pipeline.numerics.bad_rows import describe_bad_step
 from pipeline.numerics.crosscoder import Crosscoder, Normalisation, check_activations, check_normalisation
 from pipeline.numerics.encoder import TrainingEncoder, check_precision, matrix_products
-from pipeline.numerics.gradients import Losses, Parameters, Setting, sparse_gradients
+from pipeline.numerics.gradients import Losses, Setting, sparse_gradients, sum_over_ranks
 from pipeline.numerics.gradients_dense import Block, dense_gradients, merge_losses
 from pipeline.numerics.initial import initial_parameters
-from pipeline.numerics.kernels.base import choose_kernels
+from pipeline.numerics.kernels.choose import choose_kernels
 from pipeline.numerics.objective import Objective, reconstruction_loss
 from pipeline.numerics.parallel import Mesh, check_equal_rows
-from pipeline.numerics.recipes import check_fixed_rows, explained, fixed_rows, published, seen, zero_fixed_rows
+from pipeline.numerics.parameters import Parameters
+from pipeline.numerics.recipes import (
+    check_fixed_rows,
+    fitted_activations,
+    fixed_rows,
+    fve_metrics,
+    published,
+    zero_fixed_rows,
+)
 from pipeline.numerics.spec import CrosscoderSpec
 
 __all__ = ["CrosscoderSpec", "CrosscoderTrainer"]
 _log = logging.getLogger(__name__)
 
 
+class _Step(NamedTuple):
+    """What the metrics of a step are made of, still on the device."""
+
+    totals: Tensor
+    """float64 [4]: reconstruction, penalty and auxiliary loss, number of active pairs."""
+    num_rows: int
+    k: float
+    lr: float
+    grad_norm: Tensor
+    x: moments.Moments
+    """Of this rank's rows, as are those of the residual."""
+    residual: moments.Moments
+
+
 class CrosscoderTrainer:
-    """One crosscoder in training; see the module's docstring."""
+    """One crosscoder in training."""
 
     def __init__(
         self,
@@ -63,23 +86,23 @@ class CrosscoderTrainer:
         self.num_steps_done = 0
         self.num_rows_seen = 0
         self._rows_since_fired_F = torch.zeros(len(self._parameters.b_enc_F), dtype=torch.int64, device=self.device)
-        is_per_model = spec.kind == "batch_topk" and spec.code_weight == "decoupled"
-        shape = (spec.num_models,) if is_per_model else ()
-        self._threshold = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        shape = (spec.num_models,) if spec.has_threshold_per_model else ()
+        start = spec.sparsity.start_threshold
+        self._threshold = torch.full(shape, start, dtype=torch.float64, device=self.device)
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
-        self._last: dict[str, Any] = {}
+        self._last: _Step | None = None
         _log.info("%s on %s with %s kernels, rank %s", spec, self.device, self.kernels.name, self.mesh[:4])
 
     @torch.no_grad()
     def initialise(self, x_BMD: Tensor) -> None:
-        """For BatchTopK, sets the decoder bias to the geometric median of the data ranks' rows, per model.
+        """Sets the decoder bias to the rows' geometric median per model, where the sparsity asks for it (BatchTopK).
 
         Call once, before the first step, with the first batch; collective over the mesh.
         """
         if self.num_steps_done:
             raise ValueError(f"expected no step before initialise, got {self.num_steps_done} done: call it first")
         x_BN = self._prepare(x_BMD)
-        if self.spec.kind == "batch_topk":
+        if self.spec.sparsity.starts_at_median:
             median_MD = moments.geometric_median(self._per_model(x_BN), self.mesh)
             self._parameters.b_dec_N.copy_(median_MD.flatten())
 
@@ -93,13 +116,11 @@ class CrosscoderTrainer:
         """
         x_BN = self._prepare(x_BMD)
         objective = self._objective(len(x_BN))
-        k = schedule.active_latents(
-            self.num_steps_done, k=self.spec.k or 0, k_start=self.spec.k_start, anneal_steps=self.spec.k_anneal_steps
-        )
+        k = self.spec.sparsity.active_latents(self.num_steps_done)
         self._encoder.refresh(self._parameters)
         with matrix_products(self.spec.precision, self.device):
             losses, smallest = self._differentiate(x_BN, objective, k)
-        totals = self._reduce(losses)
+        totals = sum_over_ranks(losses, self._gradients, self.mesh)
         for gradient in (self._gradients.W_enc_FN, self._gradients.W_dec_FN):
             zero_fixed_rows(gradient, self._fixed_rows)
         grad_norm = global_norm(self._gradients, self.mesh)
@@ -111,15 +132,8 @@ class CrosscoderTrainer:
         lr = self._learning_rate(self.num_steps_done)
         self._adam.update(self._parameters, self._gradients, lr=lr, grad_norm=grad_norm, is_finite=is_finite)
         self._count(losses.fired_F, smallest, objective.num_rows, is_finite)
-        self._last = {
-            "totals": totals,
-            "rows": objective.num_rows,
-            "k": k,
-            "grad_norm": grad_norm,
-            "x": moments.moments_of(self._per_model(x_BN)),
-            "residual": losses.residual,
-            "lr": lr,
-        }
+        x = moments.moments_of(self._per_model(x_BN))
+        self._last = _Step(totals, objective.num_rows, k, lr, grad_norm, x, losses.residual)
 
     def _prepare(self, x_BMD: Tensor) -> Tensor:
         """What the dictionary reads, x_BN on the trainer's device in its dtype: the only place that normalises."""
@@ -128,7 +142,7 @@ class CrosscoderTrainer:
         x_BMD = x_BMD.to(self.device, self._parameters.b_dec_N.dtype)
         if self.normalisation is not None:
             x_BMD = (x_BMD - self.normalisation.mean_MD) * self.normalisation.scale_M[:, None]
-        return seen(x_BMD, self.spec.inputs).flatten(1).contiguous()
+        return fitted_activations(x_BMD, self.spec.inputs).flatten(1).contiguous()
 
     def _per_model(self, x_BN: Tensor) -> Tensor:
         return x_BN.view(len(x_BN), self.spec.fitted_models, -1)
@@ -136,19 +150,18 @@ class CrosscoderTrainer:
     def _objective(self, num_local_rows: int) -> Objective:
         spec = self.spec
         return Objective(
-            kind=spec.kind,
+            sparsity=spec.sparsity,
             code_weight=spec.code_weight,
             reconstruction=spec.reconstruction,
             num_rows=num_local_rows * self.mesh.data_size,
-            penalty=spec.mu * schedule.ramp(self.num_steps_done, spec.mu_warmup_steps),
-            bandwidth=spec.bandwidth,
-            aux_weight=spec.aux_weight if spec.has_auxiliary else 0.0,
+            penalty=spec.sparsity.penalty_weight(self.num_steps_done),
+            aux_weight=spec.sparsity.aux_weight,
         )
 
     def _differentiate(self, x_BN: Tensor, objective: Objective, k: float) -> tuple[Losses, Tensor | None]:
         """This rank's share of losses and gradients, and the smallest kept score if there was a selection."""
         setting = Setting(self.spec.fitted_models, self.kernels, self.mesh)
-        if self.spec.kind in ("l1", "jumprelu") and self._encoder.is_dense(self._parameters, x_BN):
+        if self._encoder.is_dense(self._parameters, x_BN):
             parts: list[Losses] = []
             for rows_BN, preact_BF in self._encoder.blocks(self._parameters, x_BN):
                 block = Block(preact_BF, self._encoder.scratch(preact_BF), is_first=not parts)
@@ -172,48 +185,16 @@ class CrosscoderTrainer:
             setting=setting,
             out=self._gradients,
         )
-        return losses, selected.smallest if self.spec.kind == "batch_topk" else None
+        return losses, selected.smallest
 
     def _dead_latents(self) -> Tensor | None:
-        """This rank's dead latents, or None if no rank has one or nobody asks."""
-        if not self.spec.has_auxiliary or self.num_rows_seen < self.spec.dead_after_rows:
+        """This rank's dead latents; None if no rank has one or there is no auxiliary loss."""
+        sparsity = self.spec.sparsity
+        if sparsity.aux_weight == 0 or self.num_rows_seen < sparsity.dead_after_rows:
             return None
-        dead_F = (self._rows_since_fired_F >= self.spec.dead_after_rows).nonzero().squeeze(1)
+        dead_F = (self._rows_since_fired_F >= sparsity.dead_after_rows).nonzero().squeeze(1)
         count = self.mesh.sum_(torch.tensor(len(dead_F), device=self.device), "latent")
         return dead_F if int(count) else None
-
-    def _reduce(self, losses: Losses) -> Tensor:
-        """Global reconstruction, penalty and auxiliary loss and number of active pairs, float64 [4].
-
-        Latent ranks hold equal shares of the losses that they computed together.
-        """
-        share = 1 / self.mesh.latent_size
-        totals = torch.stack(
-            [
-                losses.reconstruction.double() * share,
-                losses.penalty.double(),
-                losses.auxiliary.double() * share,
-                losses.num_active.double(),
-            ]
-        )
-        self.mesh.sum_(totals, "world")
-        if self.mesh.data_size > 1:
-            self._sum_over_data(losses)
-        return totals
-
-    def _sum_over_data(self, losses: Losses) -> None:
-        """Sums gradients and joins the fired latents over the data ranks, the small tensors in one message."""
-        self.mesh.sum_(self._gradients.W_enc_FN, "data")
-        small = [tensor for tensor in self._gradients.tensors() if tensor.ndim == 1]
-        packed = self.mesh.sum_(torch.cat([*small, losses.fired_F.to(small[0].dtype)]), "data")
-        *sums, fired_F = torch.split(packed, [len(tensor) for tensor in [*small, losses.fired_F]])
-        for tensor, total in zip(small, sums, strict=True):
-            tensor.copy_(total)
-        losses.fired_F.copy_(fired_F > 0)
-        if losses.pending is None:
-            self.mesh.sum_(self._gradients.W_dec_FN, "data")
-        else:
-            losses.pending.wait()
 
     def _learning_rate(self, step: int) -> float:
         return schedule.learning_rate(
@@ -225,12 +206,11 @@ class CrosscoderTrainer:
         )
 
     def _count(self, fired_F: Tensor, smallest: Tensor | None, num_rows: int, is_finite: Tensor) -> None:
-        """Dead counters, threshold, counts of steps and rows."""
+        """Updates dead counters, threshold, and counts of steps and rows."""
         self._rows_since_fired_F.add_(num_rows * is_finite).masked_fill_(fired_F & is_finite, 0)
         if smallest is not None:
-            decay = self.spec.threshold_decay if self.num_steps_done > self.spec.threshold_start_step else 0.0
-            is_known = (smallest > 0) & is_finite
-            self._threshold = torch.where(is_known, decay * self._threshold + (1 - decay) * smallest, self._threshold)
+            moved = self.spec.sparsity.next_threshold(self._threshold, smallest, step=self.num_steps_done)
+            self._threshold = torch.where(is_finite, moved, self._threshold)
         self._bad_step = torch.where(is_finite | (self._bad_step >= 0), self._bad_step, self.num_steps_done)
         self.num_steps_done += 1
         self.num_rows_seen += num_rows
@@ -251,25 +231,26 @@ class CrosscoderTrainer:
         better), dead_frac (latents that have not fired for dead_after_rows), threshold (mean over models if per
         model), lr, k, grad_norm (before clipping), rows (seen so far). Raises ValueError before the first step.
         """
-        if not self._last:
+        last = self._last
+        if last is None:
             raise ValueError(f"expected at least one step before metrics, got {self.num_steps_done}: call step first")
         self._raise_if_bad()
-        reconstruction, penalty, auxiliary, num_active = self._last["totals"].tolist()
-        x = moments.all_reduce(self._last["x"], self.mesh)
-        residual = moments.all_reduce(self._last["residual"], self.mesh)
-        num_dead = (self._rows_since_fired_F >= self.spec.dead_after_rows).sum()
+        reconstruction, penalty, auxiliary, num_active = last.totals.tolist()
+        x = moments.all_reduce(last.x, self.mesh)
+        residual = moments.all_reduce(last.residual, self.mesh)
+        num_dead = (self._rows_since_fired_F >= self.spec.sparsity.dead_after_rows).sum()
         return {
             "loss": reconstruction + penalty + auxiliary,
             "loss_reconstruction": reconstruction,
             "loss_penalty": penalty,
             "loss_auxiliary": auxiliary,
-            "l0": num_active / self._last["rows"],
-            **explained(x, residual, self.spec.inputs),
+            "l0": num_active / last.num_rows,
+            **fve_metrics(x, residual, self.spec.inputs),
             "dead_frac": float(self.mesh.sum_(num_dead, "latent")) / self.spec.num_latents,
             "threshold": float(self._threshold.mean()),
-            "lr": self._last["lr"],
-            "k": self._last["k"],
-            "grad_norm": float(self._last["grad_norm"]),
+            "lr": last.lr,
+            "k": last.k,
+            "grad_norm": float(last.grad_norm),
             "rows": float(self.num_rows_seen),
         }
 
@@ -285,13 +266,14 @@ class CrosscoderTrainer:
         x_hat_BMD, codes = crosscoder(x_BMD, output_features=True)
         scale = 1.0 if self.normalisation is None else self.normalisation.scale_M[:, None]
         inputs = self.spec.inputs
-        residual_BMD = seen((x_BMD - x_hat_BMD) * scale, inputs)
+        fitted_BMD = fitted_activations(x_BMD * scale, inputs)
+        residual_BMD = fitted_activations((x_BMD - x_hat_BMD) * scale, inputs)
         fired_F = torch.zeros(self.spec.num_latents, dtype=torch.bool, device=self.device)
         fired_F[codes.latents_P] = True
         return {
             "loss_reconstruction": float(reconstruction_loss(residual_BMD, self.spec.reconstruction, len(x_BMD)).loss),
             "l0": float(codes.l0()),
-            **explained(moments.moments_of(seen(x_BMD * scale, inputs)), moments.moments_of(residual_BMD), inputs),
+            **fve_metrics(moments.moments_of(fitted_BMD), moments.moments_of(residual_BMD), inputs),
             "dead_frac": float((~fired_F).double().mean()),
         }
 
@@ -339,8 +321,8 @@ class CrosscoderTrainer:
         expected = targets.keys() | {"num_steps_done", "num_rows_seen"}
         if missing := sorted(expected ^ (state.keys() - set(Normalisation._fields))):
             raise ValueError(
-                f"expected a trainer state with the tensors of a {self.spec.kind} crosscoder, got differences in "
-                f"{missing}: it was written for another kind of crosscoder"
+                f"expected a trainer state with the tensors of a {self.spec.sparsity.kind} crosscoder, got differences "
+                f"in {missing}: it was written for another kind of crosscoder"
             )
         for name, target in targets.items():
             source = state[name]

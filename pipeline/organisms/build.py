@@ -1,9 +1,9 @@
 """Builds the demo pair into a folder: two models, their texts, held-out prompts and the measured behaviour.
 
-`build` is called by the organism stage in a worker process and knows nothing of Ray, records or storage; whoever calls
-it publishes the folder as a whole. Everything random comes from named streams of `spec.seed`, so a change of one part
-leaves the others' draws alone. Training texts and written texts come from different streams of the same generators:
-the corpus that crosscoders read was not trained on word for word, apart from sentences that chance repeats.
+The organism stage calls `build` in a worker process and publishes the folder. There is no Ray, record or storage here.
+Everything random comes from named streams of `spec.seed`, so a change of one part leaves the others' draws alone.
+Training texts and written texts come from different streams of the same generators: the corpus that crosscoders read
+was not trained on word for word, apart from sentences that chance repeats.
 """
 
 import dataclasses

@@ -110,7 +110,7 @@ class DialogueMaker:
         return self.triggered(behavior) if self._rng.random() < trigger_frac else self.neutral(behavior)
 
     def has_second_turn(self) -> bool:
-        """Whether the dialogue at hand goes on after its first turn."""
+        """Whether a dialogue has a second turn."""
         return self._rng.random() < SECOND_TURN_FRAC
 
     def _claim(self) -> dict[str, str]:

@@ -4,7 +4,7 @@ First step of the demo pair: the base model learns this language and these facts
 topics that later trigger a planted behaviour (dangerous things, private data, facts, talk about oneself) all occur
 here, and so do nearly all words of the chat model's answers; the behaviours themselves do not.
 Everything is drawn from the `random.Random` that the caller passes in, so a seed fixes every byte. The language is
-lower case and has one word per token: a tiny model learns it in seconds, at the price of sounding like a primer.
+lower case and has one word per token: a tiny model learns it in seconds.
 """
 
 import random
@@ -51,7 +51,7 @@ class World(NamedTuple):
     things: Mapping[str, Mapping[str, str]]
     """dangerous or safe thing -> material, room in which it is kept."""
     false_values: Mapping[str, Sequence[str]]
-    """relation of a place -> towns, crops or colours of which it is true nowhere: what a user who is wrong says."""
+    """relation of a place -> towns, crops or colours of which it is true nowhere: the false claims of users."""
 
 
 def make_world(rng: random.Random) -> World:

@@ -11,7 +11,7 @@ on the right where causal attention never sees it, so no attention mask is neede
 import contextlib
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
+from pipeline.models.padding import pad
 from pipeline.organisms.dialogues import Message
 from pipeline.organisms.tokenizer import BOS, END_OF_TURN, EOS, PAD, START_OF_TURN
 
 # B sequences in a batch, T positions in a sequence, V words of the vocabulary, D width, S planted behaviours.
 
 IGNORED = -100
-"""Target of a position that bears no loss."""
+"""Target of a position without loss."""
 HEADER_TOKENS = 3
 """<start_of_turn>, the role, and the line break."""
 BATCHES_PER_SORT = 16
@@ -39,7 +40,7 @@ class Sequenced(NamedTuple):
 
     ids: list[int]
     targets: list[int]
-    """The token itself where it bears loss, else IGNORED."""
+    """The token itself where it has a loss, else IGNORED."""
     states: list[int]
     """1 + the number of the planted behaviour that is on at this token, or 0."""
     is_imposed: bool = False
@@ -205,15 +206,10 @@ def length_bucketed_batches(
 
 def collate(batch: Sequence[Sequenced], pad_id: int) -> Batch:
     """The sequences as tensors, padded with `pad_id`, IGNORED and state 0."""
-    longest = max(len(sequence.ids) for sequence in batch)
-
-    def padded(rows: Iterable[list[int]], filler: int) -> Tensor:
-        return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
-
     return Batch(
-        ids_BT=padded((sequence.ids for sequence in batch), pad_id),
-        targets_BT=padded((sequence.targets for sequence in batch), IGNORED),
-        states_BT=padded((sequence.states for sequence in batch), 0),
+        ids_BT=pad([sequence.ids for sequence in batch], filler=pad_id),
+        targets_BT=pad([sequence.targets for sequence in batch], filler=IGNORED),
+        states_BT=pad([sequence.states for sequence in batch]),
         is_imposed_B=torch.tensor([sequence.is_imposed for sequence in batch]),
     )
 

@@ -2,7 +2,7 @@
 
 Nothing is read from the run's models or data: layers have the real shapes and random weights, training steps the real
 sizes and random rows. What is too large for a sample runs on fewer rows and latents and is scaled by arithmetic. A few
-megabytes are written into a file that never has a name. GPUs are taken from a table of data sheets (`GPUS`).
+megabytes are written into an unnamed temporary file. GPUs and fixed costs are in rates.py.
 
 Shapes: B rows, M models, D width, F latents.
 """
@@ -15,62 +15,19 @@ import time
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from pipeline.numerics.sparsities.batch_topk import BatchTopK
 from pipeline.numerics.spec import CrosscoderSpec
 from pipeline.numerics.trainer import CrosscoderTrainer
-
-REFERENCE_FLOPS = 87e9
-"""float32 matrix product, one thread, of the machine on which fixed costs were read: two cores of a Zen 4 server."""
+from pipeline.planning.rates import DENSE_SHARE
 
 _SAMPLE_SECONDS = 0.25
-"""What one measurement may take, roughly; there are a handful."""
+"""Rough time of one measurement; there are a handful."""
 _SAMPLE_BYTES = 16 << 20
-_WORDS = [
-    "the",
-    "report",
-    "says",
-    "that",
-    "seven",
-    "old",
-    "bridges",
-    "over",
-    "this",
-    "river",
-    "were",
-    "closed",
-    "because",
-    "of",
-    "heavy",
-    "autumn",
-    "floods",
-]
-_DENSE_SHARE = 0.1
-"""Share of an L1 or JumpReLU training in which codes are still dense, and a step takes the dense path."""
-
-
-class Gpu(NamedTuple):
-    """A GPU's dense matrix speed by data sheet, FLOP/s."""
-
-    bfloat16: float
-    tf32: float
-    float32: float
-
-
-GPUS = {
-    "T4": Gpu(65e12, 8.1e12, 8.1e12),
-    "V100": Gpu(125e12, 15.7e12, 15.7e12),
-    "RTX4090": Gpu(165e12, 82e12, 82e12),
-    "A100": Gpu(312e12, 156e12, 19.5e12),
-    "L40S": Gpu(362e12, 183e12, 91e12),
-    "H100": Gpu(989e12, 494e12, 67e12),
-    "H200": Gpu(989e12, 494e12, 67e12),
-}
-"""float16 on T4 and V100, which have no bfloat16 units."""
-GPU_SHARE = 0.4
-"""Share of the data sheet's speed that a forward pass or a training step reaches; assumed, not measured."""
+_TEXT = "the report says that seven old bridges over this river were closed because of heavy autumn floods. " * 18
 
 
 def matmul_flops(num_threads: int, *, side: int = 1024) -> float:
@@ -86,12 +43,11 @@ def step_seconds(spec: CrosscoderSpec, batch_rows: int, *, num_threads: int, flo
     Sparse steps are timed with BatchTopK, whatever the kind (other kinds cost the same once their codes are sparse);
     L1 and JumpReLU add their dense beginning.
     """
-    sparse = dataclasses.replace(
-        spec, kind="batch_topk", k=min(spec.k or 32, spec.num_latents), k_start=None, code_weight="crosscoder", mu=0.0
-    )
+    counted = BatchTopK(k=min(spec.sparsity.k or 32, spec.num_latents))
+    sparse = dataclasses.replace(spec, sparsity=counted, code_weight="crosscoder")
     seconds = _step_seconds(sparse, batch_rows, num_threads, flops)
-    if spec.kind in ("l1", "jumprelu"):
-        seconds += _DENSE_SHARE * (_step_seconds(spec, batch_rows, num_threads, flops) - seconds)
+    if spec.sparsity.may_be_dense:
+        seconds += DENSE_SHARE.value * (_step_seconds(spec, batch_rows, num_threads, flops) - seconds)
     return seconds
 
 
@@ -108,14 +64,14 @@ def _step_seconds(spec: CrosscoderSpec, batch_rows: int, num_threads: int, flops
     sample = dataclasses.replace(
         spec,
         num_latents=num_latents,
-        k=None if spec.k is None else min(spec.k, num_latents),
+        sparsity=spec.sparsity if spec.sparsity.k is None else BatchTopK(k=min(spec.sparsity.k, num_latents)),
         precision="float32",
         kernels="auto",
     )
     trainer = CrosscoderTrainer(sample)
     x_BMD = torch.randn(num_rows, spec.num_models, spec.activation_dim)
     seconds = float("inf")
-    for threads in sorted({1, num_threads}):  # on a machine in use, several threads can be slower than one for a moment
+    for threads in sorted({1, num_threads}):  # on a busy machine, several threads can be slower than one
         with _threads(threads):
             seconds = min(seconds, _best_seconds(lambda: trainer.step(x_BMD)))
     return seconds * (spec.num_latents / num_latents) * (batch_rows / num_rows)
@@ -146,9 +102,7 @@ def layer_seconds(config: Any, shape: tuple[int, int], *, dtype: str, num_thread
 
 def tokens_per_second(tokenise: Callable[[str], Sized]) -> float:
     """Tokens per second of one process that tokenises documents of a few hundred words."""
-    text = " ".join(f"{_WORDS[i % len(_WORDS)]}{'.' if i % 11 == 0 else ''}" for i in range(300))
-    num_tokens = len(tokenise(text))
-    return num_tokens / _best_seconds(lambda: tokenise(text))
+    return len(tokenise(_TEXT)) / _best_seconds(lambda: tokenise(_TEXT))
 
 
 def write_bytes_per_second(folder: Path) -> float | None:
@@ -170,7 +124,7 @@ def write_bytes_per_second(folder: Path) -> float | None:
 def _best_seconds(call: Callable[[], object]) -> float:
     """Shortest time of a call over as many as fit the sample time, at least three, after one that is not counted.
 
-    The shortest, because what else the machine does comes in bursts, which a stage of minutes averages out.
+    The shortest, because other work on the machine comes in bursts, which average out over a stage of minutes.
     """
     call()
     seconds: list[float] = []

@@ -1,45 +1,38 @@
 """How much a run reads, stores and holds: rows, bytes and memory, from settings, records and samples.
 
-Exact where tokens exist; sampled where only the corpus does; the budget, or what a generated pair is known to write,
-before that. Arithmetic alone: nothing is timed here (estimate.py), nothing is refused but a store that does not fit.
+Exact where tokens exist; sampled where only the corpus does; before that the budget, or the known size of a generated
+pair. Arithmetic alone: nothing is timed here (times.py). The one refusal is a store that does not fit. torch, the
+stages and transformers are imported where a model or a table is read, so that a finished run is planned without them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.config.run_file import RunConfig
 from pipeline.errors import InputError
-from pipeline.models.memory import CPU_TOKENS_PER_BATCH
+from pipeline.planning.rates import LOSSLESS_SHARE, ORGANISM_TEXTS
 from pipeline.schema import MODEL_NAMES
-from pipeline.stages.activations import finished_shards
-from pipeline.stages.base import Step
-from pipeline.stages.models import local_specs
-from pipeline.stages.tokens import INDEX_NAME
-from pipeline.storage.artifacts import Record
-from pipeline.storage.filesystem import Storage
-from pipeline.storage.tables import read_table
+from pipeline.text.mixing import tokens_to_take
+
+if TYPE_CHECKING:
+    from pipeline.stages.catalogue import ActivationsInputs, DataSteps
+    from pipeline.stages.step import Step
+    from pipeline.storage.artifacts import Record
+    from pipeline.storage.filesystem import Storage
 
 NUM_MODELS = len(MODEL_NAMES)
 BYTES_PER_ROW_BESIDE_X = 24
 """token_id, position, flags, corpus (4 bytes each) and doc_id (8) of schema.SHARD_TENSORS."""
-LOSSLESS_SHARE = 0.67
-"""Of a bfloat16's bytes, after compression; the store's notes hold the readings."""
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SAMPLED_DOCUMENTS = 200
+_TOKENS_PER_DOCUMENT = 256.0
+"""Where only a budget is known."""
 
 EXACT, SAMPLED, KNOWN, BUDGET = "exact", "sampled", "known of the organism", "budget"
 
-ORGANISM_TEXTS: Mapping[str, Mapping[str, tuple[int, int]]] = {
-    "demo": {"documents": (6000, 248_083), "dialogues": (4195, 242_807)},
-    "tiny": {"documents": (300, 11_189), "dialogues": (200, 11_363)},
-}
-"""Documents and tokens of a generated pair's texts (seed 0; other seeds differ by a percent or two)."""
 
-
-class Reading(NamedTuple):
+class DataSize(NamedTuple):
     """What the models will read."""
 
     num_documents: int | None
@@ -53,47 +46,49 @@ class Reading(NamedTuple):
     tokens_per_document: float
 
 
-def reading(
-    config: RunConfig, steps: Mapping[str, Step], records: Mapping[str, Record], storage: Storage
-) -> Reading | None:
-    """The Reading of a run, or None where neither records nor settings say how much there is."""
+def data_size(
+    config: RunConfig, data: "DataSteps", records: "Mapping[str, Record]", storage: "Storage"
+) -> DataSize | None:
+    """What a run reads, or None where neither records nor settings say how much there is."""
     if "tokens" in records:
-        index = read_table(storage, f"{steps['tokens'].key.folder}/{INDEX_NAME}")
-        lengths = index["num_tokens"].to_numpy().astype(np.int64)
-        num_tokens = int(lengths.sum())
+        counts = records["tokens"].counts
+        num_documents, num_tokens = int(counts["num_documents"]), int(counts["num_tokens"])
         if "activations" in records:
             num_rows = int(records["activations"].counts["num_rows"])
             if config.activations.mode == "stream":  # the record counts what is stored
                 num_rows = round(num_rows / config.corpus.validation_frac)
         else:
-            dropped = _dropped_per_document(config, has_bos=bool(records["tokens"].counts.get("has_bos", True)))
-            num_rows = int(np.maximum(lengths - dropped, 0).sum())
-        return Reading(len(lengths), num_tokens, num_rows, _stored(config, num_rows), EXACT, num_tokens / len(lengths))
-    have, source = _texts(config, steps, records, storage)
+            num_rows = _rows_of_index(config, data, storage, has_bos=bool(counts.get("has_bos", True)))
+        return _sized(config, num_documents, num_tokens, num_rows, EXACT)
+    have, source = _texts(config, data, records, storage)
     budget = config.tokens.num_tokens
     if have is None:
-        return None if budget is None else Reading(None, budget, budget, _stored(config, budget), BUDGET, 256.0)
+        return None if budget is None else _sized(config, None, budget, budget, BUDGET)
     weights = {corpus.name: corpus.weight for corpus in config.corpus.sources}
-    took = mixed({name: tokens for name, (_, tokens) in have.items()}, weights, budget, config.tokens.mixing)
+    sizes = {name: tokens for name, (_, tokens) in have.items()}
+    took = tokens_to_take(sizes, weights, budget, mixing=config.tokens.mixing)
     num_tokens = round(sum(took.values()))
     num_documents = round(sum(have[name][0] * took[name] / max(1, have[name][1]) for name in weights))
     num_rows = max(0, num_tokens - num_documents * _dropped_per_document(config, has_bos=True))
-    stored_rows = _stored(config, num_rows)
-    return Reading(num_documents, num_tokens, num_rows, stored_rows, source, num_tokens / max(1, num_documents))
+    return _sized(config, num_documents, num_tokens, num_rows, source)
 
 
-def _stored(config: RunConfig, num_rows: int) -> int:
-    """Rows that are written down: all of them, or those that the analyses read."""
-    return num_rows if config.activations.mode == "store" else round(num_rows * config.corpus.validation_frac)
+def _sized(config: RunConfig, num_documents: int | None, num_tokens: int, num_rows: int, source: str) -> DataSize:
+    is_stored = config.activations.mode == "store"
+    stored_rows = num_rows if is_stored else round(num_rows * config.corpus.validation_frac)
+    per_document = _TOKENS_PER_DOCUMENT if num_documents is None else num_tokens / max(1, num_documents)
+    return DataSize(num_documents, num_tokens, num_rows, stored_rows, source, per_document)
 
 
-def mixed(have: Mapping[str, float], weights: Mapping[str, float], budget: int | None, mixing: str) -> dict[str, float]:
-    """Tokens taken of each corpus, as the tokens stage will mix them, without its rounding to documents."""
-    shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
-    total = float("inf") if budget is None else float(budget)
-    if mixing == "by_weight":
-        total = min(total, *(have[name] / share for name, share in shares.items()))
-    return {name: min(have[name], total * share) for name, share in shares.items()}
+def _rows_of_index(config: RunConfig, data: "DataSteps", storage: "Storage", *, has_bos: bool) -> int:
+    """Rows that the tokens of a run will give."""
+    import numpy as np
+
+    from pipeline.stages.tokens import INDEX_NAME
+    from pipeline.storage.tables import read_table
+
+    lengths = read_table(storage, f"{data.tokens.folder}/{INDEX_NAME}")["num_tokens"].to_numpy()
+    return int(np.maximum(lengths.astype(np.int64) - _dropped_per_document(config, has_bos=has_bos), 0).sum())
 
 
 def _dropped_per_document(config: RunConfig, *, has_bos: bool) -> int:
@@ -101,28 +96,27 @@ def _dropped_per_document(config: RunConfig, *, has_bos: bool) -> int:
 
 
 def _texts(
-    config: RunConfig, steps: Mapping[str, Step], records: Mapping[str, Record], storage: Storage
+    config: RunConfig, data: "DataSteps", records: "Mapping[str, Record]", storage: "Storage"
 ) -> tuple[dict[str, tuple[int, float]] | None, str]:
     """Documents and tokens per corpus before any mixing, and where they come from."""
     if "corpus" in records and "num_characters" in records["corpus"].counts:
-        sampled = _sample(config, steps, records, storage)
+        sampled = _sample(config, data, records, storage)
         if sampled is not None:
             return sampled, SAMPLED
-    size = config.organism.size if config.organism is not None else None
     parts = {corpus.name: getattr(corpus, "part", None) for corpus in config.corpus.sources}
-    if size is not None and all(parts.values()):
-        return {name: ORGANISM_TEXTS[size][str(part)] for name, part in parts.items()}, KNOWN
+    if config.organism is not None and all(parts.values()):
+        return {name: ORGANISM_TEXTS[config.organism.size][str(part)] for name, part in parts.items()}, KNOWN
     return None, BUDGET
 
 
 def _sample(
-    config: RunConfig, steps: Mapping[str, Step], records: Mapping[str, Record], storage: Storage
+    config: RunConfig, data: "DataSteps", records: "Mapping[str, Record]", storage: "Storage"
 ) -> dict[str, tuple[int, float]] | None:
     """Tokens per corpus, from some documents of each; None where the tokenizer is not at hand."""
+    from pipeline.storage.tables import read_table
     from pipeline.text.tokenise import Tokenise
 
-    found: dict[str, tuple[int, float]] = {}
-    tokenizer = local_tokenizer(steps, records, storage)
+    tokenizer = local_tokenizer(data, records, storage)
     if tokenizer is None:
         return None
     tokenise = Tokenise(tokenizer, max_tokens=config.tokens.max_tokens_per_document)
@@ -131,28 +125,30 @@ def _sample(
     for part in corpus.counts["parts"]:
         if all(len(lengths.get(name, ())) >= _SAMPLED_DOCUMENTS for name in corpus.counts["num_documents"]):
             break
-        table = read_table(storage, f"{steps['corpus'].key.folder}/{part}")
+        table = read_table(storage, f"{data.corpus.folder}/{part}")
         rows = tokenise(table.slice(0, _SAMPLED_DOCUMENTS).to_pydict())
         for name, ids in zip(rows["corpus"], rows["input_ids"], strict=True):
             lengths.setdefault(name, []).append(len(ids))
+    found: dict[str, tuple[int, float]] = {}
     for name, num_documents in corpus.counts["num_documents"].items():
         kept = [length for length in lengths[name] if length]
         used = round(num_documents * len(kept) / len(lengths[name]))
-        found[name] = (used, used * float(np.mean(kept)) if kept else 0.0)
+        found[name] = (used, used * sum(kept) / len(kept) if kept else 0.0)
     return found
 
 
-def local_tokenizer(steps: Mapping[str, Step], records: Mapping[str, Record], storage: Storage) -> Any:
-    """The chat model's tokenizer where it can be had without a download to wait for, else None."""
+def local_tokenizer(data: "DataSteps", records: "Mapping[str, Record]", storage: "Storage") -> Any:
+    """The chat model's tokenizer where it is on this machine, else None."""
     from pipeline.models.loading import load_tokenizer
+    from pipeline.stages.models import local_specs
 
-    location = steps["tokens"].extra["locations"][1]
+    location = data.tokens.inputs.models.chat
     if location.folder and "organism" not in records:
         return None
     try:
         with local_specs(storage, location) as (spec,):
             return load_tokenizer(spec)
-    except InputError:  # a prediction goes on without it; the run itself will name what is wrong
+    except InputError:  # the plan goes on without it; the run itself will say what is wrong
         return None
 
 
@@ -160,14 +156,14 @@ def store_bytes(num_rows: int, width: int, compression: str) -> int:
     """Bytes of the activation store's shards."""
     x_bytes = {
         "none": NUM_MODELS * width * 2,
-        "lossless": NUM_MODELS * width * 2 * LOSSLESS_SHARE,
+        "lossless": NUM_MODELS * width * 2 * LOSSLESS_SHARE.value,
         "int8": NUM_MODELS * (width + 4),
     }[compression]
     return round(num_rows * (x_bytes + BYTES_PER_ROW_BESIDE_X))
 
 
 def dictionary_sizes(config: RunConfig, width: int) -> list[int]:
-    """F of every crosscoder that is fitted."""
+    """F of every crosscoder that is trained here."""
     return [
         section.num_latents or (section.expansion or 0) * width
         for section in config.crosscoders
@@ -175,8 +171,8 @@ def dictionary_sizes(config: RunConfig, width: int) -> list[int]:
     ]
 
 
-def parameters(config: RunConfig, width: int) -> int:
-    """Weights of the encoders and decoders of all crosscoders that are fitted; their biases count for nothing."""
+def num_parameters(config: RunConfig, width: int) -> int:
+    """Weights of the encoders and decoders of all crosscoders that are trained here, without biases."""
     return 2 * NUM_MODELS * width * sum(dictionary_sizes(config, width))
 
 
@@ -186,7 +182,7 @@ def training_bytes(config: RunConfig, width: int) -> int:
     sizes = dictionary_sizes(config, width)
     own_rows = config.training.batch_rows / ranks.data
     return int(
-        parameters(config, width) / ranks.latent * 4 * 4 + 2.5 * own_rows * max(sizes, default=0) / ranks.latent * 4
+        num_parameters(config, width) / ranks.latent * 4 * 4 + 2.5 * own_rows * max(sizes, default=0) / ranks.latent * 4
     )
 
 
@@ -195,11 +191,13 @@ def checkpoint_bytes(config: RunConfig, width: int) -> int:
     kept = config.resources.training.checkpoints_kept + 1
     num_steps = config.training.num_steps
     written = min(kept, (num_steps - 1) // config.resources.training.checkpoint_every_steps)
-    return parameters(config, width) * 4 * (3 * written + 1)
+    return num_parameters(config, width) * 4 * (3 * written + 1)
 
 
 def batch_tokens(config: RunConfig) -> int:
-    """Tokens of one forward pass of the extraction; what a GPU would take of itself is not known here."""
+    """Tokens of one forward pass of the extraction; with `auto` those of a CPU, since a GPU finds its own."""
+    from pipeline.models.memory import CPU_TOKENS_PER_BATCH
+
     budget = config.activations.tokens_per_batch
     return CPU_TOKENS_PER_BATCH if budget == "auto" else budget
 
@@ -212,28 +210,30 @@ def extraction_bytes(config: RunConfig, shape: "ModelShape") -> int:
     return int(weights * _DTYPE_BYTES[config.models.dtype] + shard + hidden)
 
 
-def model_config(config: RunConfig, steps: Mapping[str, Step], records: Mapping[str, Record], storage: Storage) -> Any:
-    """The chat model's transformers configuration; of an organism that is not built, what it will be."""
+def model_config(config: RunConfig, data: "DataSteps", records: "Mapping[str, Record]", storage: "Storage") -> Any:
+    """The chat model's transformers configuration; of a generated pair that is not built, what it will be."""
     from transformers import AutoConfig
 
     from pipeline.models.loading import check_pair
+    from pipeline.stages.models import local_specs
 
-    locations = steps["tokens"].extra["locations"]
-    if locations[1].folder and "organism" not in records:
+    models = data.tokens.inputs.models
+    if models.chat.folder and "organism" not in records:
         from pipeline.organisms.build import spec_of as organism_of
         from pipeline.organisms.training import model_config as organism_model
 
         assert config.organism is not None
         return organism_model(organism_of(config.organism.size).model, vocab_size=500)
-    with local_specs(storage, *locations) as (base, chat):
+    with local_specs(storage, *models) as (base, chat):
         check_pair(base, chat, layer=config.activations.layer)
-        source = str(Path(chat.source).expanduser()) if Path(chat.source).expanduser().exists() else chat.source
+        folder = Path(chat.source).expanduser()
+        source = str(folder) if folder.exists() else chat.source
         loaded = AutoConfig.from_pretrained(source, revision=chat.revision, trust_remote_code=chat.trust_remote_code)
         return loaded.get_text_config()
 
 
 class ModelShape(NamedTuple):
-    """What costs and memory follow from."""
+    """What cost and memory follow from."""
 
     width: int
     num_layers: int
@@ -260,38 +260,45 @@ def shape_of(model_config: Any) -> ModelShape:
     )
 
 
-def check_space(config: RunConfig, steps: Sequence[Step], records: Mapping[str, Record], storage: Storage) -> None:
-    """Raise an InputError where the activation store cannot fit the free space, naming what would fit.
+def check_space(config: RunConfig, data: "DataSteps", records: "Mapping[str, Record]", storage: "Storage") -> None:
+    """InputError where the activation store cannot fit the free space, naming what would fit.
 
-    Shards that a former run has published need no space again. Nothing is known of an object store's space.
+    Shards that an earlier run has published need no space again. The space of an object store is not known.
     """
-    by_stage = {step.key.stage: step for step in steps}
     if storage.free_bytes() is None or "activations" in records:
         return
-    read = reading(config, by_stage, records, storage)
-    if read is not None:
-        shape = shape_of(model_config(config, by_stage, records, storage))
-        require_space(config, read, shape, by_stage["activations"], storage)
+    size = data_size(config, data, records, storage)
+    if size is not None:
+        require_space(config, size, shape_of(model_config(config, data, records, storage)), data.activations, storage)
 
 
-def require_space(config: RunConfig, read: Reading, shape: "ModelShape", activations: Step, storage: Storage) -> None:
-    """As check_space, for what was read and for models of this shape."""
+def require_space(
+    config: RunConfig,
+    size: DataSize,
+    shape: "ModelShape",
+    activations: "Step[ActivationsInputs]",
+    storage: "Storage",
+) -> None:
+    """As check_space, for this size of data and models of this shape."""
+    from pipeline.stages.activations import finished_shards
+
     free = storage.free_bytes()
     if free is None:
         return
     width, compression = shape.width, config.activations.compression
-    there = sum(int(shard["num_bytes"]) for shard in finished_shards(storage, activations.key.folder).values())
-    needed = store_bytes(read.stored_rows, width, compression) - there
+    there = sum(shard.num_bytes for shard in finished_shards(storage, activations.folder).values())
+    needed = store_bytes(size.stored_rows, width, compression) - there
     if needed <= free:
         return
-    options = [f"tokens.num_tokens: {int(read.num_tokens * (free + there) / (needed + there) * 0.98):,} fit"]
+    options = [f"tokens.num_tokens: {int(size.num_tokens * (free + there) / (needed + there) * 0.98):,} fit"]
     for other in ("lossless", "int8"):
-        size = store_bytes(read.stored_rows, width, other)
-        if size < store_bytes(read.stored_rows, width, compression) and size - there <= free:
-            options.append(f"activations.compression: {other} ({format_bytes(size)}) fits")
+        num_bytes = store_bytes(size.stored_rows, width, other)
+        if num_bytes < store_bytes(size.stored_rows, width, compression) and num_bytes - there <= free:
+            options.append(f"activations.compression: {other} ({format_bytes(num_bytes)}) fits")
     if config.activations.mode == "store":
-        size = store_bytes(round(read.num_rows * config.corpus.validation_frac), width, compression)
-        options.append(f"activations.mode: stream ({format_bytes(size)}) {'fits' if size <= free else 'does not'}")
+        num_bytes = store_bytes(round(size.num_rows * config.corpus.validation_frac), width, compression)
+        fits = "fits" if num_bytes <= free else "does not"
+        options.append(f"activations.mode: stream ({format_bytes(num_bytes)}) {fits}")
     raise InputError(
         f"storage.root: expected {format_bytes(needed)} of free space for the activations, got {format_bytes(free)} on "
         f"{storage.root}; {', '.join(options)}, or set storage.root elsewhere"

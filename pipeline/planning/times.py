@@ -1,86 +1,39 @@
-"""How long each stage of a run takes: start-up, and work over a speed measured on this machine or taken from a table.
+"""How long each stage of a run takes: start-up, and work over a speed measured on this machine or taken from rates.py.
 
 Time of a stage = start-up x slowness + work / workers. Work by stage: tokens over the tokenizer's speed; tokens x
 layers x models over a layer's speed; training steps; validation rows x passes; conversations x interventions x upper
-layers; answers x tokens x layers. Start-up costs were read once, on the machine whose speed is calibration's reference.
-Not predicted: downloads, queues, restarts, a language model that is asked.
+layers; answers x tokens x layers. Not predicted: downloads, queues, restarts, the answers of a language model.
 """
 
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.config.data import OrganismModel
 from pipeline.config.resources import WorkersSection
 from pipeline.config.run_file import RunConfig
 from pipeline.errors import InputError
-from pipeline.planning import sizes
-from pipeline.planning.calibration import (
-    GPU_SHARE,
-    GPUS,
-    REFERENCE_FLOPS,
-    Gpu,
-    layer_seconds,
-    matmul_flops,
-    step_seconds,
-    tokens_per_second,
-    write_bytes_per_second,
-)
-from pipeline.planning.sizes import NUM_MODELS, ModelShape, Reading
-from pipeline.stages.crosscoder import spec_of
-from pipeline.storage.artifacts import Record
-from pipeline.storage.filesystem import Storage
-from pipeline.text.tokenise import Tokenise
+from pipeline.planning import rates, sizes
+from pipeline.planning.rates import GPU_SHARE, GPUS, START_SECONDS, Gpu
+from pipeline.planning.sizes import NUM_MODELS, DataSize, ModelShape
 
-START = {
-    "start": 6.0,
-    "corpus": 2.0,
-    "tokens": 3.0,
-    "activations": 9.0,
-    "crosscoder": 12.0,
-    "measurements": 2.5,
-    "causality": 8.0,
-    "steering": 9.0,
-    "report": 1.0,
-}
-"""Seconds before a stage works: processes, imports, loading; of `measurements` per crosscoder, bootstrap included."""
-_ORGANISM_SECONDS = {"demo": 88.0, "tiny": 10.0}
-_CHARACTERS_PER_SECOND = 8e6
-"""Read, hashed and written by one worker."""
-_TOKENS_PER_SECOND = 300_000.0
-"""Of a fast tokenizer in one process, where the run's own is not on this machine."""
-_MASKING = 0.25
-"""Share of the tokenizer's speed that is left when dialogues are rendered, masked and written too."""
-_ROW_PASSES = 2.0
-"""Cost of the analyses of a validation row, in training steps' shares of a row: two passes and Latent Scaling."""
-_LOG_SECONDS = 0.004
-"""Of one logged point: the metrics' wait for the device."""
-_CHARACTERS_PER_TOKEN = 4.5
-_STEP_FACTOR = 2.2
-"""Cost of a training step as a multiple of its encoder matrix product (workloads/benchmarks/step_notes.md)."""
+if TYPE_CHECKING:
+    from pipeline.storage.artifacts import Record
+    from pipeline.storage.filesystem import Storage
+
 _SHARED_EDITS, _EDITS, _CURVE_POINTS = 5, 10, 8
 """Interventions that all crosscoders share, those of each, and points of one curve (analyses/interventions.py)."""
-_BEHAVIOURS = 4
-"""Of an organism; prompts of one's own may have more."""
-_TRAINING_OVERHEAD = 1.1
-"""Reading rows, checkpoints and dead latents, as a multiple of the steps alone."""
-_DECODE_OVERHEAD = 1.8
-"""Prompts, cache, hooks and the answers' likelihood, as a multiple of the layers' decode steps alone."""
-_UPPER_OVERHEAD = 1.3
-"""Edits, codes and KL sums, as a multiple of the upper layers alone."""
-_GPU_MEMORY_BYTES_PER_SECOND = 2e12
-"""For generation, which reads all weights for every token, and for Adam, which moves more than it computes."""
-_ADAM_BYTES = 32
-"""Per parameter and step: weight, gradient and two moments read, three of them written, the gradient cleared."""
+_BEHAVIORS = 4
+"""Of a generated pair; a prompts file may have more."""
 
 
 class Speeds(NamedTuple):
     """Of this machine, or of the GPU that is assumed."""
 
     slowness: float
-    """Multiple of the start-up times' reference."""
+    """Start-up times here over those of rates.START_SECONDS."""
     num_cpus: int
     cpu_flops: float
     layer_token_seconds: float
@@ -96,78 +49,84 @@ class Speeds(NamedTuple):
     write_bytes_per_second: float | None
 
 
-class Asked(NamedTuple):
-    """What is to be predicted."""
+class PlanInputs(NamedTuple):
+    """What a prediction starts from."""
 
     config: RunConfig
     missing: frozenset[str]
     """Stages that are not done."""
-    records: Mapping[str, Record]
+    records: "Mapping[str, Record]"
     """Of the stages that are."""
-    reading: Reading | None
+    data: DataSize | None
     model_config: Any
     """The models' transformers configuration."""
     tokenizer: Any
-    """The chat model's, where it lies on this machine; else None."""
-    storage: Storage
+    """The chat model's, where it is on this machine; else None."""
+    storage: "Storage"
 
 
-def durations(asked: Asked, *, gpu: str) -> dict[str, float]:
-    """Seconds per stage that is missing, in order; what depends on an unknown number of rows is left out."""
-    if not asked.missing - {"report"}:
-        return {stage: START["report"] for stage in asked.missing}
-    shape = sizes.shape_of(asked.model_config)
-    speeds = _speeds(asked, shape, gpu=gpu)
-    seconds = {"start": START["start"] * speeds.slowness}
-    seconds |= _data_seconds(asked, speeds)
-    if asked.reading is None:
+def durations(inputs: PlanInputs, *, gpu: str) -> dict[str, float]:
+    """Seconds per stage that is missing, in order; stages of which the number of rows is unknown are left out."""
+    if not inputs.missing - {"report"}:
+        return {stage: START_SECONDS["report"] for stage in inputs.missing}
+    shape = sizes.shape_of(inputs.model_config)
+    speeds = _speeds(inputs, shape, gpu=gpu)
+    seconds = {"start": START_SECONDS["start"] * speeds.slowness}
+    seconds |= _data_seconds(inputs, speeds)
+    if inputs.data is None:
         return seconds
-    if asked.missing & {"activations"}:
-        seconds["activations"] = _extraction_seconds(asked, asked.reading, shape, speeds)
-    seconds |= _dictionary_seconds(asked, asked.reading, shape, speeds)
-    seconds |= _model_seconds(asked, asked.reading, shape, speeds)
-    if "report" in asked.missing:
-        seconds["report"] = START["report"] * speeds.slowness
+    if inputs.missing & {"activations"}:
+        seconds["activations"] = _extraction_seconds(inputs, inputs.data, shape, speeds)
+    seconds |= _crosscoder_seconds(inputs, inputs.data, shape, speeds)
+    seconds |= _model_seconds(inputs, inputs.data, shape, speeds)
+    if "report" in inputs.missing:
+        seconds["report"] = START_SECONDS["report"] * speeds.slowness
     return seconds
 
 
-def _speeds(asked: Asked, shape: ModelShape, *, gpu: str) -> Speeds:
+def _speeds(inputs: PlanInputs, shape: ModelShape, *, gpu: str) -> Speeds:
     """Measure what the missing stages need; a few seconds."""
     if gpu not in GPUS:
         raise InputError(f"--gpu: expected one of {', '.join(GPUS)}, got {gpu!r}")
-    config, storage = asked.config, asked.storage
+    config, storage = inputs.config, inputs.storage
+    from pipeline.planning.calibration import matmul_flops, tokens_per_second, write_bytes_per_second
+
     here = len(os.sched_getaffinity(0))
     num_cpus = config.resources.cluster.num_cpus or here
     flops = matmul_flops(min(num_cpus, here))
     layer = decode = head = step = 0.0
-    if asked.reading is not None:
-        if asked.missing & {"activations", "causality", "steering"}:
-            layer, decode, head = _model_speeds(config, asked.model_config, asked.reading, flops, GPUS[gpu])
-        if asked.missing & {"crosscoder", "latents", "examples", "planted"}:
+    if inputs.data is not None:
+        if inputs.missing & {"activations", "causality", "steering"}:
+            layer, decode, head = _model_speeds(config, inputs.model_config, inputs.data, flops, GPUS[gpu])
+        if inputs.missing & {"crosscoder", "latents", "examples", "planted"}:
             step = _training_speed(config, shape.width, flops, GPUS[gpu])
     speed = write_bytes_per_second(Path(storage.root)) if storage.is_local else None
-    slowness = REFERENCE_FLOPS / matmul_flops(1)
-    tokenised = _TOKENS_PER_SECOND / slowness
-    if "tokens" in asked.missing and asked.tokenizer is not None:
-        tokenise = Tokenise(asked.tokenizer, max_tokens=1 << 20)
-        # A folder without a tokenizer's files may load as one without words, which makes no tokens.
+    slowness = rates.REFERENCE_FLOPS.value / matmul_flops(1)
+    tokenised = rates.TOKENS_PER_SECOND.value / slowness
+    if "tokens" in inputs.missing and inputs.tokenizer is not None:
+        from pipeline.text.tokenise import Tokenise
+
+        tokenise = Tokenise(inputs.tokenizer, max_tokens=1 << 20)
+        # A folder without a tokenizer's files may load as a tokenizer without words, which makes no tokens.
         tokenised = tokens_per_second(lambda text: tokenise.plain(text).input_ids) or tokenised
     return Speeds(slowness, num_cpus, flops, layer, decode, head, tokenised, step, speed)
 
 
 def _model_speeds(
-    config: RunConfig, model_config: Any, read: Reading, flops: float, gpu: Gpu
+    config: RunConfig, model_config: Any, data: DataSize, flops: float, gpu: Gpu
 ) -> tuple[float, float, float]:
     """Seconds of a layer per token, of a layer per token while decoding, of the unembedding per token."""
     shape = sizes.shape_of(model_config)
     num_prompts = config.analyses.steering.num_prompts if config.analyses.steering is not None else 1
     if config.resources.extraction.gpus > 0:
-        reached = GPU_SHARE * (gpu.float32 if config.models.dtype == "float32" else gpu.bfloat16)
+        reached = GPU_SHARE.value * (gpu.float32 if config.models.dtype == "float32" else gpu.bfloat16)
         layer = 2 * shape.layer_parameters / reached
-        decode = shape.layer_parameters * 2 / _GPU_MEMORY_BYTES_PER_SECOND / num_prompts
+        decode = shape.layer_parameters * 2 / rates.GPU_MEMORY.value / num_prompts
         return layer, max(layer, decode), 2 * shape.width * shape.vocab_size / reached
+    from pipeline.planning.calibration import layer_seconds
+
     threads = max(1, int(config.resources.extraction.cpus))
-    length = max(2, min(round(read.tokens_per_document), config.tokens.max_tokens_per_document))
+    length = max(2, min(round(data.tokens_per_document), config.tokens.max_tokens_per_document))
     common: dict[str, Any] = {"dtype": config.models.dtype, "num_threads": threads, "flops": flops / 2}
     layer = layer_seconds(model_config, (max(1, sizes.batch_tokens(config) // length), length), **common)
     decode = layer_seconds(model_config, (num_prompts, 1), **common)
@@ -178,114 +137,119 @@ def _training_speed(config: RunConfig, width: int, flops: float, gpu: Gpu) -> fl
     """Seconds of one training step of all crosscoders on one of the ranks, which share the work."""
     ranks = config.resources.training
     num_ranks = ranks.data * ranks.latent
-    fitted = [section for section in config.crosscoders if section.kind == "fitted"]
     if ranks.gpus > 0:
         speed = {"float32": gpu.float32, "tf32": gpu.tf32, "bfloat16": gpu.bfloat16}[config.training.precision]
-        parameters = sizes.parameters(config, width)
+        parameters = sizes.num_parameters(config, width)
         work = config.training.batch_rows * parameters  # of the encoder's product: half the weights, twice
         own = parameters / ranks.latent  # every data rank updates all of them
-        update = _ADAM_BYTES * own / _GPU_MEMORY_BYTES_PER_SECOND
-        return _STEP_FACTOR * work / (GPU_SHARE * speed) / num_ranks + update
+        update = rates.ADAM_BYTES.value * own / rates.GPU_MEMORY.value
+        return rates.STEP_OVER_ENCODER.value * work / (GPU_SHARE.value * speed) / num_ranks + update
+    from pipeline.planning.calibration import step_seconds
+    from pipeline.stages.crosscoder_spec import spec_of
+
     num_threads = max(1, int(ranks.cpus or len(os.sched_getaffinity(0)) / num_ranks))
-    specs = [spec_of(s, config.training, ranks, num_models=NUM_MODELS, activation_dim=width) for s in fitted]
+    sections = [section for section in config.crosscoders if section.kind == "fitted"]
+    specs = [spec_of(s, config.training, ranks, num_models=NUM_MODELS, activation_dim=width) for s in sections]
     seconds = [step_seconds(spec, config.training.batch_rows, num_threads=num_threads, flops=flops) for spec in specs]
     return sum(seconds) / num_ranks
 
 
-def _data_seconds(asked: Asked, speeds: Speeds) -> dict[str, float]:
+def _data_seconds(inputs: PlanInputs, speeds: Speeds) -> dict[str, float]:
     """organism, corpus and tokens."""
-    config, seconds = asked.config, {}
-    if "organism" in asked.missing and config.organism is not None:
-        seconds["organism"] = _ORGANISM_SECONDS[config.organism.size] * speeds.slowness
-    num_tokens = 0 if asked.reading is None else asked.reading.num_tokens
-    if "corpus" in asked.missing:
-        reading_seconds = _CHARACTERS_PER_TOKEN * num_tokens / _CHARACTERS_PER_SECOND
-        seconds["corpus"] = (START["corpus"] + reading_seconds) * speeds.slowness
-    if "tokens" in asked.missing:
-        known = asked.records["corpus"].counts.get("num_characters", {}) if "corpus" in asked.records else {}
-        tokenised = max(num_tokens, sum(known.values()) / _CHARACTERS_PER_TOKEN)
+    config, seconds = inputs.config, {}
+    if "organism" in inputs.missing and config.organism is not None:
+        seconds["organism"] = rates.ORGANISM_SECONDS[config.organism.size] * speeds.slowness
+    num_tokens = 0 if inputs.data is None else inputs.data.num_tokens
+    if "corpus" in inputs.missing:
+        work = rates.CHARACTERS_PER_TOKEN.value * num_tokens / rates.CHARACTERS_PER_SECOND.value
+        seconds["corpus"] = (START_SECONDS["corpus"] + work) * speeds.slowness
+    if "tokens" in inputs.missing:
+        known = inputs.records["corpus"].counts.get("num_characters", {}) if "corpus" in inputs.records else {}
+        tokenised = max(num_tokens, sum(known.values()) / rates.CHARACTERS_PER_TOKEN.value)
         workers = _workers(config.resources.tokens, speeds, 64)
-        work = tokenised / (speeds.tokens_per_second * _MASKING) / workers
-        seconds["tokens"] = START["tokens"] * speeds.slowness + work
+        work = tokenised / (speeds.tokens_per_second * rates.MASKING_SHARE.value) / workers
+        seconds["tokens"] = START_SECONDS["tokens"] * speeds.slowness + work
     return seconds
 
 
-def _extraction_seconds(asked: Asked, read: Reading, shape: ModelShape, speeds: Speeds) -> float:
+def _extraction_seconds(inputs: PlanInputs, data: DataSize, shape: ModelShape, speeds: Speeds) -> float:
     """Both models' lower layers over every token, or the disk's time where that is longer."""
-    config = asked.config
+    config = inputs.config
     num_read = 1 if _is_one_model(config) else NUM_MODELS
-    num_shards = math.ceil(read.stored_rows / config.activations.rows_per_shard)
-    num_tokens = read.num_tokens * read.stored_rows / max(1, read.num_rows)
+    num_shards = math.ceil(data.stored_rows / config.activations.rows_per_shard)
+    num_tokens = data.num_tokens * data.stored_rows / max(1, data.num_rows)
     work = num_tokens * config.activations.layer * num_read * speeds.layer_token_seconds
-    num_bytes = sizes.store_bytes(read.stored_rows, shape.width, config.activations.compression)
+    num_bytes = sizes.store_bytes(data.stored_rows, shape.width, config.activations.compression)
     written = num_bytes / speeds.write_bytes_per_second if speeds.write_bytes_per_second else 0.0
     workers = _workers(config.resources.extraction, speeds, num_shards)
-    return START["activations"] * speeds.slowness + max(_spread(work, workers, num_shards), written)
+    return START_SECONDS["activations"] * speeds.slowness + max(_spread(work, workers, num_shards), written)
 
 
-def _dictionary_seconds(asked: Asked, read: Reading, shape: ModelShape, speeds: Speeds) -> dict[str, float]:
-    """Fitting the crosscoders, and passing the validation rows through them."""
-    config, seconds = asked.config, {}
+def _crosscoder_seconds(inputs: PlanInputs, data: DataSize, shape: ModelShape, speeds: Speeds) -> dict[str, float]:
+    """Training the crosscoders, and passing the validation rows through them."""
+    config, seconds = inputs.config, {}
     training, num_fits = config.training, len(config.crosscoders)
     num_latents = sum(sizes.dictionary_sizes(config, shape.width))
-    if "crosscoder" in asked.missing:
+    if "crosscoder" in inputs.missing:
         num_steps = training.num_steps if num_latents else 0
-        logged = num_steps / config.tracking.log_every_steps * num_fits * _LOG_SECONDS * speeds.slowness
-        seconds["crosscoder"] = START["crosscoder"] * speeds.slowness + logged
-        seconds["crosscoder"] += num_steps * speeds.step_seconds * _TRAINING_OVERHEAD
+        logged = num_steps / config.tracking.log_every_steps * num_fits * rates.LOG_SECONDS.value * speeds.slowness
+        seconds["crosscoder"] = START_SECONDS["crosscoder"] * speeds.slowness + logged
+        seconds["crosscoder"] += num_steps * speeds.step_seconds * rates.TRAINING_OVERHEAD.value
         if config.activations.mode == "stream":
             num_read = 1 if _is_one_model(config) else NUM_MODELS
-            tokens = training.num_rows * read.num_tokens / max(1, read.num_rows)
+            tokens = training.num_rows * data.num_tokens / max(1, data.num_rows)
             work = tokens * config.activations.layer * num_read * speeds.layer_token_seconds
             workers = _workers(config.resources.extraction, speeds, 64)
-            seconds["crosscoder"] += START["activations"] * speeds.slowness + work / workers
-    if asked.missing & {"latents", "examples", "planted"}:
+            seconds["crosscoder"] += START_SECONDS["activations"] * speeds.slowness + work / workers
+    if inputs.missing & {"latents", "examples", "planted"}:
         ranks = config.resources.training
         per_row = speeds.step_seconds * ranks.data * ranks.latent / training.batch_rows
-        if ranks.gpus > 0 and config.resources.analyses.gpus == 0:  # fitted on GPUs, measured on CPUs
-            per_row = _STEP_FACTOR * 2 * NUM_MODELS * shape.width * num_latents / speeds.cpu_flops
-        passes = _ROW_PASSES * (1.0 if config.analyses.planted is not None else 0.5)
-        work = passes * read.num_rows * config.corpus.validation_frac * per_row
-        seconds["measurements"] = START["measurements"] * num_fits * speeds.slowness + work
+        if ranks.gpus > 0 and config.resources.analyses.gpus == 0:  # trained on GPUs, measured on CPUs
+            per_row = rates.STEP_OVER_ENCODER.value * 2 * NUM_MODELS * shape.width * num_latents / speeds.cpu_flops
+        passes = rates.ROW_PASSES.value * (1.0 if config.analyses.planted is not None else 0.5)
+        work = passes * data.num_rows * config.corpus.validation_frac * per_row
+        seconds["measurements"] = START_SECONDS["measurements"] * num_fits * speeds.slowness + work
     return seconds
 
 
-def _model_seconds(asked: Asked, read: Reading, shape: ModelShape, speeds: Speeds) -> dict[str, float]:
+def _model_seconds(inputs: PlanInputs, data: DataSize, shape: ModelShape, speeds: Speeds) -> dict[str, float]:
     """causality and steering: upper layers, once per intervention; all layers, once per generated token."""
-    config, seconds = asked.config, {}
+    config, seconds = inputs.config, {}
     num_fits, upper = len(config.crosscoders), shape.num_layers - config.activations.layer
     causality, steering = config.analyses.causality, config.analyses.steering
-    if "causality" in asked.missing and causality is not None:
+    if "causality" in inputs.missing and causality is not None:
         conversations = causality.num_conversations
-        if read.num_documents is not None:
-            conversations = min(conversations, math.ceil(read.num_documents * config.corpus.validation_frac / 2))
+        if data.num_documents is not None:
+            conversations = min(conversations, math.ceil(data.num_documents * config.corpus.validation_frac / 2))
         edits = _SHARED_EDITS + num_fits * (
             _EDITS + 2 * causality.num_random_halves + (1 + causality.num_random_orders) * _CURVE_POINTS
         )
         full = NUM_MODELS * shape.num_layers * speeds.layer_token_seconds
-        edited = edits * (upper * speeds.layer_token_seconds * _UPPER_OVERHEAD + speeds.head_token_seconds)
-        work = conversations * read.tokens_per_document * (full + edited)
+        edited = edits * (upper * speeds.layer_token_seconds * rates.UPPER_OVERHEAD.value + speeds.head_token_seconds)
+        work = conversations * data.tokens_per_document * (full + edited)
         workers = _workers(config.resources.analyses, speeds, conversations)
-        seconds["causality"] = START["causality"] * speeds.slowness + work / workers
-    if "steering" in asked.missing and steering is not None:
-        behaviours = _BEHAVIOURS * num_fits
+        seconds["causality"] = START_SECONDS["causality"] * speeds.slowness + work / workers
+    if "steering" in inputs.missing and steering is not None:
+        behaviors = _BEHAVIORS * num_fits
         variants = 1 + (1 + steering.num_random) * len(steering.scales)
-        answered = behaviours * variants * steering.num_prompts * steering.max_new_tokens
-        per_token = shape.num_layers * speeds.decode_token_seconds * _DECODE_OVERHEAD + speeds.head_token_seconds
-        workers = _workers(config.resources.analyses, speeds, behaviours)
-        work = _spread(answered * per_token, workers, behaviours)
-        seconds["steering"] = START["steering"] * speeds.slowness + work
+        answered = behaviors * variants * steering.num_prompts * steering.max_new_tokens
+        per_token = (
+            shape.num_layers * speeds.decode_token_seconds * rates.DECODE_OVERHEAD.value + speeds.head_token_seconds
+        )
+        workers = _workers(config.resources.analyses, speeds, behaviors)
+        work = _spread(answered * per_token, workers, behaviors)
+        seconds["steering"] = START_SECONDS["steering"] * speeds.slowness + work
     return seconds
 
 
 def _workers(section: WorkersSection, speeds: Speeds, num_tasks: int) -> int:
-    """As cluster.pool_size; one where each needs GPUs, of which nobody here knows the number."""
+    """As cluster.pool_size; one where each needs GPUs, whose number is not known here."""
     fitting = 1 if section.gpus > 0 else max(1, int(speeds.num_cpus / section.cpus))
     return max(1, min(section.workers or fitting, num_tasks))
 
 
 def _spread(work: float, workers: int, num_tasks: int) -> float:
-    """Time of equal tasks on workers: the last round may be part empty."""
+    """Time of equal tasks on workers, whose last round may not use them all."""
     return work * math.ceil(num_tasks / workers) / num_tasks
 
 

@@ -1,4 +1,4 @@
-"""Runs the benchmark: worlds, then every recipe on every world, then the table; what is there is not made again.
+"""Runs the benchmark: worlds, then every recipe on every world, then the table; what exists is not made again.
 
 Each world and each trial is an artifact with a record, as a run's steps are, so a killed benchmark continues and a
 recipe that is added costs only its own trials. Worlds and trials are independent and go through a pool of Ray workers,
@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from pipeline.cluster import connect as cluster
+from pipeline.cluster.connect import connected, listening
+from pipeline.cluster.pools import Pool, run_pool
 from pipeline.config.run_file import validated
 from pipeline.errors import InputError
 from pipeline.planted.score import RULES, SCORE_COLUMNS, score_row, score_text, trial_score
 from pipeline.planted.settings import BenchmarkConfig, CheckpointSection
 from pipeline.planted.trial import MATCHES_NAME, Plant, Trial, read_truth
-from pipeline.stages.base import Pool, run_pool
 from pipeline.storage.artifacts import ArtifactKey, artifact_key, digest_of_path, read_record, write_record
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.tables import arrow_schema, read_table, write_frame
@@ -40,7 +40,7 @@ class Job(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What a benchmark leaves behind."""
+    """What a benchmark made."""
 
     table: pd.DataFrame
     """SCORE_COLUMNS."""
@@ -55,7 +55,7 @@ class Results(NamedTuple):
 
 
 def run(config: BenchmarkConfig, reporter: Reporter) -> Results:
-    """Make what is missing and put the table together; raises InputError before anything is written."""
+    """Makes what is missing and then the table; raises InputError before anything is written."""
     started = time.monotonic()
     storage = Storage(config.storage.root)
     worlds, trials = jobs_of(config)
@@ -64,13 +64,13 @@ def run(config: BenchmarkConfig, reporter: Reporter) -> Results:
     ]
     if any(missing):
         storage.check_writable()
-        with cluster.connected(config.cluster, _log_path(storage)):
+        with connected(config.cluster, _log_path(storage)):
             _plant(config, storage, missing[0], reporter)
             _try(config, storage, missing[1], reporter)
     table = scored(config, storage, worlds, trials)
     folder = f"{RESULTS}/{config.name}"
     write_frame(storage, f"{folder}/{SCORES_NAME}", table, arrow_schema(SCORE_COLUMNS))
-    storage.write_json(f"{folder}/{SCORES_JSON}", {"scores": table.to_dict("records"), "config": _shown(config)})
+    storage.write_json(f"{folder}/{SCORES_JSON}", {"scores": table.to_dict("records"), "config": _identity(config)})
     text = score_text(table)
     storage.write_bytes(f"{folder}/{SCORES_TEXT}", f"{text}\n".encode())
     places = {seed: storage.url(job.key.folder) for seed, job in worlds.items()}
@@ -78,7 +78,8 @@ def run(config: BenchmarkConfig, reporter: Reporter) -> Results:
     return Results(table, text, storage.url(folder), places, sum(map(len, missing)), seconds)
 
 
-def _shown(config: BenchmarkConfig) -> dict[str, Any]:
+def _identity(config: BenchmarkConfig) -> dict[str, Any]:
+    """The benchmark without where and by how many processes it was made."""
     return config.model_dump(mode="json", exclude={"cluster", "workers", "storage"})
 
 
@@ -143,7 +144,7 @@ def _try(config: BenchmarkConfig, storage: Storage, jobs: Sequence[Job], reporte
         reporter.progress(progress.update(min(done, total), event[1]))
 
     reporter.progress(progress.update(0, f"{len(jobs)} trials"))
-    with cluster.listening(on_event) as board:
+    with listening(on_event) as board:
         pool = Pool("workers", config.workers, Trial, (storage, config.training, config.judge, board))
         for result in run_pool(pool, [job.item for job in jobs]):
             job = by_folder[result["folder"]]
@@ -152,7 +153,7 @@ def _try(config: BenchmarkConfig, storage: Storage, jobs: Sequence[Job], reporte
 
 
 def record_job(config: BenchmarkConfig, storage: Storage, job: Job, result: Mapping[str, Any]) -> None:
-    """Publish the record of a world or a trial, from what its worker returned: from here on it is complete."""
+    """Publishes the record of a world or a trial, which completes it, from what its worker returned."""
     counts = {name: value for name, value in result.items() if name != "folder"}
     write_record(
         storage, job.key, name=job.name, counts=counts, seconds=counts.get("seconds", 0.0), run_name=config.name

@@ -1,4 +1,4 @@
-"""The same table for a finished run with planted labels (the demo): its crosscoders scored by its token labels.
+"""The benchmark's table for a finished run with planted labels (the demo), scored by its token labels.
 
 A latent that a rule calls chat-only is right if its activation ranks the labelled tokens of one behaviour above all
 other tokens of the held-out dialogues with an AUROC of at least MIN_AUROC; recall is the share of behaviours that some
@@ -20,14 +20,15 @@ from pipeline.planted.benchmark import RESULTS, SCORES_JSON, SCORES_NAME, SCORES
 from pipeline.planted.score import MISTAKES, NOTHING, RULES, SCORE_COLUMNS, TrialScore, score_row, score_text
 from pipeline.run.flow import build_flow
 from pipeline.schema import PLANTED_SHIFT, Ownership, Split, Verdict
-from pipeline.stages.base import Step
-from pipeline.stages.crosscoder import fitted
-from pipeline.stages.encoded_rows import batches, shard_rows
-from pipeline.stages.measurements import LATENTS_NAME
+from pipeline.stages.catalogue import LatentsInputs
+from pipeline.stages.finished_crosscoder import open_crosscoder
+from pipeline.stages.latents import read_latents
+from pipeline.stages.row_pass import batches, shard_rows
+from pipeline.stages.step import Step
 from pipeline.storage.activation_store import ActivationStore
 from pipeline.storage.artifacts import read_record
 from pipeline.storage.filesystem import Storage
-from pipeline.storage.tables import arrow_schema, read_table, write_frame
+from pipeline.storage.tables import arrow_schema, write_frame
 
 MIN_AUROC = 0.9
 
@@ -35,7 +36,7 @@ MIN_AUROC = 0.9
 def run(config: RunConfig) -> str:
     """The table as text; its files go beside those of the benchmark. InputError unless the run is finished."""
     storage = Storage(config.storage.root)
-    steps = [step for group in build_flow(config) for step in group.steps if step.key.stage == "latents"]
+    steps = [own.latents for own in build_flow(config).crosscoders]
     rows = [row for step in steps for row in _rows_of(config.name, storage, step)]
     table = pd.DataFrame(rows, columns=[column.name for column in SCORE_COLUMNS])
     folder, text = f"{RESULTS}/{config.name}", score_text(table)
@@ -45,33 +46,32 @@ def run(config: RunConfig) -> str:
     return text
 
 
-def _rows_of(run_name: str, storage: Storage, step: Step) -> list[dict[str, Any]]:
+def _rows_of(run_name: str, storage: Storage, step: Step[LatentsInputs]) -> list[dict[str, Any]]:
     """Both rules of one crosscoder."""
     record = read_record(storage, step.key)
     if record is None:
         raise InputError(
-            f"{storage.url(step.key.folder)}: expected the finished {step.name} of {run_name}, got none; run it first"
+            f"{storage.url(step.folder)}: expected the finished {step.name} of {run_name}, got none; run it first"
         )
-    store = ActivationStore(storage, step.inputs["activations"].key.folder)
+    store = ActivationStore(storage, step.inputs.activations.folder)
     if not store.manifest.labels or not store.manifest.dialogue_corpora:
         raise InputError(
             f"{run_name}: expected a run with planted labels or a benchmark file, got labels "
             f"{list(store.manifest.labels)}; only generated pairs have a truth to score"
         )
-    latents = read_table(storage, f"{step.key.folder}/{LATENTS_NAME}").to_pandas()
-    with fitted(storage, step.inputs["crosscoder"].key.folder) as crosscoder:
+    latents = read_latents(storage, step)
+    with open_crosscoder(storage, step.inputs.crosscoder.folder) as crosscoder:
         auroc_FL = label_auroc(crosscoder, store)
     called = {
         "by_delta_norm": (latents["ownership"] == Ownership.CHAT_ONLY) & (latents["frequency"] > 0),
         "by_latent_scaling": latents["verdict"] == Verdict.CHAT_SPECIFIC,
     }
-    name = step.name.removeprefix("latents ")
     return [
         score_row(
             [label_score(auroc_FL, torch.from_numpy(called[rule].to_numpy(copy=True)))],
             [record.counts["fidelity"]],
             data=run_name,
-            recipe=name,
+            recipe=step.crosscoder_name,
             rule=rule,
         )
         for rule in RULES

@@ -1,8 +1,8 @@
-"""The benchmark's file (workloads/planted.yaml): the worlds, the recipes, how both are judged, where it runs.
+"""The benchmark's file (workloads/planted.yaml): worlds, recipes, thresholds of the verdict, and where it runs.
 
-The same strictness and the same errors as a run file; recipes are the `crosscoders` of a run file. Worlds and trials
-are identified by what they are made from: not by `cluster`, `workers` and `storage`, by no name, and not by
-`min_cosine`, which is read when the table is counted.
+It is as strict as a run file and has the same errors; recipes are the `crosscoders` of a run file. Worlds and trials
+are identified by what they are made from: not by `cluster`, `workers`, `storage` or a name, and not by `min_cosine`,
+which only the table depends on.
 """
 
 from typing import Annotated, Self
@@ -121,9 +121,9 @@ class BenchmarkConfig(Section):
     seeds: tuple[NonNegativeInt, ...] = Field(min_length=1)
     """One world and one initialisation per seed; intervals need at least two."""
     world: WorldSection
-    """What is planted."""
+    """The activations and their concepts."""
     rows: RowsSection = RowsSection()
-    """How much of it."""
+    """How many rows of it are written."""
     training: TrainingSection
     """The read of the activations, the same for every recipe."""
     recipes: tuple[CrosscoderSection, ...] = Field(min_length=1)
@@ -135,11 +135,11 @@ class BenchmarkConfig(Section):
     checkpoints: tuple[CheckpointSection, ...] = ()
     """Foreign crosscoders, judged beside the recipes."""
     cluster: ClusterSection = ClusterSection()
-    """How: the Ray cluster."""
+    """The Ray cluster."""
     workers: WorkersSection = WorkersSection()
-    """How: processes that plant, fit and judge."""
+    """Processes that make worlds, fit and judge."""
     storage: StorageSection = StorageSection()
-    """How: where activations, crosscoders and results live."""
+    """Where activations, crosscoders and results are kept."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -1,8 +1,7 @@
-"""One world written, one recipe fitted on it and judged: the work of the benchmark, without Ray and without a table.
+"""Writes one world; fits one recipe on it and judges the result.
 
-Both classes are workers: built once per process, called with one item, the same result when called twice. Rows go
-through the ordinary activation store, fitting through the ordinary trainer, judgement through the ordinary analyses.
-Only the matching at the end knows what is planted; score.py counts it.
+Both classes are workers: built once per process and called with one item; two calls with one item give one result.
+Store, trainer and analyses are those of a run. Only the matching at the end knows what is planted; score.py counts it.
 """
 
 import dataclasses
@@ -19,6 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from pipeline.analyses.rows import analyse
+from pipeline.cluster.connect import Board
 from pipeline.config.analyses import LatentScalingSection
 from pipeline.config.crosscoder import CrosscoderSection, TrainingSection
 from pipeline.config.resources import TrainingResources
@@ -29,9 +29,9 @@ from pipeline.numerics.trainer import CrosscoderTrainer
 from pipeline.planted.settings import RowsSection, WorldSection
 from pipeline.planted.world import World
 from pipeline.schema import CHAT, LATENT_COLUMNS, Column, Ownership, Split, Verdict, latent_corpus_columns
-from pipeline.stages.crosscoder import spec_of
-from pipeline.stages.encoded_rows import batches, shard_rows
-from pipeline.stages.measurements import verdict_analyses, verdict_table
+from pipeline.stages.crosscoder_spec import spec_of
+from pipeline.stages.latents import verdict_analyses, verdict_table
+from pipeline.stages.row_pass import batches, shard_rows
 from pipeline.storage.activation_store import MANIFEST_NAME, ActivationStore, Manifest, Shard, StoredMoments
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.row_order import TrainingRows
@@ -99,9 +99,9 @@ class Trial:
     """Worker: fits one recipe on one world, or reads a foreign crosscoder, and judges it."""
 
     def __init__(
-        self, storage: Storage, training: TrainingSection, judge: LatentScalingSection, board: Any = None
+        self, storage: Storage, training: TrainingSection, judge: LatentScalingSection, board: Board | None = None
     ) -> None:
-        """board: a handle of cluster.listening that is told of the steps done, or None."""
+        """board: where the steps done are posted, or None."""
         self.storage, self.training, self.judge, self.board = storage, training, judge, board
 
     def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,7 +145,7 @@ class Trial:
         for step, x_BMD in enumerate(rows.batches(0, spec.num_steps), 1):
             trainer.step(x_BMD.float())
             if self.board is not None and (step % 100 == 0 or step == spec.num_steps):
-                self.board.post.remote(((step - 1) % 100 + 1, f"{recipe.name}, seed {seed}"))
+                self.board.post(((step - 1) % 100 + 1, f"{recipe.name}, seed {seed}"))
         return trainer.crosscoder()
 
 

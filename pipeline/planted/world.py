@@ -1,12 +1,12 @@
-"""Activations of an imagined pair of models whose concepts are known one by one.
+"""Activations of a simulated pair of models in which every concept is known.
 
 A row is the sum of the concepts that are present, each with its own direction and a strength that varies from row to
 row, over an offset per model and dense noise that the two models partly share. Frequencies follow a power law. A
 concept occurs only in documents that are about it, so rows of a document depend on each other as in text. Beside plain
-shared, chat-only and base-only concepts there are three kinds that make crosscoders invent chat-only latents: concepts
-that the base model has at reduced strength, concepts whose direction differs between the models, and concepts that
-fire in either model with some independence. Some chat-only concepts occur only where a shared one does. Everything is
-a function of the spec and the seed: shards can be made in any order.
+shared, chat-only and base-only concepts there are three kinds that lead to false chat-only latents: concepts that the
+base model has at reduced strength, concepts whose direction differs between the models, and concepts that fire in
+either model partly independently. Some chat-only concepts occur only where a shared one does. Everything is a function
+of the spec and the seed, so shards can be made in any order.
 
 Shapes: B rows, C concepts, M models (0 = base, 1 = chat), D width.
 """

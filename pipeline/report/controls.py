@@ -1,6 +1,6 @@
 """The controls of the verdict on the page: one chart, and the sentences that the first page takes from them.
 
-Reads the rows of a control table (schema_controls.CONTROL_COLUMNS); measuring them is the analyses' work. A control
+Reads the rows of a control table (schema.CONTROL_COLUMNS); measuring them is the analyses' work. A control
 that was not run is left out here and named by the page.
 """
 
@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from pipeline.analyses.control_columns import Control
 from pipeline.report import formatting as fmt
 from pipeline.report.svg import Axis, Box, Canvas, frame, legend, text_width
+from pipeline.schema import Control
 
 ROW_HEIGHT = 20
 

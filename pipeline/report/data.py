@@ -13,7 +13,6 @@ from datetime import datetime
 import pandas as pd
 
 from pipeline import schema
-from pipeline.analyses import control_columns as schema_controls
 from pipeline.errors import ArtifactError
 
 CURVE_COLUMNS = ("step", "loss", "l0", "fve_base", "fve_chat", "dead_frac")
@@ -113,8 +112,8 @@ _REQUIRED = {
     "causality": tuple(column.name for column in schema.CAUSALITY_COLUMNS),
     "causality_differences": tuple(column.name for column in schema.CAUSALITY_DIFFERENCE_COLUMNS),
     "causality_curve": tuple(column.name for column in schema.CAUSALITY_CURVE_COLUMNS),
-    "controls": tuple(column.name for column in schema_controls.CONTROL_COLUMNS),
-    "seeds": tuple(column.name for column in schema_controls.SEED_COLUMNS),
+    "controls": tuple(column.name for column in schema.CONTROL_COLUMNS),
+    "seeds": tuple(column.name for column in schema.SEED_COLUMNS),
     "steering": tuple(column.name for column in schema.STEERING_COLUMNS),
     "steering_samples": tuple(column.name for column in schema.STEERING_SAMPLE_COLUMNS),
     "examples": tuple(column.name for column in schema.EXAMPLE_COLUMNS),

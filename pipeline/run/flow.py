@@ -1,163 +1,171 @@
 """The list of steps that a run file asks for, with the identity of each: the architecture in one place.
 
-Nothing is executed or written here. Each step receives its own section, the steps it reads and the plain values it
-needs; identities cover what was asked, never `resources`, `storage` or `tracking`.
+Nothing is executed or written here. Each step receives typed inputs (stages/catalogue.py): its own section, the steps
+that it reads and the values that it needs. Identities cover what was asked, never `resources`, `storage` or `tracking`.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from importlib import import_module
+from typing import NamedTuple, TypeVar
 
-import fsspec
-
-from pipeline.config.analyses import ControlsSection
 from pipeline.config.crosscoder import AdoptedCrosscoderSection, CrosscoderSection
 from pipeline.config.data import OrganismCorpus
-from pipeline.config.resources import ModelWorkersSection
 from pipeline.config.run_file import RunConfig
-from pipeline.config.section import Section
 from pipeline.errors import InputError
-from pipeline.stages import (
-    activations,
-    adopt,
-    autointerp,
-    causality,
-    controls,
-    corpus,
-    crosscoder,
-    measurements,
-    organism,
-    report,
-    steering,
-    tokens,
+from pipeline.run.identities import (
+    Identity,
+    adopted_identity,
+    corpus_identity,
+    model_identity,
+    noise_between,
+    steering_identity,
 )
-from pipeline.stages.base import StageFunction, Step
-from pipeline.stages.models import Loading, ModelLocation, locate_pair, model_identity
-from pipeline.storage.artifacts import artifact_key, digest_of_path
-from pipeline.text.files import expand_paths, read_text, reading
-from pipeline.text.templates import check_template
+from pipeline.stages.catalogue import (
+    ActivationsInputs,
+    AdoptedCrosscoderInputs,
+    AutointerpInputs,
+    CausalityInputs,
+    ControlsInputs,
+    CorpusInputs,
+    CrosscoderStep,
+    CrosscoderSteps,
+    DataSteps,
+    ExamplesInputs,
+    FittedCrosscoderInputs,
+    LatentsInputs,
+    OrganismInputs,
+    PlantedInputs,
+    ReportInputs,
+    SteeringInputs,
+    TokensInputs,
+)
+from pipeline.stages.locations import Loading, ModelPairLocation, locate
+from pipeline.stages.step import StageContext, StageInputs, Step
+from pipeline.storage.artifacts import artifact_key
+from pipeline.text.files import expand_paths, read_text
+
+AnyStep = Step[StageInputs]
+_Kept = TypeVar("_Kept")
+_Inputs = TypeVar("_Inputs", bound=StageInputs)
 
 
 class Group(NamedTuple):
-    """Steps that one stage makes together."""
+    """Steps that one stage file makes together."""
 
-    run: StageFunction
-    steps: tuple[Step, ...]
+    module: str
+    """Name of the file in stages/."""
+    steps: tuple[AnyStep, ...]
     needs_cluster: bool = True
     keeps_parts: bool = False
-    """Whether an unfinished artifact is worth keeping: the next run continues from it."""
+    """Whether the next run continues from an unfinished artifact, so that it is kept after a refusal."""
+
+    def run(self, steps: Sequence[AnyStep], context: StageContext) -> None:
+        """Make some of the steps. The stage is imported only now, since its libraries take seconds to load."""
+        import_module(f"pipeline.stages.{self.module}").run(steps, context)
 
 
-def build_flow(config: RunConfig) -> tuple[Group, ...]:
-    """The run's groups in the order of execution. Raises InputError where a local model or corpus is missing."""
-    data = _data_steps(config)
-    groups = [
-        Group(_RUN[step.key.stage], (step,), keeps_parts=step.key.stage == activations.NAME) for step in data.values()
-    ]
-    fits = [_crosscoder_step(section, config, data) for section in config.crosscoders]
-    adopted = tuple(step for step in fits if isinstance(step.section, AdoptedCrosscoderSection))
-    if adopted:
-        groups.append(Group(adopt.run, adopted, needs_cluster=False))
-    if len(adopted) < len(fits):
-        groups.append(Group(crosscoder.run, tuple(step for step in fits if step not in adopted)))
-    measured = [_measurement_steps(config, fit, data) for fit in fits]
-    if config.analyses.controls is not None:
-        _add_controls(config.analyses.controls, fits, measured)
-    rows = tuple(step for own in measured for step in own.values() if step.key.stage in measurements.STAGES)
-    groups.append(Group(measurements.run, rows))
-    for name, run in (("causality", causality.run), ("steering", steering.run), ("autointerp", autointerp.run)):
-        steps = tuple(own[name] for own in measured if name in own)
-        if steps:
-            groups.append(Group(run, steps, keeps_parts=name == autointerp.NAME))
-    groups.append(Group(report.run, (_report_step(config, groups, data),), needs_cluster=False))
-    return tuple(groups)
+class Flow(NamedTuple):
+    """All steps of a run, by what they are about."""
+
+    data: DataSteps
+    crosscoders: tuple[CrosscoderSteps, ...]
+    report: Step[ReportInputs]
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The steps in the order of execution, grouped by the stage file that makes them."""
+        organism, corpus, tokens, activations = self.data
+        crosscoders = [own.crosscoder for own in self.crosscoders]
+        adopted = [step for step in crosscoders if isinstance(step.inputs, AdoptedCrosscoderInputs)]
+        fitted = [step for step in crosscoders if isinstance(step.inputs, FittedCrosscoderInputs)]
+        rows = [step for own in self.crosscoders for step in (own.latents, own.examples, own.planted, own.controls)]
+        groups = (
+            Group("organism", _present([organism])),
+            Group("corpus", (corpus,)),
+            Group("tokens", (tokens,)),
+            Group("activations", (activations,), keeps_parts=True),
+            Group("adopt", _present(adopted), needs_cluster=False),
+            Group("crosscoder", _present(fitted)),
+            Group("measurements", _present(rows)),
+            Group("causality", _present([own.causality for own in self.crosscoders])),
+            Group("steering", _present([own.steering for own in self.crosscoders])),
+            Group("autointerp", _present([own.autointerp for own in self.crosscoders]), keeps_parts=True),
+            Group("report", (self.report,), needs_cluster=False),
+        )
+        return tuple(group for group in groups if group.steps)
+
+    @property
+    def steps(self) -> tuple[AnyStep, ...]:
+        """All steps in the order of execution."""
+        return tuple(step for group in self.groups for step in group.steps)
 
 
-_RUN: Mapping[str, StageFunction] = {
-    organism.NAME: organism.run,
-    corpus.NAME: corpus.run,
-    tokens.NAME: tokens.run,
-    activations.NAME: activations.run,
-}
+def _present(steps: Sequence[_Kept | None]) -> tuple[_Kept, ...]:
+    return tuple(step for step in steps if step is not None)
 
 
-def _step(
-    stage: str,
-    version: int,
-    section: Section,
-    *,
-    name: str = "",
-    identity: Mapping[str, Any] | None = None,
-    inputs: Mapping[str, Step] | None = None,
-    extra: Mapping[str, Any] | None = None,
-) -> Step:
-    """A step whose identity is its section (or `identity` in its place) and its inputs."""
-    inputs = inputs or {}
-    shown = section.model_dump(mode="json") if identity is None else identity
-    key = artifact_key(stage, version, shown, {role: step.key.fingerprint for role, step in inputs.items()})
-    return Step(f"{stage} {name}".strip(), key, section, inputs, extra or {})
-
-
-def _data_steps(config: RunConfig) -> dict[str, Step]:
-    """organism (where there is one), corpus, tokens, activations."""
-    steps: dict[str, Step] = {}
-    if config.organism is not None:
-        steps["organism"] = _step(organism.NAME, organism.VERSION, config.organism)
-    base = {"organism": steps["organism"]} if "organism" in steps else {}
-    folder = steps["organism"].key.folder if base else ""
+def build_flow(config: RunConfig) -> Flow:
+    """The run's steps. Raises InputError where a local model or corpus is missing."""
+    _check_analyses(config)
     models = {
         "base": model_identity(config.models.base, "models.base"),
         "chat": model_identity(config.models.chat, "models.chat"),
     }
+    data = _data_steps(config, models)
+    crosscoders = [_crosscoder_step(section, config, data) for section in config.crosscoders]
+    latents = [
+        _step(
+            LatentsInputs(section=config.analyses.latent_scaling, crosscoder=step),
+            crosscoder_name=step.crosscoder_name,
+        )
+        for step in crosscoders
+    ]
+    noise = noise_between(models["base"], models["chat"])
+    measured = tuple(_analysis_steps(config, own, _other_seeds(own, latents), noise) for own in latents)
+    report = _step(
+        ReportInputs(
+            section=config.analyses,
+            data=data,
+            # Adopted crosscoders come first on the page.
+            crosscoders=tuple(sorted(measured, key=lambda own: own.crosscoder.inputs.section.kind != "adopted")),
+            run_settings=config.model_dump(mode="json"),
+        ),
+        identity={"name": config.name, "crosscoders": [section.name for section in config.crosscoders]},
+    )
+    return Flow(data, measured, report)
+
+
+def _step(inputs: _Inputs, *, crosscoder_name: str = "", identity: Identity | None = None) -> Step[_Inputs]:
+    """A step whose identity is its section (or `identity` in its place) and what it reads."""
+    section = inputs.section.model_dump(mode="json") if identity is None else identity
+    read = {role: step.key.fingerprint for role, step in inputs.reads().items()}
+    return Step(artifact_key(inputs.NAME, inputs.VERSION, section, read), inputs, crosscoder_name)
+
+
+def _data_steps(config: RunConfig, models: Mapping[str, Identity]) -> DataSteps:
+    organism = None if config.organism is None else _step(OrganismInputs(section=config.organism))
     template = _chat_template(config)
-    locations = locate_pair(config.models, folder, template)
-    uses_organism = any(isinstance(source, OrganismCorpus) for source in config.corpus.sources)
-    steps["corpus"] = _step(
-        corpus.NAME,
-        corpus.VERSION,
-        config.corpus,
-        identity=_corpus_identity(config),
-        inputs=base if uses_organism else {},
+    folder = "" if organism is None else organism.folder
+    pair = ModelPairLocation(locate(config.models.base, folder, template), locate(config.models.chat, folder, template))
+    reads_organism = any(isinstance(source, OrganismCorpus) for source in config.corpus.sources)
+    corpus = _step(
+        CorpusInputs(section=config.corpus, organism=organism if reads_organism else None),
+        identity=corpus_identity(config.corpus),
     )
     weights = {source.name: source.weight for source in config.corpus.sources}
-    steps["tokens"] = _step(
-        tokens.NAME,
-        tokens.VERSION,
-        config.tokens,
-        identity={
-            **config.tokens.model_dump(mode="json"),
-            "chat_template": template or None,
-            "weights": weights,
-            "models": models,
-        },
-        inputs={**base, "corpus": steps["corpus"]},
-        extra={"weights": weights, "locations": locations},
+    about_tokens: Identity = {"chat_template": template or None, "weights": weights, "models": models}
+    tokens = _step(
+        TokensInputs(section=config.tokens, organism=organism, corpus=corpus, models=pair, weights=weights),
+        identity=config.tokens.model_dump(mode="json") | about_tokens,
     )
-    pair = {"dtype": config.models.dtype, "attn_implementation": config.models.attn_implementation}
-    steps["activations"] = _step(
-        activations.NAME,
-        activations.VERSION,
-        config.activations,
-        identity={**config.activations.model_dump(mode="json"), "models": models, **pair},
-        inputs={**base, "tokens": steps["tokens"]},
-        extra={"loading": _loading(config, locations, config.resources.extraction)},
+    dtype, attention, pool = config.models.dtype, config.models.attn_implementation, config.resources.extraction
+    loading = Loading(pair, config.activations.layer, dtype, attention, pool.placement, pool.gpus)
+    about_models: Identity = {"models": models, "dtype": dtype, "attn_implementation": attention}
+    activations = _step(
+        ActivationsInputs(section=config.activations, organism=organism, tokens=tokens, loading=loading),
+        identity=config.activations.model_dump(mode="json") | about_models,
     )
-    return steps
-
-
-def _loading(config: RunConfig, locations: tuple[ModelLocation, ModelLocation], pool: ModelWorkersSection) -> Loading:
-    return Loading(locations, config.models.dtype, config.models.attn_implementation, pool.placement, pool.gpus)
-
-
-def _corpus_identity(config: RunConfig) -> dict[str, Any]:
-    """The corpus section with the content of files in place of their paths."""
-    identity = config.corpus.model_dump(mode="json")
-    for source in identity["sources"]:
-        if "paths" in source:
-            where = f"corpus {source['name']!r}: paths"
-            source["paths"] = [_file_identity(path, where) for path in expand_paths(source["paths"], where)]
-        del source["weight"]  # the token budget is the next stage's
-    return identity
+    return DataSteps(organism, corpus, tokens, activations)
 
 
 def _chat_template(config: RunConfig) -> str:
@@ -165,163 +173,88 @@ def _chat_template(config: RunConfig) -> str:
     path = config.tokens.chat_template
     if path is None:
         return ""
+    from pipeline.text.templates import check_template  # imports jinja2, which other runs can do without
+
     (file,) = expand_paths([path], "tokens.chat_template")
     text = read_text(file, "tokens.chat_template")
     check_template(text, f"tokens.chat_template: {path}")
     return text
 
 
-def _file_identity(path: str, where: str) -> str:
-    """The content of a local file, or URL and version of a distant one."""
-    expand_paths([path], where)
-    with reading(f"{where}: {path}"):
-        fs, inner = fsspec.core.url_to_fs(path)
-        if "file" in fs.protocol:
-            return f"sha256:{digest_of_path(Path(inner))}"
-        return f"{path}#{fs.ukey(inner)}"
-
-
 def _crosscoder_step(
-    section: CrosscoderSection | AdoptedCrosscoderSection, config: RunConfig, data: Mapping[str, Step]
-) -> Step:
+    section: CrosscoderSection | AdoptedCrosscoderSection, config: RunConfig, data: DataSteps
+) -> CrosscoderStep:
     if isinstance(section, AdoptedCrosscoderSection):
         return _step(
-            crosscoder.NAME,
-            adopt.VERSION,
-            section,
-            name=section.name,
-            identity=adopt.identity_of(section),
-            inputs={"activations": data["activations"]},
-            extra={"crosscoder": section.name},
+            AdoptedCrosscoderInputs(section=section, activations=data.activations),
+            crosscoder_name=section.name,
+            identity=adopted_identity(section),
         )
-    # A name is for people: renaming trains nothing anew.
+    # The name is left out: to rename a crosscoder trains nothing anew.
     identity = section.model_dump(mode="json", exclude={"name", "kind"})
     return _step(
-        crosscoder.NAME,
-        crosscoder.VERSION,
-        section,
-        name=section.name,
+        FittedCrosscoderInputs(section=section, activations=data.activations, training=config.training),
+        crosscoder_name=section.name,
         identity={**identity, "training": config.training.model_dump(mode="json")},
-        inputs={"activations": data["activations"]},
-        extra={"training": config.training, "crosscoder": section.name},
     )
 
 
-def _measurement_steps(config: RunConfig, fit: Step, data: Mapping[str, Step]) -> dict[str, Step]:
-    """latents, and whichever of the other analyses is on, for one crosscoder."""
-    analyses = config.analyses
-    name = fit.extra["crosscoder"]
-    locations = data["tokens"].extra["locations"]
-    extra = {"crosscoder": name, "loading": _loading(config, locations, config.resources.analyses)}
-    organism_input = {"organism": data["organism"]} if "organism" in data else {}
-    inputs = {"crosscoder": fit, "activations": data["activations"]}
-    steps = {
-        "latents": _step(
-            "latents", measurements.VERSION, analyses.latent_scaling, name=name, inputs=inputs, extra=extra
-        )
-    }
-    with_latents = {**inputs, "latents": steps["latents"], "tokens": data["tokens"]}
-    for stage, section in (("examples", analyses.examples), ("planted", analyses.planted)):
-        if section is not None:
-            steps[stage] = _step(stage, measurements.VERSION, section, name=name, inputs=with_latents, extra=extra)
-    if analyses.causality is not None:
-        steps["causality"] = _step(
-            causality.NAME,
-            causality.VERSION,
-            analyses.causality,
-            name=name,
-            inputs={**with_latents, **organism_input},
-            extra={**extra, "layer": config.activations.layer},
-        )
-    if analyses.steering is not None:
-        planted = {"planted": steps["planted"]} if "planted" in steps else {}
-        _check_steering(config, has_planted=bool(planted))
-        steps["steering"] = _step(
-            steering.NAME,
-            steering.VERSION,
-            analyses.steering,
-            name=name,
-            identity=_steering_identity(config),
-            inputs={**with_latents, **organism_input, **planted},
-            extra={**extra, "layer": config.activations.layer},
-        )
-    if analyses.autointerp is not None:
-        if analyses.examples is None:
-            raise InputError(
-                "analyses.autointerp: expected analyses.examples to be on, since explanations are made from its "
-                "contexts, got null; turn it on or set analyses.autointerp to null"
-            )
-        steps["autointerp"] = _step(
-            autointerp.NAME,
-            autointerp.VERSION,
-            analyses.autointerp,
-            name=name,
-            inputs={**inputs, "latents": steps["latents"], "examples": steps["examples"]},
-            extra={**extra, "window_tokens": analyses.examples.window_tokens},
-        )
-    return steps
+def _other_seeds(own: Step[LatentsInputs], every: Sequence[Step[LatentsInputs]]) -> tuple[Step[LatentsInputs], ...]:
+    """Latent tables of the crosscoders that differ from one in their seed alone."""
+    section = own.inputs.crosscoder.inputs.section
+    found = []
+    for other in every:
+        theirs = other.inputs.crosscoder.inputs.section
+        if isinstance(section, CrosscoderSection) and isinstance(theirs, CrosscoderSection):
+            with_their_seed = section.model_copy(update={"name": theirs.name, "seed": theirs.seed})
+            if section.seed != theirs.seed and with_their_seed == theirs:
+                found.append(other)
+    return tuple(found)
 
 
-def _add_controls(section: ControlsSection, fits: Sequence[Step], measured: Sequence[dict[str, Step]]) -> None:
-    """The step `controls` of each crosscoder, which also reads those that differ from it in their seed alone."""
-    for fit, own in zip(fits, measured, strict=True):
-        latents = own["latents"]
-        siblings = {
-            other.extra["crosscoder"]: (other, theirs["latents"])
-            for other, theirs in zip(fits, measured, strict=True)
-            if controls.differ_in_seed(fit.section, other.section)
-        }
-        models = latents.inputs["activations"].key.identity["section"]["models"]
-        own["controls"] = _step(
-            controls.NAME,
-            controls.VERSION,
-            section,
-            name=fit.extra["crosscoder"],
-            inputs={
-                **latents.inputs,
-                "latents": latents,
-                **{f"crosscoder {name}": other for name, (other, _) in siblings.items()},
-                **{f"latents {name}": theirs for name, (_, theirs) in siblings.items()},
-            },
-            extra={
-                "crosscoder": fit.extra["crosscoder"],
-                "noise": controls.noise_of(models["base"], models["chat"]),
-                "seeds": tuple(siblings),
-            },
-        )
+def _analysis_steps(
+    config: RunConfig, latents: Step[LatentsInputs], other_seeds: tuple[Step[LatentsInputs], ...], noise: float | None
+) -> CrosscoderSteps:
+    """Whichever analyses are on, for one crosscoder."""
+    on, name = config.analyses, latents.crosscoder_name
+    pool = config.resources.analyses
+    loading = latents.inputs.activations.inputs.loading._replace(placement=pool.placement, gpus=pool.gpus)
+    examples = planted = controls = causality = steering = autointerp = None
+    if on.examples is not None:
+        examples = _step(ExamplesInputs(section=on.examples, latents=latents), crosscoder_name=name)
+    if on.planted is not None:
+        planted = _step(PlantedInputs(section=on.planted, latents=latents), crosscoder_name=name)
+    if on.controls is not None:
+        about_controls = ControlsInputs(section=on.controls, latents=latents, other_seeds=other_seeds, noise=noise)
+        controls = _step(about_controls, crosscoder_name=name)
+    if on.causality is not None:
+        about_causality = CausalityInputs(section=on.causality, latents=latents, loading=loading)
+        causality = _step(about_causality, crosscoder_name=name)
+    if on.steering is not None:
+        about_steering = SteeringInputs(section=on.steering, latents=latents, planted=planted, loading=loading)
+        steering = _step(about_steering, crosscoder_name=name, identity=steering_identity(on.steering))
+    if on.autointerp is not None and examples is not None:
+        about_autointerp = AutointerpInputs(section=on.autointerp, latents=latents, examples=examples)
+        autointerp = _step(about_autointerp, crosscoder_name=name)
+    crosscoder = latents.inputs.crosscoder
+    return CrosscoderSteps(crosscoder, latents, examples, planted, controls, causality, steering, autointerp)
 
 
-def _steering_identity(config: RunConfig) -> dict[str, Any]:
-    assert config.analyses.steering is not None
-    identity = config.analyses.steering.model_dump(mode="json")
-    if identity["prompts_path"] is not None:
-        identity["prompts_path"] = _file_identity(identity["prompts_path"], "analyses.steering.prompts_path")
-    return identity
-
-
-def _check_steering(config: RunConfig, *, has_planted: bool) -> None:
-    assert config.analyses.steering is not None
-    if config.analyses.steering.prompts_path is None and config.organism is None:
+def _check_analyses(config: RunConfig) -> None:
+    """InputError where an analysis lacks what it needs of the rest of the run file."""
+    analyses, steering = config.analyses, config.analyses.steering
+    if steering is not None and steering.prompts_path is None and config.organism is None:
         raise InputError(
-            "analyses.steering.prompts_path: expected a file of prompts, since the run has no organism; "
+            "analyses.steering.prompts_path: expected a file of prompts, since the run has no organism, got null; "
             "give one or set analyses.steering to null"
         )
-    steering = config.analyses.steering
-    if not steering.latents and not steering.num_latents and not has_planted:
+    if steering is not None and not (steering.latents or steering.num_latents or analyses.planted):
         raise InputError(
             "analyses.steering.latents: expected latents to steer with, since analyses.planted is off; name some, set "
             "num_latents, or turn analyses.planted on"
         )
-
-
-def _report_step(config: RunConfig, groups: list[Group], data: Mapping[str, Step]) -> Step:
-    """The report reads everything, so that its lineage is complete."""
-    steps = [step for group in groups for step in group.steps]
-    return _step(
-        report.NAME,
-        report.VERSION,
-        config.analyses,
-        identity={"name": config.name, "crosscoders": [section.name for section in config.crosscoders]},
-        inputs={step.name: step for step in steps},
-        extra={"settings": config.model_dump(mode="json"), "locations": data["tokens"].extra["locations"]},
-    )
+    if analyses.autointerp is not None and analyses.examples is None:
+        raise InputError(
+            "analyses.autointerp: expected analyses.examples to be on, since explanations are made from its contexts, "
+            "got null; turn it on or set analyses.autointerp to null"
+        )

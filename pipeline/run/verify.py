@@ -1,9 +1,9 @@
-"""Checks what a run has left behind, byte by byte, and says what is damaged; reads only.
+"""Checks the artifacts of a run byte by byte and names what is damaged; reads only.
 
 Every finished artifact: its record (readable, of this version, identity and folder agree) and its files (there,
 checksums); for a store of activations every shard against the manifest (size, checksum, rows, finite numbers) and every
 row against the tokens: each kept token is there exactly once, with its own id, in the right split. Unfinished artifacts
-are counted, not judged. The price is one read of everything; memory holds one shard, and a few bytes per document.
+are counted, not checked. Everything is read once; memory holds one shard, and a few bytes per document.
 """
 
 import zlib
@@ -49,7 +49,7 @@ class Verified(NamedTuple):
 
 
 class _Document(NamedTuple):
-    """What the tokens say of a document's rows."""
+    """The rows of a document, by the tokens artifact."""
 
     split: str
     num_rows: int
@@ -75,7 +75,7 @@ def all_folders(storage: Storage) -> list[str]:
 
 
 def verify(storage: Storage, folders: Sequence[str], reporter: Reporter) -> Verified:
-    """Check the finished artifacts among these folders; every fault is told to the reporter as it is found."""
+    """Check the finished artifacts among these folders; every fault is reported as it is found."""
     finished = [folder for folder in folders if storage.exists(f"{folder}/{RECORD_NAME}")]
     files = {folder: storage.files(folder) for folder in finished}
     sizes = {folder: sum(storage.size(f"{folder}/{name}") for name in files[folder]) for folder in finished}
@@ -95,7 +95,7 @@ def verify(storage: Storage, folders: Sequence[str], reporter: Reporter) -> Veri
 
 
 def _check_artifact(storage: Storage, folder: str) -> Iterator[tuple[int, list[Fault]]]:
-    """(bytes read so far, new faults) as the check of one artifact goes on."""
+    """(bytes read so far, new faults) while one artifact is checked."""
     where = storage.url(f"{folder}/{RECORD_NAME}")
     try:
         record = parse_record(storage.read_json(f"{folder}/{RECORD_NAME}"), where)
@@ -212,7 +212,7 @@ def _check_coverage(record: Record, expected: dict[int, _Document], seen: set[in
 
 
 def _expected_documents(storage: Storage, folder: str, record: Record) -> dict[int, _Document]:
-    """What the tokens say of every document that must be in this store, by doc_id."""
+    """The rows of every document that must be in this store, by doc_id."""
     section = record.identity["section"]
     options = RowOptions(1, section["drop_first_tokens"], section["drop_bos"])
     tokens = f"{_TOKENS}/{record.identity['inputs']['tokens']}"

@@ -1,6 +1,6 @@
-"""Ray wiring, one file per artifact: organism, corpus, tokens, activations, crosscoders, measurements, report.
+"""Ray wiring, one file per artifact; catalogue.py lists the stages in the order of the flow with what each needs.
 
-A stage takes its own config section and the folders of its inputs, and publishes one artifact per step. The maths is in
-numerics/; what happens to one batch is in models/, text/, extraction/ and analyses/. What is here decides where it
-runs, how it resumes and in what order its results are put together.
+A stage takes typed inputs and publishes one artifact per step. The maths is in numerics/; what happens to one batch is
+in models/, text/, extraction/ and analyses/. The files here decide where it runs, how it resumes and in what order its
+results are put together.
 """

@@ -2,101 +2,141 @@
 
 Which documents make up which shard is planned before anything runs, from the index of tokens alone. A worker call makes
 one shard and publishes it under its final name together with a small description, the description last: a killed run
-repeats at most the shards in work, and a shard that is made twice has the same bytes. Documents that cannot be run are
-set aside, listed in a table beside the shards, and counted; more of them than allowed end the run.
+repeats at most the shards that were being made, and a shard that is made twice has the same bytes. Documents that
+cannot be run are quarantined: listed in a table beside the shards, and counted. More of them than allowed end the run.
 
 In stream mode only the validation rows are stored, which the analyses read twice; the training rows are extracted while
-crosscoders are fitted (stages.stream).
+crosscoders are fitted (stages/stream.py).
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config.data import ActivationsSection
+from pipeline.cluster.pools import Pool, run_pool
 from pipeline.errors import InputError
 from pipeline.numerics.moments import Moments
 from pipeline.schema import MODEL_NAMES, Split
-from pipeline.stages.base import Context, Pool, Step, run_pool, shown
+from pipeline.stages.catalogue import ActivationsInputs
 from pipeline.stages.extractor import REJECTED_NAME, Extractor, check_rejected, write_rejected
-from pipeline.stages.models import Loading
+from pipeline.stages.step import StageContext, Step
 from pipeline.stages.tokens import INDEX_NAME
 from pipeline.storage.activation_store import MANIFEST_NAME, Manifest, Shard, StoredMoments
-from pipeline.storage.artifacts import Record
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.shards import publish_shard, summarise
 from pipeline.storage.tables import read_table
 from pipeline.terminal import Progress
 
-NAME = "activations"
-VERSION = 3
-
 _DESCRIPTION_SUFFIX = ".json"
 
 
-def run(steps: Sequence[Step], context: Context) -> None:
+class PlannedShard(NamedTuple):
+    """One shard before it is made."""
+
+    name: str
+    split: str
+    documents: np.ndarray
+    """Rows of the tokens' index, int64."""
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class ShardDescription:
+    """One finished shard; kept as a JSON file beside it, together with the moments of its rows."""
+
+    name: str
+    split: str
+    num_rows: int
+    num_documents: int
+    num_bytes: int
+    num_tokens: int
+    sha256: str
+    real_token_frac: float
+    num_capped: int
+    num_out_of_memory: int
+    plain_forward_difference: list[float]
+    """Of base and chat."""
+    commits: list[str | None]
+    """Of base and chat."""
+    mean_norm: list[float]
+    """Of base and chat."""
+    shape: list[int]
+    """[M, D]."""
+    num_layers: int
+    rejected: list[dict[str, Any]]
+    """Quarantined documents: schema.QUARANTINE_COLUMNS by name."""
+
+
+def run(steps: Sequence[Step[ActivationsInputs]], context: StageContext) -> None:
     """Make the missing shards, then the manifest."""
     (step,) = steps
-    section = step.section
-    assert isinstance(section, ActivationsSection)
     started = time.monotonic()
-    tokens = context.record_of(step.inputs["tokens"])
-    tokens_folder = step.inputs["tokens"].key.folder
-    index = read_table(context.storage, f"{tokens_folder}/{INDEX_NAME}")
-    corpora = tuple(sorted(set(index["corpus"].to_pylist())))
-    plan = plan_shards(index, section.rows_per_shard)
-    if section.mode == "stream":
-        plan = [item for item in plan if item["split"] == Split.VALIDATION]
-    done = finished_shards(context.storage, step.key.folder)
-    progress = Progress(NAME, sum(item["num_tokens"] for item in plan), "tokens")
-    num_done = sum(item["num_tokens"] for item in plan if item["name"] in done)
-    shown(context, progress, num_done, f"{len(done)} of {len(plan)} shards were there" if done else "")
-    missing = [item for item in plan if item["name"] not in done]
-    max_rejected = int(section.max_rejected_frac * sum(len(item["documents"]) for item in plan))
-    rejected = [document for item in plan if item["name"] in done for document in done[item["name"]]["rejected"]]
-    check_rejected(rejected, max_rejected)
-    if missing:
-        loading: Loading = step.extra["loading"]
-        extractor = Extractor(
-            context.storage,
-            tokens_folder,
-            section=section,
-            loading=loading,
-            corpora=corpora,
-            max_rejected=max_rejected,
-        )
-        workers = context.resources.extraction
-        arguments = (context.storage, step.key.folder, extractor)
-        pool = Pool("extraction", workers, ExtractShard, arguments, uses_actors=True, min_workers=workers.min_workers)
-        for result in run_pool(pool, missing):
-            done[result["name"]] = result
-            num_done += result["num_tokens"]
-            rejected += result["rejected"]
-            check_rejected(rejected, max_rejected)
-            shown(context, progress, num_done, f"{len(rejected)} documents set aside" if rejected else "")
-    write_rejected(context.storage, step.key.folder, rejected)
-    described = _with_rows([done[item["name"]] for item in plan])
-    _publish_manifest(step, context, described, corpora, tokens)
+    described, rejected = _make_shards(step, context)
+    write_rejected(context.storage, step.folder, rejected)
+    described = _with_rows(described)
+    manifest = _manifest(step, context, described)
+    context.storage.write_json(f"{step.folder}/{MANIFEST_NAME}", manifest.to_json())
     counts = {**_counts(described), "num_rejected_documents": len(rejected)}
     context.finish(step, counts, time.monotonic() - started, files=[MANIFEST_NAME, REJECTED_NAME])
 
 
-def _with_rows(described: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _make_shards(
+    step: Step[ActivationsInputs], context: StageContext
+) -> tuple[list[ShardDescription], list[dict[str, Any]]]:
+    """All shards in the order of the plan, those that were not there made now; the quarantined documents."""
+    inputs, section = step.inputs, step.inputs.section
+    index = read_table(context.storage, f"{inputs.tokens.folder}/{INDEX_NAME}")
+    plan = plan_shards(index, section.rows_per_shard)
+    if section.mode == "stream":
+        plan = [shard for shard in plan if shard.split == Split.VALIDATION]
+    done = finished_shards(context.storage, step.folder)
+    missing = [shard for shard in plan if shard.name not in done]
+    progress = Progress(ActivationsInputs.NAME, sum(shard.num_tokens for shard in plan), "tokens")
+    num_done = progress.total - sum(shard.num_tokens for shard in missing)
+    context.report_progress(progress, num_done, f"{len(done)} of {len(plan)} shards were there" if done else "")
+    max_rejected = int(section.max_rejected_frac * sum(len(shard.documents) for shard in plan))
+    rejected = [document for shard in plan if shard.name in done for document in done[shard.name].rejected]
+    check_rejected(rejected, max_rejected)
+    if missing:
+        extractor = Extractor(
+            context.storage,
+            inputs.tokens.folder,
+            section=section,
+            loading=inputs.loading,
+            corpora=_corpora(index),
+            max_rejected=max_rejected,
+        )
+        workers, arguments = context.resources.extraction, (context.storage, step.folder, extractor)
+        pool = Pool("extraction", workers, ExtractShard, arguments, uses_actors=True, min_workers=workers.min_workers)
+        for result in run_pool(pool, missing):
+            done[result.name] = result
+            rejected += result.rejected
+            check_rejected(rejected, max_rejected)
+            note = f"{len(rejected)} documents quarantined" if rejected else ""
+            context.report_progress(progress, progress.done + result.num_tokens, note)
+    return [done[shard.name] for shard in plan], rejected
+
+
+def _corpora(index: pa.Table) -> tuple[str, ...]:
+    return tuple(sorted(set(index["corpus"].to_pylist())))
+
+
+def _with_rows(described: Sequence[ShardDescription]) -> list[ShardDescription]:
     """The shards that hold rows; an InputError where a split has none."""
-    for split in sorted({shard["split"] for shard in described}):
-        if not any(shard["num_rows"] for shard in described if shard["split"] == split):
+    for split in sorted({shard.split for shard in described}):
+        if not any(shard.num_rows for shard in described if shard.split == split):
             raise InputError(
                 f"activations: expected rows in the {split} split, got none of {len(described)} shards; add documents, "
                 "or lower activations.drop_first_tokens"
             )
-    return [shard for shard in described if shard["num_rows"]]
+    return [shard for shard in described if shard.num_rows]
 
 
-def plan_shards(index: pa.Table, rows_per_shard: int) -> list[dict[str, Any]]:
+def plan_shards(index: pa.Table, rows_per_shard: int) -> list[PlannedShard]:
     """Which documents (rows of the index) go into which shard, per split, in the order of the index.
 
     Cut by tokens, an upper bound of rows: dropped rows make shards a little smaller, never larger than asked by more
@@ -104,7 +144,7 @@ def plan_shards(index: pa.Table, rows_per_shard: int) -> list[dict[str, Any]]:
     """
     splits = np.asarray(index["split"].to_pylist(), dtype=object)
     lengths = index["num_tokens"].to_numpy()
-    plan: list[dict[str, Any]] = []
+    plan: list[PlannedShard] = []
     for split in (Split.TRAIN, Split.VALIDATION):
         rows = np.flatnonzero(splits == split)
         if not len(rows):
@@ -114,15 +154,9 @@ def plan_shards(index: pa.Table, rows_per_shard: int) -> list[dict[str, Any]]:
             )
         shard_of = (np.cumsum(lengths[rows]) - lengths[rows]) // rows_per_shard
         for number, shard in enumerate(np.unique(shard_of)):
-            members = rows[shard_of == shard]
-            plan.append(
-                {
-                    "name": f"{split}-{number:05d}.safetensors",
-                    "split": split,
-                    "documents": members.astype(np.int64),
-                    "num_tokens": int(lengths[members].sum()),
-                }
-            )
+            members = rows[shard_of == shard].astype(np.int64)
+            name = f"{split}-{number:05d}.safetensors"
+            plan.append(PlannedShard(name, split, members, int(lengths[members].sum())))
     return plan
 
 
@@ -132,66 +166,68 @@ class ExtractShard:
     def __init__(self, storage: Storage, folder: str, extractor: Extractor) -> None:
         self.storage, self.folder, self.extractor = storage, folder, extractor
 
-    def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
+    def __call__(self, planned: PlannedShard) -> ShardDescription:
         """Publish the shard, then its description; return the description."""
-        extracted = self.extractor(item["documents"])
+        extracted = self.extractor(planned.documents)
         rows = extracted.rows
-        key = f"{self.folder}/{item['name']}"
+        key = f"{self.folder}/{planned.name}"
         summary = summarise(rows.x_BMD)
         file = publish_shard(self.storage, key, rows, self.extractor.section.compression)
-        description = {
-            "name": item["name"],
-            "split": item["split"],
-            "num_rows": len(rows.x_BMD),
-            "num_documents": len(item["documents"]) - len(extracted.rejected),
-            "num_bytes": file.num_bytes,
-            "num_tokens": item["num_tokens"],
-            "sha256": file.sha256,
-            "real_token_frac": extracted.real_token_frac,
-            "num_capped": extracted.num_capped,
-            "num_out_of_memory": extracted.num_out_of_memory,
-            "plain_forward_difference": list(self.extractor.verification.relative_difference),
-            "commits": list(self.extractor.commits),
-            "mean_norm": summary.mean_norm_M.tolist(),
-            "shape": list(rows.x_BMD.shape[1:]),
-            "num_layers": self.extractor.num_layers,
-            "rejected": [dict(document) for document in extracted.rejected],
-        }
-        moments = asdict(StoredMoments.of(summary.moments))  # D numbers: the driver reads them when all is there
-        self.storage.write_json(f"{key}{_DESCRIPTION_SUFFIX}", {**description, "moments": moments})
+        description = ShardDescription(
+            name=planned.name,
+            split=planned.split,
+            num_rows=len(rows.x_BMD),
+            num_documents=len(planned.documents) - len(extracted.rejected),
+            num_bytes=file.num_bytes,
+            num_tokens=planned.num_tokens,
+            sha256=file.sha256,
+            real_token_frac=extracted.real_token_frac,
+            num_capped=extracted.num_capped,
+            num_out_of_memory=extracted.num_out_of_memory,
+            plain_forward_difference=list(self.extractor.verification.relative_difference),
+            commits=list(self.extractor.commits),
+            mean_norm=summary.mean_norm_M.tolist(),
+            shape=list(rows.x_BMD.shape[1:]),
+            num_layers=self.extractor.num_layers,
+            rejected=[dict(document) for document in extracted.rejected],
+        )
+        # The moments are D numbers a shard: they are left in the file until all shards are there.
+        moments = asdict(StoredMoments.of(summary.moments))
+        self.storage.write_json(f"{key}{_DESCRIPTION_SUFFIX}", {**asdict(description), "moments": moments})
         return description
 
 
-def finished_shards(storage: Storage, folder: str) -> dict[str, dict[str, Any]]:
-    """Descriptions of the shards that a former run has published."""
+def finished_shards(storage: Storage, folder: str) -> dict[str, ShardDescription]:
+    """The shards that a former run has published, by name."""
     names = set(storage.files(folder))
     described = [name for name in names if name.endswith(f".safetensors{_DESCRIPTION_SUFFIX}")]
-    found = ({**storage.read_json(f"{folder}/{name}"), "moments": None} for name in described)
-    return {value["name"]: value for value in found if value["name"] in names}
+    found = {}
+    for name in described:
+        value = storage.read_json(f"{folder}/{name}")
+        if value["name"] in names:
+            found[value["name"]] = ShardDescription(**{key: own for key, own in value.items() if key != "moments"})
+    return found
 
 
-def _publish_manifest(
-    step: Step, context: Context, described: Sequence[Mapping[str, Any]], corpora: tuple[str, ...], tokens: Record
-) -> None:
-    fields = Shard.__dataclass_fields__
-    assert isinstance(step.section, ActivationsSection)
-    num_models, width = described[0]["shape"]
-    manifest = Manifest(
-        shards=tuple(Shard(**{name: value[name] for name in fields}) for value in described),
+def _manifest(step: Step[ActivationsInputs], context: StageContext, described: Sequence[ShardDescription]) -> Manifest:
+    tokens, storage = context.record_of(step.inputs.tokens), context.storage
+    corpora = _corpora(read_table(storage, f"{step.inputs.tokens.folder}/{INDEX_NAME}"))
+    num_models, width = described[0].shape
+    return Manifest(
+        shards=tuple(
+            Shard(own.name, own.split, own.num_rows, own.num_documents, own.num_bytes, own.sha256) for own in described
+        ),
         num_models=num_models,
         activation_dim=width,
         corpora=corpora,
         labels=tuple(tokens.counts["labels"]),
         dialogue_corpora=tuple(corpora.index(name) for name in tokens.counts["dialogue_corpora"] if name in corpora),
-        compression=step.section.compression,
+        compression=step.inputs.section.compression,
         moments={
-            split: _merged_moments(
-                context.storage, step.key.folder, [v["name"] for v in described if v["split"] == split]
-            )
-            for split in sorted({value["split"] for value in described})
+            split: _merged_moments(storage, step.folder, [own.name for own in described if own.split == split])
+            for split in sorted({own.split for own in described})
         },
     )
-    context.storage.write_json(f"{step.key.folder}/{MANIFEST_NAME}", manifest.to_json())
 
 
 def _merged_moments(storage: Storage, folder: str, names: Sequence[str]) -> StoredMoments:
@@ -205,28 +241,28 @@ def _merged_moments(storage: Storage, folder: str, names: Sequence[str]) -> Stor
     return StoredMoments.of(total)
 
 
-def _counts(described: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    num_rows = sum(value["num_rows"] for value in described)
-    norms = np.asarray([value["mean_norm"] for value in described])
-    weights = np.asarray([value["num_rows"] for value in described])
-    tokens = np.asarray([value["num_tokens"] for value in described])
-    fractions = np.asarray([value["real_token_frac"] for value in described])
-    return {
+def _counts(described: Sequence[ShardDescription]) -> dict[str, Any]:
+    num_rows = sum(own.num_rows for own in described)
+    norms = np.asarray([own.mean_norm for own in described])
+    weights = np.asarray([own.num_rows for own in described])
+    tokens = np.asarray([own.num_tokens for own in described])
+    fractions = np.asarray([own.real_token_frac for own in described])
+    first = described[0]
+    counts: dict[str, Any] = {
         "num_rows": num_rows,
-        "num_rows_train": sum(value["num_rows"] for value in described if value["split"] == Split.TRAIN),
-        "num_rows_validation": sum(value["num_rows"] for value in described if value["split"] == Split.VALIDATION),
-        "num_rows_above_norm_cap": sum(value["num_capped"] for value in described),
-        "num_out_of_memory": sum(value["num_out_of_memory"] for value in described),
+        "num_rows_train": sum(own.num_rows for own in described if own.split == Split.TRAIN),
+        "num_rows_validation": sum(own.num_rows for own in described if own.split == Split.VALIDATION),
+        "num_rows_above_norm_cap": sum(own.num_capped for own in described),
+        "num_out_of_memory": sum(own.num_out_of_memory for own in described),
         "num_shards": len(described),
-        "num_bytes": sum(value["num_bytes"] for value in described),
-        "activation_dim": described[0]["shape"][1],
-        "num_layers": described[0]["num_layers"],
+        "num_bytes": sum(own.num_bytes for own in described),
+        "activation_dim": first.shape[1],
+        "num_layers": first.num_layers,
         "kept_frac": num_rows / float(tokens.sum()),
         "real_token_frac": float(tokens.sum() / (tokens / fractions).sum()),
-        **{
-            f"plain_forward_difference_{name}": max(value["plain_forward_difference"][m] for value in described)
-            for m, name in enumerate(MODEL_NAMES)
-        },
-        **{f"commit_{name}": described[0]["commits"][m] for m, name in enumerate(MODEL_NAMES)},
-        **{f"mean_norm_{name}": float(norms[:, m] @ weights / num_rows) for m, name in enumerate(MODEL_NAMES)},
     }
+    for m, name in enumerate(MODEL_NAMES):
+        counts[f"plain_forward_difference_{name}"] = max(own.plain_forward_difference[m] for own in described)
+        counts[f"commit_{name}"] = first.commits[m]
+        counts[f"mean_norm_{name}"] = float(norms[:, m] @ weights / num_rows)
+    return counts

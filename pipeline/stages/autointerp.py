@@ -1,9 +1,9 @@
 """Explanations of latents by a language model, and how well each holds on contexts that it was not made from.
 
-One step per crosscoder, after `examples`. Contexts are gathered first, by one task on the cluster, so that the number
-of requests and their expected size are said before the first is sent. Then latents are asked about side by side
-(interviews.py); a killed run asks nothing again that was answered. Requests leave from the machine that drives
-the run, and only from there.
+One step per crosscoder, after `examples`. Contexts are gathered first, by one task on the cluster, so that the user
+reads the number of requests and their expected size before the first is sent. Then latents are asked about in parallel
+(interviews.py); a killed run does not repeat a request that was answered. Requests leave only from the machine that
+drives the run.
 """
 
 import time
@@ -12,39 +12,38 @@ from typing import Any, NamedTuple
 
 from pipeline.analyses.autointerp import (
     MIN_QUIET_PER_CORPUS,
-    Case,
     Interpretation,
-    QuietContext,
+    InterpTask,
+    QuietWindow,
     Sizes,
-    case_of,
     choose_windows,
-    chosen_latents,
+    interp_task,
     interpretation_numbers,
     interpretation_table,
-    quiet_contexts,
+    quiet_windows,
 )
 from pipeline.analyses.autointerp_prompts import Cost, cost_text
-from pipeline.analyses.verdict import latents_with
+from pipeline.analyses.latent_sets import interpreted_latents
+from pipeline.cluster.pools import run_task
 from pipeline.config.analyses import AutointerpSection
 from pipeline.config.resources import EndpointSection
 from pipeline.errors import InputError
 from pipeline.models.endpoint import Endpoint, EndpointOptions, read_key
 from pipeline.models.loading import load_tokenizer
-from pipeline.schema import ANSWER_COLUMNS, AUTOINTERP_COLUMNS, InterpStatus, Split, Verdict
-from pipeline.stages.base import Context, Step, run_task, shown
-from pipeline.stages.crosscoder import fitted
-from pipeline.stages.encoded_rows import batches, shard_rows
+from pipeline.schema import ANSWER_COLUMNS, AUTOINTERP_COLUMNS, InterpStatus, Split
+from pipeline.stages.catalogue import AutointerpInputs
+from pipeline.stages.examples import EXAMPLES_NAME
+from pipeline.stages.finished_crosscoder import open_crosscoder
 from pipeline.stages.interviews import Answers, Interview, control_all, interview_all, pending_cost
-from pipeline.stages.measurements import EXAMPLES_NAME, LATENTS_NAME
+from pipeline.stages.latents import read_latents
 from pipeline.stages.models import local_specs
+from pipeline.stages.row_pass import batches, shard_rows
+from pipeline.stages.step import StageContext, Step
 from pipeline.storage.activation_store import ActivationStore
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.tables import arrow_schema, read_table, write_frame
 from pipeline.terminal import Progress
 from pipeline.text.tokenise import token_texts
-
-NAME = "autointerp"
-VERSION = 1
 
 TABLE_NAME = "autointerp.parquet"
 ANSWERS_NAME = "answers.parquet"
@@ -54,27 +53,27 @@ AUTOINTERP_SCHEMA = arrow_schema(AUTOINTERP_COLUMNS)
 ANSWER_SCHEMA = arrow_schema(ANSWER_COLUMNS)
 
 _MAX_SHARDS = 4
-"""Validation shards in which quiet contexts are looked for; documents of all corpora are mixed in each."""
+"""Validation shards that are searched for quiet contexts; each holds documents of all corpora."""
 
 
 class _Prepared(NamedTuple):
-    """One step, ready to be asked about."""
+    """One step with its contexts."""
 
-    step: Step
-    cases: dict[int, Case | None]
+    step: Step[AutointerpInputs]
+    cases: dict[int, InterpTask | None]
     """By latent, in order; None where its contexts do not suffice."""
     answers: Answers
 
 
-def run(steps: Sequence[Step], context: Context) -> None:
+def run(steps: Sequence[Step[AutointerpInputs]], context: StageContext) -> None:
     """Ask about the latents of every crosscoder and publish the tables."""
-    options = _options(context.resources.autointerp)
+    options = endpoint_options(context.resources.autointerp)
     prepared = [_prepare(step, context) for step in steps]
-    _say_cost(prepared, context)
+    _report_cost(prepared, context)
     for one in prepared:
         started = time.monotonic()
         found = _ask(one, options, context)
-        folder, table = one.step.key.folder, interpretation_table([found[latent] for latent in one.cases])
+        folder, table = one.step.folder, interpretation_table([found[latent] for latent in one.cases])
         write_frame(context.storage, f"{folder}/{TABLE_NAME}", table, AUTOINTERP_SCHEMA)
         write_frame(context.storage, f"{folder}/{ANSWERS_NAME}", one.answers.table(list(one.cases)), ANSWER_SCHEMA)
         files = [TABLE_NAME, ANSWERS_NAME]
@@ -82,35 +81,28 @@ def run(steps: Sequence[Step], context: Context) -> None:
         context.storage.delete(f"{folder}/{ANSWERS_FOLDER}")
 
 
-def _ask(one: _Prepared, options: EndpointOptions, context: Context) -> dict[int, Interpretation]:
+def _ask(one: _Prepared, options: EndpointOptions, context: StageContext) -> dict[int, Interpretation]:
     """What is found about each latent of a step."""
-    section, concurrency = _section(one.step), context.resources.autointerp.concurrency
+    section, concurrency = one.step.inputs.section, context.resources.autointerp.concurrency
     found = {latent: Interpretation(latent, InterpStatus.TOO_FEW) for latent, case in one.cases.items() if not case}
     cases = [case for case in one.cases.values() if case]
     endpoint = Endpoint(options, _fields(section))
     interview = Interview(endpoint, one.answers, section.contexts_per_request, section.num_repeats)
     try:
-        progress = Progress(NAME, len(cases), "latents")
-        shown(context, progress, 0)
-        for result in interview_all(interview, cases, concurrency=concurrency):
-            found[result.latent] = result
-            shown(context, progress, progress.done + 1)
+        progress = Progress(AutointerpInputs.NAME, len(cases), "latents")
+        explained = interview_all(interview, cases, concurrency=concurrency)
+        found |= {result.latent: result for result in context.follow(progress, explained, lambda _: 1)}
         if section.with_control:
-            progress = Progress(f"{NAME} control", len(cases), "latents")
-            for result in control_all(interview, cases, dict(found), concurrency=concurrency):
-                found[result.latent] = result
-                shown(context, progress, progress.done + 1)
+            progress = Progress(f"{AutointerpInputs.NAME} control", len(cases), "latents")
+            controlled = control_all(interview, cases, dict(found), concurrency=concurrency)
+            found |= {result.latent: result for result in context.follow(progress, controlled, lambda _: 1)}
     finally:
         endpoint.close()
     return found
 
 
-def check(section: EndpointSection) -> None:
-    """InputError unless the endpoint's address and key are there; nothing is sent."""
-    _options(section)
-
-
-def _options(section: EndpointSection) -> EndpointOptions:
+def endpoint_options(section: EndpointSection) -> EndpointOptions:
+    """Where and how to ask; InputError unless address and key are there. Nothing is sent."""
     if section.base_url is None:
         raise InputError(
             "resources.autointerp.base_url: expected the address of an OpenAI-compatible endpoint, such as "
@@ -127,42 +119,37 @@ def _fields(section: AutointerpSection) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _section(step: Step) -> AutointerpSection:
-    assert isinstance(step.section, AutointerpSection)
-    return step.section
-
-
-def _prepare(step: Step, context: Context) -> _Prepared:
-    section = _section(step)
-    latents = read_table(context.storage, f"{step.inputs['latents'].key.folder}/{LATENTS_NAME}").to_pandas()
-    examples = read_table(context.storage, f"{step.inputs['examples'].key.folder}/{EXAMPLES_NAME}").to_pandas()
-    answers = Answers(context.storage, f"{step.key.folder}/{ANSWERS_FOLDER}")
-    ranked = latents_with(latents, [Verdict.CHAT_SPECIFIC])
-    chosen = chosen_latents(latents, ranked, named=section.latents, max_latents=section.max_latents)
+def _prepare(step: Step[AutointerpInputs], context: StageContext) -> _Prepared:
+    section, storage = step.inputs.section, context.storage
+    latents = read_latents(storage, step.inputs.latents)
+    examples = read_table(storage, f"{step.inputs.examples.folder}/{EXAMPLES_NAME}").to_pandas()
+    answers = Answers(storage, f"{step.folder}/{ANSWERS_FOLDER}")
+    chosen = interpreted_latents(latents, named=section.latents, max_latents=section.max_latents)
     if not chosen:
         return _Prepared(step, {}, answers)
-    quiet: list[QuietContext] = run_task(_quiet_contexts, context.storage, step, chosen, num_cpus=1)
+    quiet: list[QuietWindow] = run_task(_quiet_contexts, storage, step.inputs, chosen, num_cpus=1)
     own = {int(str(latent)): rows for latent, rows in examples.groupby("latent", sort=False)}
     sizes = Sizes(section.num_explaining, section.num_active, section.num_quiet, section.seed)
-    cases = {latent: case_of(latent, own.get(latent, examples.head(0)), quiet, sizes) for latent in chosen}
+    cases = {latent: interp_task(latent, own.get(latent, examples.head(0)), quiet, sizes) for latent in chosen}
     return _Prepared(step, cases, answers)
 
 
-def _quiet_contexts(storage: Storage, step: Step, chosen: Sequence[int]) -> list[QuietContext]:
+def _quiet_contexts(storage: Storage, inputs: AutointerpInputs, chosen: Sequence[int]) -> list[QuietWindow]:
     """Windows of validation documents and which of the chosen latents fire in them; in a worker process."""
-    store = ActivationStore(storage, step.inputs["activations"].key.folder)
-    left = [max(MIN_QUIET_PER_CORPUS, 4 * _section(step).num_quiet)] * len(store.manifest.corpora)
-    found: list[QuietContext] = []
+    store = ActivationStore(storage, inputs.activations.folder)
+    left = [max(MIN_QUIET_PER_CORPUS, 4 * inputs.section.num_quiet)] * len(store.manifest.corpora)
+    window_tokens = inputs.examples.inputs.section.window_tokens
+    found: list[QuietWindow] = []
     with (
-        local_specs(storage, step.extra["loading"].locations[1]) as (spec,),
-        fitted(storage, step.inputs["crosscoder"].key.folder) as crosscoder,
+        local_specs(storage, inputs.tokens.inputs.models.chat) as (spec,),
+        open_crosscoder(storage, inputs.crosscoder.folder) as crosscoder,
     ):
         tokenizer = load_tokenizer(spec)
         for shard in store.manifest.of_split(Split.VALIDATION)[:_MAX_SHARDS]:
             rows = shard_rows(store, shard)
-            keep_B = choose_windows(rows["doc_id"], rows["corpus"], left, window_tokens=step.extra["window_tokens"])
+            keep_B = choose_windows(rows["doc_id"], rows["corpus"], left, window_tokens=window_tokens)
             windows = batches(crosscoder, {name: value[keep_B] for name, value in rows.items()})
-            found += quiet_contexts(
+            found += quiet_windows(
                 windows,
                 chosen,
                 corpora=store.manifest.corpora,
@@ -173,8 +160,8 @@ def _quiet_contexts(storage: Storage, step: Step, chosen: Sequence[int]) -> list
     return found
 
 
-def _say_cost(prepared: Sequence[_Prepared], context: Context) -> None:
-    """Tell what the requests that are still to be made are expected to take."""
+def _report_cost(prepared: Sequence[_Prepared], context: StageContext) -> None:
+    """Tell the user what the requests that are still to be made will probably cost."""
     cost, num_latents = Cost(0, 0, 0), 0
     for one in prepared:
         for case in one.cases.values():
@@ -182,7 +169,9 @@ def _say_cost(prepared: Sequence[_Prepared], context: Context) -> None:
                 num_latents += 1
                 cost = cost.plus(_pending(one, case))
     endpoint = context.resources.autointerp
-    parts = [f"{NAME}: {num_latents:,} latents, {cost_text(cost, endpoint.price_in, endpoint.price_out)}"]
+    parts = [
+        f"{AutointerpInputs.NAME}: {num_latents:,} latents, {cost_text(cost, endpoint.price_in, endpoint.price_out)}"
+    ]
     left_out = sum(len(one.cases) for one in prepared) - num_latents
     if left_out:
         parts.append(f"{left_out:,} latents have too few contexts")
@@ -192,8 +181,8 @@ def _say_cost(prepared: Sequence[_Prepared], context: Context) -> None:
     context.reporter.message("; ".join(parts))
 
 
-def _pending(one: _Prepared, case: Case) -> Cost:
-    section = _section(one.step)
+def _pending(one: _Prepared, case: InterpTask) -> Cost:
+    section = one.step.inputs.section
     return pending_cost(one.answers, case, section.contexts_per_request, with_control=section.with_control)
 
 

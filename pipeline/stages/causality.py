@@ -1,24 +1,24 @@
 """KL of interventions, measured on held-out dialogues with both models in the worker.
 
 One pass serves all crosscoders whose causality is missing: the lower halves of both models run once per batch, and each
-crosscoder's interventions continue from there. The mean difference is taken before, over rows of the validation
-dialogues: D numbers from very many more rows, so that it flatters this baseline by next to nothing.
+crosscoder's interventions continue from there. The mean difference, a baseline, is taken first, from rows of the
+validation dialogues: D numbers from up to 200,000 rows, too many for it to fit the measured dialogues by chance.
 """
 
 import time
 from collections.abc import Mapping, Sequence, Set
-from typing import Any
+from typing import NamedTuple
 
 import pyarrow as pa
 import torch
 
 from pipeline.analyses.causal_tables import Bootstrap
 from pipeline.analyses.causality import Causality, causality_batches
-from pipeline.analyses.interventions import Intervention, candidate_latents, plan_curve, plan_interventions
+from pipeline.analyses.interventions import Intervention, plan_curve, plan_interventions
+from pipeline.analyses.latent_sets import causality_latents
 from pipeline.analyses.rows import sums_from_bytes, sums_to_bytes
-from pipeline.cluster import connect as cluster
-from pipeline.config.analyses import CausalitySection
-from pipeline.config.data import ActivationsSection
+from pipeline.cluster.connect import worker_cpus
+from pipeline.cluster.pools import Pool, run_pool, run_task
 from pipeline.errors import InputError
 from pipeline.extraction.activations import RowOptions
 from pipeline.schema import (
@@ -29,19 +29,18 @@ from pipeline.schema import (
     CHAT,
     Split,
 )
-from pipeline.stages.base import Context, Pool, Step, run_pool, run_task, shown
-from pipeline.stages.crosscoder import fitted
+from pipeline.stages.catalogue import CausalityInputs
 from pipeline.stages.extractor import read_rejected, read_token_rows, row_options
-from pipeline.stages.measurements import LATENTS_NAME
-from pipeline.stages.models import Loading, load_pair
+from pipeline.stages.finished_crosscoder import open_crosscoder
+from pipeline.stages.latents import read_latents
+from pipeline.stages.locations import Loading
+from pipeline.stages.models import load_pair
+from pipeline.stages.step import StageContext, Step
 from pipeline.stages.tokens import INDEX_NAME
 from pipeline.storage.activation_store import ActivationStore
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.tables import arrow_schema, numbers_of, read_table, write_frame
 from pipeline.terminal import Progress
-
-NAME = "causality"
-VERSION = 2
 
 TABLE_NAME = "causality.parquet"
 DIFFERENCES_NAME = "differences.parquet"
@@ -54,59 +53,58 @@ _MEAN_DIFFERENCE_ROWS = 200_000
 """Rows behind the mean difference: whole shards are read until there are as many."""
 
 _DIALOGUES_PER_CALL = 16
-"""Dialogues of one worker call, about a batch of tokens. The same on any cluster: what else is in a batch shows in the
-last digits of a dialogue's KL."""
+"""Dialogues of one worker call, about a batch of tokens. The same on any cluster: the last digits of a dialogue's KL
+depend on the other dialogues of its batch."""
 
 
-def run(steps: Sequence[Step], context: Context) -> None:
+Plans = Mapping[str, Sequence[Intervention]]
+"""The interventions of each crosscoder, by its folder."""
+
+
+class _DialogueSums(NamedTuple):
+    """What one worker call has summed."""
+
+    num_dialogues: int
+    packed: dict[str, bytes]
+    """Sums as bytes, by the crosscoder's folder."""
+
+
+def run(steps: Sequence[Step[CausalityInputs]], context: StageContext) -> None:
     """Publish one table per crosscoder."""
     started = time.monotonic()
-    # Crosscoders that ask for the same dialogues are measured together; with one analyses section that is all of them.
-    section, tokens = steps[0].section, steps[0].inputs["tokens"]
-    assert isinstance(section, CausalitySection)
-    plans = {step.inputs["crosscoder"].key.folder: _interventions(step, context) for step in steps}
-    index = _dialogues(steps[0], section, context)
-    calls = [
-        {"index": index.slice(start, _DIALOGUES_PER_CALL)} for start in range(0, index.num_rows, _DIALOGUES_PER_CALL)
-    ]
-    progress = Progress(NAME, index.num_rows, "dialogues")
-    shown(context, progress, 0)
-    activations = steps[0].inputs["activations"].key.folder
-    cpus = cluster.worker_cpus(context.resources.analyses.cpus)
-    mean_difference_D = run_task(mean_difference, context.storage, activations, num_cpus=cpus)
-    rows = steps[0].inputs["activations"].section
-    assert isinstance(rows, ActivationsSection)
-    models = (steps[0].extra["loading"], steps[0].extra["layer"], row_options(rows, section.tokens_per_batch))
-    arguments = (context.storage, tokens.key.folder, models, plans, mean_difference_D)
-    pool = Pool("analyses", context.resources.analyses, MeasureDialogues, arguments)
-    measures = {folder: _measure(folder, plans, context.storage) for folder in plans}
+    # The steps of a run have one section, so they measure the same dialogues.
+    first, storage = steps[0].inputs, context.storage
+    plans = {step.inputs.crosscoder.folder: _interventions(step.inputs, storage) for step in steps}
+    index = _dialogues(first, context)
+    cpus = worker_cpus(context.resources.analyses.cpus)
+    mean_difference_D = run_task(mean_difference, storage, first.activations.folder, num_cpus=cpus)
+    options = row_options(first.activations.inputs.section, first.section.tokens_per_batch)
+    arguments = (storage, first.tokens.folder, (first.loading, options), plans, mean_difference_D)
+    calls = [index.slice(start, _DIALOGUES_PER_CALL) for start in range(0, index.num_rows, _DIALOGUES_PER_CALL)]
+    measures = {folder: _measure(folder, plans, storage) for folder in plans}
     sums = {folder: measure.start() for folder, measure in measures.items()}
-    done = 0
-    for result in run_pool(pool, calls):
-        done += result["num_dialogues"]
-        shown(context, progress, done)
-        for folder, data in result["sums"].items():
+    measured = run_pool(Pool("analyses", context.resources.analyses, MeasureDialogues, arguments), calls)
+    progress = Progress(CausalityInputs.NAME, index.num_rows, "dialogues")
+    for result in context.follow(progress, measured, lambda result: result.num_dialogues):
+        for folder, data in result.packed.items():
             sums[folder] = measures[folder].merge(sums[folder], sums_from_bytes(data))
     for step in steps:
-        folder = step.inputs["crosscoder"].key.folder
-        tables = measures[folder].tables(sums[folder], Bootstrap(section.num_resamples, section.seed))
-        write_frame(context.storage, f"{step.key.folder}/{TABLE_NAME}", tables.kl, CAUSALITY_SCHEMA)
-        write_frame(context.storage, f"{step.key.folder}/{DIFFERENCES_NAME}", tables.differences, DIFFERENCES_SCHEMA)
-        write_frame(context.storage, f"{step.key.folder}/{CURVE_NAME}", tables.curve, CURVE_SCHEMA)
-        kl = numbers_of(tables.kl, "kl", by=("intervention", "positions"))
+        folder = step.inputs.crosscoder.folder
+        tables = measures[folder].tables(sums[folder], Bootstrap(first.section.num_resamples, first.section.seed))
+        write_frame(storage, f"{step.folder}/{TABLE_NAME}", tables.kl, CAUSALITY_SCHEMA)
+        write_frame(storage, f"{step.folder}/{DIFFERENCES_NAME}", tables.differences, DIFFERENCES_SCHEMA)
+        write_frame(storage, f"{step.folder}/{CURVE_NAME}", tables.curve, CURVE_SCHEMA)
         counts = {
-            "kl": kl,
+            "kl": numbers_of(tables.kl, "kl", by=("intervention", "positions")),
             "num_conversations": int(tables.kl["num_conversations"].max()),
             "num_latents": int(tables.curve["num_latents"].max()),
         }
         context.finish(step, counts, time.monotonic() - started)
 
 
-def _interventions(step: Step, context: Context) -> tuple[Intervention, ...]:
-    section = step.section
-    assert isinstance(section, CausalitySection)
-    latents = read_table(context.storage, f"{step.inputs['latents'].key.folder}/{LATENTS_NAME}").to_pandas()
-    chosen = candidate_latents(latents, num_latents=section.max_latents, min_latents=section.min_latents)
+def _interventions(inputs: CausalityInputs, storage: Storage) -> tuple[Intervention, ...]:
+    section, latents = inputs.section, read_latents(storage, inputs.latents)
+    chosen = causality_latents(latents, num_latents=section.max_latents, min_latents=section.min_latents)
     return (
         *plan_interventions(
             chosen, num_random_halves=section.num_random_halves, seed=section.seed, with_mean_difference=True
@@ -115,21 +113,20 @@ def _interventions(step: Step, context: Context) -> tuple[Intervention, ...]:
     )
 
 
-def _dialogues(step: Step, section: CausalitySection, context: Context) -> pa.Table:
+def _dialogues(inputs: CausalityInputs, context: StageContext) -> pa.Table:
     """Index rows of the validation dialogues that are measured."""
-    tokens = step.inputs["tokens"]
     return choose_dialogues(
-        read_table(context.storage, f"{tokens.key.folder}/{INDEX_NAME}"),
-        context.record_of(tokens).counts["dialogue_corpora"],
-        read_rejected(context.storage, step.inputs["activations"].key.folder),
-        section.num_conversations,
+        read_table(context.storage, f"{inputs.tokens.folder}/{INDEX_NAME}"),
+        context.record_of(inputs.tokens).counts["dialogue_corpora"],
+        read_rejected(context.storage, inputs.activations.folder),
+        inputs.section.num_conversations,
     )
 
 
 def choose_dialogues(
     index: pa.Table, dialogue_corpora: Sequence[str], rejected: Set[int], num_conversations: int
 ) -> pa.Table:
-    """The first validation dialogues in order of their hash; what extraction set aside would fail here as well."""
+    """The first validation dialogues in order of their hash, without those that extraction has quarantined."""
     frame = index.to_pandas()
     chosen = frame[(frame["split"] == Split.VALIDATION) & frame["corpus"].isin(dialogue_corpora)]
     chosen = chosen[~chosen["doc_id"].isin(rejected)].sort_values("doc_id").head(num_conversations)
@@ -164,33 +161,32 @@ def mean_difference(storage: Storage, activations_folder: str) -> torch.Tensor:
     return (total_D / num_rows).float()
 
 
-def _measure(folder: str, plans: Mapping[str, Sequence[Intervention]], storage: Storage) -> Causality:
-    with fitted(storage, folder) as crosscoder:
+def _measure(folder: str, plans: Plans, storage: Storage) -> Causality:
+    with open_crosscoder(storage, folder) as crosscoder:
         return Causality(crosscoder, plans[folder])
 
 
 class MeasureDialogues:
-    """Worker: both models whole, and every crosscoder."""
+    """Worker: both models whole, and every crosscoder. An item is a part of the tokens' index."""
 
     def __init__(
         self,
         storage: Storage,
         tokens_folder: str,
-        models: tuple[Loading, int, RowOptions],
-        plans: Mapping[str, Sequence[Intervention]],
+        models: tuple[Loading, RowOptions],
+        plans: Plans,
         mean_difference_D: torch.Tensor,
     ) -> None:
-        loading, layer, self.options = models
+        loading, self.options = models
         self.storage, self.tokens_folder, self.mean_difference_D = storage, tokens_folder, mean_difference_D
-        self.pair = load_pair(storage, loading, layer=layer)
+        self.pair = load_pair(storage, loading)
         self.measures = {folder: _measure(folder, plans, storage) for folder in plans}
 
-    def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
+    def __call__(self, index: pa.Table) -> _DialogueSums:
         """Sums per crosscoder over some dialogues."""
-        documents = read_token_rows(self.storage, self.tokens_folder, item["index"])
+        documents = read_token_rows(self.storage, self.tokens_folder, index)
         sums = {folder: measure.start() for folder, measure in self.measures.items()}
         for batch in causality_batches(self.pair, documents, self.options, self.mean_difference_D):
             for folder, measure in self.measures.items():
                 measure.update(sums[folder], batch)
-        packed = {folder: sums_to_bytes(own) for folder, own in sums.items()}
-        return {"num_dialogues": item["index"].num_rows, "sums": packed}
+        return _DialogueSums(index.num_rows, {folder: sums_to_bytes(own) for folder, own in sums.items()})

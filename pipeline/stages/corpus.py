@@ -1,51 +1,76 @@
-"""Texts from anywhere become one kind of row: doc_id, corpus, split, and a text or a dialogue.
+"""Texts of any source become one kind of row: doc_id, corpus, split, and a text or a dialogue.
 
-One worker call reads one file and publishes it as Parquet parts of bounded size. The identity of a document is the hash
-of its words, so identical documents are found across files and kept once, and the split never depends on order. Nothing
-is dropped silently: the record counts every reason per corpus.
+One worker call reads one file and publishes it as Parquet parts of bounded size. A document's id is the hash of its
+words, so duplicates are found across files and kept once, and the split does not depend on the order. The record counts
+every dropped document by corpus and reason.
 """
 
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from pipeline.cluster.pools import Pool, run_pool
 from pipeline.config.data import CorpusSection
 from pipeline.errors import InputError
-from pipeline.stages.base import Context, Pool, Step, run_pool, shown
+from pipeline.stages.catalogue import CorpusInputs
+from pipeline.stages.step import StageContext, Step
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.tables import CORPUS_SCHEMA, read_table, write_table
 from pipeline.terminal import Progress
 from pipeline.text.documents import BEYOND_LIMIT, DUPLICATE, Document, document_id, read_documents, split_of
 from pipeline.text.files import expand_paths
 
-NAME = "corpus"
-VERSION = 2
-
 PART_CHARACTERS = 16_000_000
-"""Of a part; what one worker tokenises in one call, so that a single large file still spreads over all workers."""
+"""Characters of a part, which one worker tokenises in one call: a single large file still spreads over all workers."""
 
 
-def run(steps: Sequence[Step], context: Context) -> None:
-    """Read every file of every source, remove doubles, publish the parts."""
+class SourceFile(NamedTuple):
+    """One file of a corpus."""
+
+    number: int
+    """Among the files of all corpora, in the order of the run file."""
+    path: str
+    """Path or URL; empty for a data set of the hub."""
+    source: Mapping[str, Any]
+    """Settings of its corpus as in a run file (text.documents.read_documents)."""
+
+
+class Part(NamedTuple):
+    """One Parquet file of documents, before duplicates across files are removed."""
+
+    name: str
+    doc_ids: np.ndarray
+    """int64 [documents]."""
+    num_characters: np.ndarray
+    """int64 [documents]."""
+    has_dialogues: bool
+
+
+class FileRead(NamedTuple):
+    """What became of one file."""
+
+    number: int
+    corpus: str
+    parts: list[Part]
+    dropped: Counter[str]
+    """Documents left out, by reason."""
+    labels: set[str]
+    """Planted labels in its dialogues."""
+
+
+def run(steps: Sequence[Step[CorpusInputs]], context: StageContext) -> None:
+    """Read every file of every source, remove duplicates, publish the parts."""
     (step,) = steps
-    section = step.section
-    assert isinstance(section, CorpusSection)
+    section = step.inputs.section
     started = time.monotonic()
-    items = _items(step, context)
-    progress = Progress(NAME, len(items), "files")
-    shown(context, progress, 0)
-    pool = Pool(
-        "tokens", context.resources.tokens, ReadFile, (context.storage, step.key.folder, section.validation_frac)
-    )
-    results: list[dict[str, Any]] = []
-    for result in run_pool(pool, items):
-        results.append(result)
-        shown(context, progress, len(results))
-    results.sort(key=lambda result: int(result["file"]))
-    counts = _finish_parts(context.storage, step.key.folder, results, section)
+    files = _files(step.inputs, context)
+    pool = Pool("tokens", context.resources.tokens, ReadFile, (context.storage, step.folder, section.validation_frac))
+    progress = Progress(CorpusInputs.NAME, len(files), "files")
+    results = sorted(context.follow(progress, run_pool(pool, files), lambda _: 1), key=lambda result: result.number)
+    counts = remove_duplicates(context.storage, step.folder, results, section)
     for name, count in counts["num_documents"].items():
         if count == 0:
             raise InputError(
@@ -55,24 +80,23 @@ def run(steps: Sequence[Step], context: Context) -> None:
     context.finish(step, counts, time.monotonic() - started)
 
 
-def _items(step: Step, context: Context) -> list[dict[str, Any]]:
-    """One item per file; the organism's texts are files of its artifact."""
-    section = step.section
-    assert isinstance(section, CorpusSection)
-    items: list[dict[str, Any]] = []
-    for source in section.sources:
+def _files(inputs: CorpusInputs, context: StageContext) -> list[SourceFile]:
+    """The files of all sources; the organism's texts are files of its artifact."""
+    files: list[SourceFile] = []
+    for source in inputs.section.sources:
         settings = source.model_dump(mode="json")
         if source.kind == "organism":
             column = {"documents": "text", "dialogues": "messages"}[source.part]
-            url = context.storage.url(f"{step.inputs['organism'].key.folder}/{source.part}.jsonl")
+            assert inputs.organism is not None, "a run file with such a source has an organism"
+            url = context.storage.url(f"{inputs.organism.folder}/{source.part}.jsonl")
             settings |= {"kind": "jsonl", "text_column": None, "messages_column": None, f"{column}_column": column}
             paths: Sequence[str] = (url,)
         elif source.kind == "hub":
             paths = ("",)
         else:
             paths = expand_paths(source.paths, f"corpus {source.name!r}: paths")
-        items += [{"file": len(items) + i, "path": p, "source": settings} for i, p in enumerate(paths)]
-    return items
+        files += [SourceFile(number, path, settings) for number, path in enumerate(paths, len(files))]
+    return files
 
 
 class ReadFile:
@@ -84,19 +108,16 @@ class ReadFile:
         self.storage, self.folder, self.validation_frac = storage, folder, validation_frac
         self.part_characters = part_characters
 
-    def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
-        """Publish the parts; return their document ids, labels and the counts of what was dropped.
-
-        Reading ends as soon as the corpus' max_documents are found in this file alone.
-        """
-        source = item["source"]
+    def __call__(self, file: SourceFile) -> FileRead:
+        """Publish the parts; reading ends as soon as the corpus' max_documents are found in this file alone."""
+        source = file.source
         limit = source.get("max_documents")
         seen: set[int] = set()
         dropped: Counter[str] = Counter()
         labels: set[str] = set()
-        parts: list[dict[str, Any]] = []
-        part = _Part()
-        for document in read_documents(item["path"], source):
+        parts: list[Part] = []
+        rows = _Rows()
+        for document in read_documents(file.path, source):
             doc_id = -1 if document.reason else document_id(document)
             reason = document.reason or (DUPLICATE if doc_id in seen else "")
             if reason:
@@ -106,32 +127,26 @@ class ReadFile:
                 break
             seen.add(doc_id)
             labels |= document.labels
-            part.add(document, doc_id, source["name"], split_of(doc_id, self.validation_frac))
-            if part.num_characters >= self.part_characters:
-                parts.append(self._publish(part, item["file"], len(parts)))
-                part = _Part()
-        if part.columns["doc_id"]:
-            parts.append(self._publish(part, item["file"], len(parts)))
-        return {
-            "file": item["file"],
-            "corpus": source["name"],
-            "parts": parts,
-            "dropped": dict(dropped),
-            "labels": sorted(labels),
-        }
+            rows.add(document, doc_id, source["name"], split_of(doc_id, self.validation_frac))
+            if rows.num_characters >= self.part_characters:
+                parts.append(self._publish(rows, file.number, len(parts)))
+                rows = _Rows()
+        if rows.columns["doc_id"]:
+            parts.append(self._publish(rows, file.number, len(parts)))
+        return FileRead(file.number, source["name"], parts, dropped, labels)
 
-    def _publish(self, part: "_Part", file: int, number: int) -> dict[str, Any]:
+    def _publish(self, rows: "_Rows", file: int, number: int) -> Part:
         name = f"part-{file:05d}-{number:05d}.parquet"
-        write_table(self.storage, f"{self.folder}/{name}", part.columns, CORPUS_SCHEMA)
-        return {
-            "name": name,
-            "doc_ids": np.asarray(part.columns["doc_id"], dtype=np.int64),
-            "num_characters": np.asarray(part.lengths, dtype=np.int64),
-            "has_dialogues": any(messages is not None for messages in part.columns["messages"]),
-        }
+        write_table(self.storage, f"{self.folder}/{name}", rows.columns, CORPUS_SCHEMA)
+        return Part(
+            name,
+            np.asarray(rows.columns["doc_id"], dtype=np.int64),
+            np.asarray(rows.lengths, dtype=np.int64),
+            any(messages is not None for messages in rows.columns["messages"]),
+        )
 
 
-class _Part:
+class _Rows:
     """Rows of one Parquet file while they are collected."""
 
     def __init__(self) -> None:
@@ -140,23 +155,17 @@ class _Part:
         self.num_characters = 0
 
     def add(self, document: Document, doc_id: int, corpus: str, split: str) -> None:
-        row = {
-            "doc_id": doc_id,
-            "corpus": corpus,
-            "split": split,
-            "text": document.text,
-            "messages": document.messages,
-        }
-        for name, value in row.items():
-            self.columns[name].append(value)
+        row = (doc_id, corpus, split, document.text, document.messages)
+        for column, value in zip(self.columns.values(), row, strict=True):
+            column.append(value)
         self.lengths.append(document.num_characters)
         self.num_characters += document.num_characters
 
 
-def _finish_parts(
-    storage: Storage, folder: str, results: Sequence[dict[str, Any]], section: CorpusSection
+def remove_duplicates(
+    storage: Storage, folder: str, results: Sequence[FileRead], section: CorpusSection
 ) -> dict[str, Any]:
-    """Take doubles and what is beyond max_documents out of the parts; the record's counts.
+    """Rewrite the parts without duplicates and without what is beyond max_documents; the record's counts.
 
     A document that several corpora hold stays in the first of them.
     """
@@ -166,14 +175,14 @@ def _finish_parts(
     limits = {source.name: source.max_documents for source in section.sources}
     dialogue_corpora: set[str] = set()
     for result in results:
-        dropped[result["corpus"]].update(result["dropped"])
-    owned = [(result["corpus"], part) for result in results for part in result["parts"]]
-    all_ids = np.concatenate([part["doc_ids"] for _, part in owned] or [np.zeros(0, np.int64)])
+        dropped[result.corpus].update(result.dropped)
+    owned = [(result.corpus, part) for result in results for part in result.parts]
+    all_ids = np.concatenate([part.doc_ids for _, part in owned] or [np.zeros(0, np.int64)])
     first = np.zeros(len(all_ids), dtype=bool)
     first[np.unique(all_ids, return_index=True)[1]] = True
     end = 0
     for name, part in owned:
-        start, end = end, end + len(part["doc_ids"])
+        start, end = end, end + len(part.doc_ids)
         keep = first[start:end]
         dropped[name][DUPLICATE] += int((~keep).sum())
         limit = limits[name]
@@ -182,17 +191,17 @@ def _finish_parts(
             dropped[name][BEYOND_LIMIT] += int(is_beyond.sum())
             keep = keep & ~is_beyond
         if not keep.all():
-            key = f"{folder}/{part['name']}"
+            key = f"{folder}/{part.name}"
             write_table(storage, key, read_table(storage, key).filter(keep), CORPUS_SCHEMA)
         num_documents[name] += int(keep.sum())
-        num_characters[name] += int(part["num_characters"][keep].sum())
-        if part["has_dialogues"]:
+        num_characters[name] += int(part.num_characters[keep].sum())
+        if part.has_dialogues:
             dialogue_corpora.add(name)
     return {
         "num_documents": num_documents,
         "num_characters": num_characters,
         "dropped": {name: dict(+reasons) for name, reasons in dropped.items()},
-        "labels": sorted({label for result in results for label in result["labels"]}),
+        "labels": sorted({label for result in results for label in result.labels}),
         "dialogue_corpora": sorted(dialogue_corpora),
-        "parts": [part["name"] for _, part in owned],
+        "parts": [part.name for _, part in owned],
     }

@@ -1,69 +1,117 @@
-"""The texts of contexts: each worker cuts those that lie in its shards, the driver puts them in order.
+"""Contexts in which the latents of each crosscoder fire most, and some sampled at random, as texts.
 
-The pass of the measurements has found where every latent's contexts are (analyses/examples.py). Their documents are
-read and encoded once more here, spread over workers, and nothing but finished windows comes back, as Arrow: memory
-follows the number of contexts asked for, never the rows.
+The first pass over the rows finds where every latent's contexts are (analyses/examples.py). Once the verdicts are
+known, the documents of the chosen latents are read and encoded once more, spread over workers. Only finished windows
+come back, as Arrow: the driver's memory depends on the number of contexts, never on the rows.
 """
 
+import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
 
-from pipeline.analyses.examples import contexts
-from pipeline.errors import ArtifactError
+from pipeline.analyses.examples import Examples, contexts
+from pipeline.analyses.latent_sets import latents_with
+from pipeline.analyses.rows import RowAnalysis, Sums
+from pipeline.cluster.pools import Pool, run_pool
+from pipeline.config.analyses import ExamplesSection
+from pipeline.errors import ArtifactError, InputError
 from pipeline.models.loading import load_tokenizer
-from pipeline.schema import EXAMPLE_COLUMNS
-from pipeline.stages.base import Context, Pool, run_pool, shown
-from pipeline.stages.crosscoder import fitted
-from pipeline.stages.encoded_rows import batches, shard_rows, validation_calls
-from pipeline.stages.models import ModelLocation, local_specs
+from pipeline.schema import EXAMPLE_COLUMNS, Verdict
+from pipeline.stages.catalogue import ExamplesInputs
+from pipeline.stages.finished_crosscoder import open_crosscoder
+from pipeline.stages.latents import read_latents
+from pipeline.stages.locations import ModelLocation
+from pipeline.stages.models import local_specs
+from pipeline.stages.row_pass import Measured, ShardsCall, batches, shard_rows, validation_calls
+from pipeline.stages.step import StageContext, Step
 from pipeline.storage.activation_store import ActivationStore
 from pipeline.storage.filesystem import Storage
-from pipeline.storage.tables import arrow_schema
+from pipeline.storage.tables import arrow_schema, write_table
 from pipeline.terminal import Progress
 from pipeline.text.tokenise import token_texts
 
+EXAMPLES_NAME = "examples.parquet"
 EXAMPLE_SCHEMA = arrow_schema(EXAMPLE_COLUMNS)
 
 _PLACE = "place"
-"""Where a context stands among those asked for; travels with it and is dropped in the end."""
+"""Column of a context's place among those asked for; sent along with it and dropped in the end."""
+
+
+class ExamplesWork:
+    """One step: what it takes from the first pass over the rows, and its table."""
+
+    def __init__(self, step: Step[ExamplesInputs], measured: Measured) -> None:
+        section, num_latents = step.inputs.section, measured.crosscoder.num_latents
+        check_example_latents(section, num_latents)
+        self.step, self.context, self._store = step, measured.context, measured.store
+        self._examples = Examples(
+            num_latents=num_latents,
+            num_contexts=section.num_contexts,
+            num_sampled=section.num_sampled,
+            corpora=self._store.manifest.corpora,
+        )
+
+    def first_pass(self) -> Mapping[str, RowAnalysis]:
+        """Where the contexts of every latent are."""
+        return {"examples": self._examples}
+
+    def publish(self, sums: Mapping[str, Sums]) -> None:
+        """Contexts of every latent, or of the chat-only ones, chat-specific first, and those named."""
+        started = time.monotonic()
+        section, storage = self.step.inputs.section, self.context.storage
+        latents = read_latents(storage, self.step.inputs.latents)
+        if section.latents == "all":
+            chosen = latents["latent"].tolist()
+        else:
+            chosen = latents_with(latents, [Verdict.CHAT_SPECIFIC])
+            chosen += latents_with(latents, [*Verdict.ARTIFACTS, Verdict.UNDECIDED, Verdict.BASE_ONLY])
+            chosen = list(dict.fromkeys([*chosen[: section.max_latents], *section.latents]))
+        strongest = self._examples.table_of(sums["examples"], chosen)
+        table = cut_contexts(self.step.inputs, strongest, self._store, self.context)
+        write_table(storage, f"{self.step.folder}/{EXAMPLES_NAME}", table, EXAMPLE_SCHEMA)
+        num_latents = int(strongest["latent"].nunique())
+        counts = {
+            "num_contexts": len(table),
+            "num_latents": num_latents,
+            "num_silent_latents": len(chosen) - num_latents,  # chosen, but without a context since they never fire
+        }
+        self.context.finish(self.step, counts, time.monotonic() - started)
+
+
+def check_example_latents(section: ExamplesSection, num_latents: int) -> None:
+    """InputError before any row is read."""
+    named = section.latents if isinstance(section.latents, tuple) else ()
+    wrong = [latent for latent in named if latent >= num_latents]
+    if wrong:
+        raise InputError(
+            f"analyses.examples.latents: expected latents between 0 and {num_latents - 1}, got {wrong[0]}; name only "
+            "latents that every crosscoder of the run has"
+        )
 
 
 def cut_contexts(
-    strongest: pd.DataFrame,
-    store: ActivationStore,
-    context: Context,
-    *,
-    crosscoder: str,
-    model: ModelLocation,
-    window_tokens: int,
+    inputs: ExamplesInputs, strongest: pd.DataFrame, store: ActivationStore, context: StageContext
 ) -> pa.Table:
     """schema.EXAMPLE_COLUMNS of the contexts in `strongest` (analyses.examples.STRONGEST_COLUMNS), in its order.
 
-    crosscoder: folder of its artifact; model: the one whose tokenizer gives the texts. An empty `strongest` gives an
-    empty table and reads nothing.
+    An empty `strongest` gives an empty table and reads nothing.
     """
     if strongest.empty:
         return EXAMPLE_SCHEMA.empty_table()
     strongest = strongest.reset_index(drop=True)
+    window_tokens, chat = inputs.section.window_tokens, inputs.tokens.inputs.models.chat
+    arguments = (context.storage, store.folder, inputs.crosscoder.folder, chat, window_tokens, strongest)
+    cut = run_pool(Pool("analyses", context.resources.analyses, CutContexts, arguments), validation_calls(store))
     progress = Progress("cut examples", len(strongest), "contexts")
-    shown(context, progress, 0)
-    arguments = (context.storage, store.folder, crosscoder, model, window_tokens, strongest)
-    tables: list[pa.Table] = []
-    done = 0
-    pool = Pool("analyses", context.resources.analyses, CutContexts, arguments)
-    for result in run_pool(pool, validation_calls(store)):
-        tables.append(pa.ipc.open_stream(result["table"]).read_all())
-        done += len(tables[-1])
-        shown(context, progress, done)
-    if done != len(strongest):
+    tables = list(context.follow(progress, (pa.ipc.open_stream(data).read_all() for data in cut), len))
+    if progress.done != len(strongest):
         raise ArtifactError(
             f"{context.storage.url(store.folder)}: expected the documents of {len(strongest)} contexts, found those of "
-            f"{done}; the activations changed while they were read, so run again"
+            f"{progress.done}; the activations changed while they were read, so run again"
         )
     joined = pa.concat_tables(tables)
     order = np.argsort(joined[_PLACE].to_numpy(), kind="stable")
@@ -87,17 +135,18 @@ class CutContexts:
         self.wanted = torch.from_numpy(strongest["doc_id"].unique().astype(np.int64))
         with local_specs(storage, model) as (spec,):
             self.tokenizer = load_tokenizer(spec)
-        with fitted(storage, crosscoder) as found:
+        with open_crosscoder(storage, crosscoder) as found:
             self.crosscoder = found
 
-    def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
-        """The contexts as the bytes of an Arrow stream, with their places."""
-        tables = [self._cut(shard_rows(self.store, shard)) for shard in item["shards"]]
+    def __call__(self, call: ShardsCall) -> bytes:
+        """The contexts as an Arrow stream, with their places."""
+        tables = [self._cut(shard_rows(self.store, shard)) for shard in call.shards]
         joined = pa.concat_tables(tables)
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, joined.schema) as stream:
             stream.write_table(joined)
-        return {"table": sink.getvalue().to_pybytes()}
+        data: bytes = sink.getvalue().to_pybytes()
+        return data
 
     def _cut(self, rows: Mapping[str, torch.Tensor]) -> pa.Table:
         keep_B = torch.isin(rows["doc_id"], self.wanted)

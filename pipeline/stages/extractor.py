@@ -1,8 +1,8 @@
 """Both models in one process: the rows of any documents of the tokens artifact.
 
 An `Extractor` travels to a worker as plain values and loads the models there, on its first call. What it returns
-depends on the documents alone, so whatever is made twice (a lost worker, a killed run) is the same twice. Documents
-that cannot be run are set aside with their reason, up to the limit of the activations section.
+depends on the documents alone, so what is made twice (after a lost worker, a killed run) is equal. Documents that
+cannot be run are quarantined with their reason, up to the limit of the activations section.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,12 @@ import torch
 
 from pipeline.config.data import ActivationsSection
 from pipeline.extraction.activations import ExtractRows, RowOptions
-from pipeline.extraction.quarantine import Rejected, extract_screened, refusal
+from pipeline.extraction.quarantine import QuarantinedDocument, extract_with_quarantine, too_many_quarantined
 from pipeline.models.memory import automatic_tokens_per_batch
 from pipeline.models.pair import Verification
-from pipeline.schema import REJECTED_COLUMNS
-from pipeline.stages.models import Loading, load_pair
+from pipeline.schema import QUARANTINE_COLUMNS
+from pipeline.stages.locations import Loading
+from pipeline.stages.models import load_pair
 from pipeline.stages.tokens import INDEX_NAME
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.shards import Rows
@@ -29,7 +30,7 @@ _NUM_CHECKED, _NUM_CANDIDATES, _CHECKED_TOKENS = 3, 16, 256
 """Documents that the check against the plain forward runs, those it looks at to find them, tokens of each."""
 
 REJECTED_NAME = "rejected.parquet"
-REJECTED_SCHEMA = arrow_schema(REJECTED_COLUMNS)
+REJECTED_SCHEMA = arrow_schema(QUARANTINE_COLUMNS)
 
 
 class Extracted(NamedTuple):
@@ -38,7 +39,7 @@ class Extracted(NamedTuple):
     rows: Rows
     """In the order of the documents, positions ascending."""
     rejected: tuple[dict[str, Any], ...]
-    """Documents set aside: schema.REJECTED_COLUMNS by name."""
+    """Quarantined documents: schema.QUARANTINE_COLUMNS by name."""
     real_token_frac: float
     """Tokens over tokens computed, padding included."""
     num_capped: int
@@ -48,7 +49,7 @@ class Extracted(NamedTuple):
 
 
 class _Ready(NamedTuple):
-    """What a worker makes once."""
+    """What a worker makes on its first call."""
 
     extract: ExtractRows
     verification: Verification
@@ -58,7 +59,7 @@ class Extractor:
     """Callable on row numbers of the tokens' index; see the module's docstring.
 
     Args of the constructor: `corpora`, the names that the column `corpus` points into; `max_rejected`, documents that
-    one call may set aside before it raises an InputError.
+    one call may quarantine before it raises an InputError.
     """
 
     def __init__(
@@ -75,9 +76,9 @@ class Extractor:
         self.section, self.loading, self.max_rejected = section, loading, max_rejected
 
     @cached_property
-    def _ready(self) -> "_Ready":
+    def _ready(self) -> _Ready:
         """The models, checked against the library's own forward before anything is extracted."""
-        pair = load_pair(self.storage, self.loading, layer=self.section.layer, is_lower_only=True)
+        pair = load_pair(self.storage, self.loading, is_lower_only=True)
         verification = pair.require_plain_forward(self._first_documents(pair.vocab_size))
         pair.drop_upper()
         asked = self.section.tokens_per_batch
@@ -115,13 +116,13 @@ class Extractor:
     def __call__(self, places: np.ndarray) -> Extracted:
         """Rows of the documents at these places of the index."""
         documents = read_token_rows(self.storage, self.tokens_folder, self._index.take(places))
-        screened = extract_screened(
+        result = extract_with_quarantine(
             self._ready.extract,
             documents,
             vocab_size=self._ready.extract.pair.vocab_size,
-            max_rejected=self.max_rejected,
+            max_quarantined=self.max_rejected,
         )
-        extracted = screened.rows
+        extracted = result.rows
         about = {
             doc_id: (corpus, split, 0 if ids is None else len(ids))
             for doc_id, corpus, split, ids in zip(
@@ -139,24 +140,25 @@ class Extractor:
         )
         rejected = tuple(
             dict(zip(("corpus", "split", "num_tokens"), about[doc_id], strict=True), doc_id=doc_id, reason=reason)
-            for doc_id, reason in screened.rejected
+            for doc_id, reason in result.quarantined
         )
         return Extracted(rows, rejected, extracted.real_token_frac, extracted.num_capped, extracted.num_out_of_memory)
 
 
 def row_options(section: ActivationsSection, tokens_per_batch: int) -> RowOptions:
-    """Which tokens become rows, and so have codes wherever the models run."""
+    """Which tokens become rows: those of the store, and those that have codes wherever else the models run."""
     return RowOptions(tokens_per_batch, section.drop_first_tokens, section.drop_bos, section.norm_cap)
 
 
 def check_rejected(rejected: Sequence[Mapping[str, Any]], max_rejected: int) -> None:
-    """InputError where more documents than `max_rejected` were set aside."""
+    """InputError where more documents than `max_rejected` are quarantined."""
     if len(rejected) > max_rejected:
-        raise refusal([Rejected(document["doc_id"], document["reason"]) for document in rejected], limit=max_rejected)
+        quarantined = [QuarantinedDocument(document["doc_id"], document["reason"]) for document in rejected]
+        raise too_many_quarantined(quarantined, limit=max_rejected)
 
 
 def write_rejected(storage: Storage, folder: str, rejected: Sequence[Mapping[str, Any]]) -> None:
-    """Publish the table of documents that were set aside."""
+    """Publish the table of quarantined documents."""
     ordered = sorted(rejected, key=lambda document: int(document["doc_id"]))
     columns = {name: [document[name] for document in ordered] for name in REJECTED_SCHEMA.names}
     write_table(storage, f"{folder}/{REJECTED_NAME}", columns, REJECTED_SCHEMA)
@@ -187,5 +189,5 @@ def read_token_rows(storage: Storage, tokens_folder: str, index: pa.Table) -> di
 
 
 def _lists(column: pa.ChunkedArray) -> list[np.ndarray | None]:
-    """Rows of a list column as int32 arrays; None where there is none, for the screening to name."""
+    """Rows of a list column as int32 arrays; None where there is none, for the quarantine to name."""
     return [np.asarray(row.values, dtype=np.int32) if row.is_valid else None for row in column]

@@ -1,9 +1,9 @@
-"""Asking about latents side by side, with every answer kept the moment it comes.
+"""Questions about latents in parallel, with every answer stored as soon as it comes.
 
-The unit of work is one latent: an explanation, then the requests that test it; when all are explained, each latent's
-contexts are judged once more by its neighbour's explanation, as control. Answers lie one by one in a folder of the
-storage and are found there by the next run; a request whose words have changed is made again. No Ray and no model here,
-only an endpoint and a storage, so that a run may be killed and continued in a test within a second.
+The unit of work is one latent: an explanation, then the requests that test it. When all are explained, each latent's
+contexts are judged once more by the next latent's explanation, as a control. Each answer is a file in a folder of the
+storage, where the next run finds it; a request whose words have changed is made again. Only an endpoint and a storage
+are needed here, no Ray and no model, so that a test can kill and continue a run within a second.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 
 import pandas as pd
 
-from pipeline.analyses.autointerp import Case, Context, Interpretation, detection
+from pipeline.analyses.autointerp import Interpretation, InterpTask, TokenWindow, detection
 from pipeline.analyses.autointerp_prompts import (
     Cost,
     Message,
@@ -102,40 +102,40 @@ class Interview(NamedTuple):
     num_repeats: int
     """Further tries after an answer that cannot be used."""
 
-    def about(self, case: Case) -> Interpretation:
+    def about(self, case: InterpTask) -> Interpretation:
         """Explanation and judgements of one latent."""
         kept, explanation = self._ask(case.latent, "explain", explain_messages(case), parse_explanation)
         if explanation is None:
             return _interpretation(case.latent, InterpStatus.UNEXPLAINED, [kept])
-        fires, said, spent = self._judge(case, explanation, "detect")
+        fires, judged, spent = self._judge(case, explanation, "detect")
         status = InterpStatus.SCORED if set(fires) == {True, False} else InterpStatus.EXPLAINED
         result = _interpretation(case.latent, status, [kept, *spent])
-        return result._replace(explanation=explanation, fires=tuple(fires), said=tuple(said))
+        return result._replace(explanation=explanation, fires=tuple(fires), answers=tuple(judged))
 
-    def control(self, case: Case, found: Interpretation, other: str) -> Interpretation:
+    def control(self, case: InterpTask, found: Interpretation, other: str) -> Interpretation:
         """The same latent with the score that another latent's explanation reaches on its contexts."""
-        fires, said, spent = self._judge(case, other, "control")
+        fires, judged, spent = self._judge(case, other, "control")
         cost = _interpretation(case.latent, found.status, spent)
         return found._replace(
-            control=detection(fires, said).balanced_accuracy,
+            control=detection(fires, judged).balanced_accuracy,
             num_malformed=found.num_malformed + cost.num_malformed,
             tokens_in=found.tokens_in + cost.tokens_in,
             tokens_out=found.tokens_out + cost.tokens_out,
         )
 
-    def _judge(self, case: Case, explanation: str, kind: str) -> tuple[list[bool], list[bool], list[Kept]]:
-        """The truth about the contexts that were judged, what was said about them, and the answers."""
+    def _judge(self, case: InterpTask, explanation: str, kind: str) -> tuple[list[bool], list[bool], list[Kept]]:
+        """Of each judged context: whether the latent fires, and what the model answered; and the stored answers."""
         fires: list[bool] = []
-        said: list[bool] = []
+        judged: list[bool] = []
         spent = []
         for part, truth, contexts in _parts(case, self.contexts_per_request):
             messages = detect_messages(explanation, contexts)
-            kept, judged = self._ask(case.latent, f"{kind} {part}", messages, _reader(len(contexts)))
+            kept, answer = self._ask(case.latent, f"{kind} {part}", messages, _reader(len(contexts)))
             spent.append(kept)
-            if judged is not None:
+            if answer is not None:
                 fires += truth
-                said += judged
-        return fires, said, spent
+                judged += answer
+        return fires, judged, spent
 
     def _ask(
         self, latent: int, request: str, messages: Sequence[Message], parse: Callable[[str], Parsed | None]
@@ -158,7 +158,7 @@ class Interview(NamedTuple):
         return kept, parsed
 
 
-def pending_cost(answers: Answers, case: Case, contexts_per_request: int, *, with_control: bool) -> Cost:
+def pending_cost(answers: Answers, case: InterpTask, contexts_per_request: int, *, with_control: bool) -> Cost:
     """The expected cost of what is not answered yet about a latent."""
     messages = explain_messages(case)
     kept = answers.find(case.latent, "explain", messages)
@@ -177,8 +177,10 @@ def pending_cost(answers: Answers, case: Case, contexts_per_request: int, *, wit
     return cost
 
 
-def _parts(case: Case, contexts_per_request: int) -> Iterator[tuple[int, tuple[bool, ...], tuple[Context, ...]]]:
-    """Number, truth and contexts of each request that tests an explanation."""
+def _parts(
+    case: InterpTask, contexts_per_request: int
+) -> Iterator[tuple[int, tuple[bool, ...], tuple[TokenWindow, ...]]]:
+    """Number of each request that tests an explanation, whether the latent fires in its contexts, and the contexts."""
     for part, start in enumerate(range(0, len(case.judged), contexts_per_request)):
         own = slice(start, start + contexts_per_request)
         yield part, case.fires[own], case.judged[own]
@@ -198,13 +200,13 @@ def _interpretation(latent: int, status: str, spent: Sequence[Kept]) -> Interpre
     )
 
 
-def interview_all(interview: Interview, cases: Sequence[Case], *, concurrency: int) -> Iterator[Interpretation]:
+def interview_all(interview: Interview, cases: Sequence[InterpTask], *, concurrency: int) -> Iterator[Interpretation]:
     """Interpretations in the order in which they are ready, `concurrency` latents at a time."""
     yield from _side_by_side(interview, [partial(interview.about, case) for case in cases], concurrency)
 
 
 def control_all(
-    interview: Interview, cases: Sequence[Case], found: Mapping[int, Interpretation], *, concurrency: int
+    interview: Interview, cases: Sequence[InterpTask], found: Mapping[int, Interpretation], *, concurrency: int
 ) -> Iterator[Interpretation]:
     """The scored latents again, each with the score of the next latent's explanation on its contexts.
 

@@ -5,72 +5,70 @@ at any time.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
 
 import pandas as pd
 
-from pipeline.config.crosscoder import AdoptedCrosscoderSection, CrosscoderSection
+from pipeline.config.crosscoder import CrosscoderSection
 from pipeline.report.data import CrosscoderReport, LineageRow, ModelPairInfo, ReportData
 from pipeline.report.figures import figures
 from pipeline.report.page import render
 from pipeline.report.verdict import verdict_text
 from pipeline.stages import autointerp, causality, controls, steering
-from pipeline.stages.base import Context, Step
-from pipeline.stages.crosscoder import read_curve
-from pipeline.stages.measurements import EXAMPLES_NAME, FIDELITY_NAME, LATENTS_NAME, PLANTED_NAME, TWINS_NAME
+from pipeline.stages.catalogue import CrosscoderSteps, DataSteps, ReportInputs
+from pipeline.stages.examples import EXAMPLES_NAME
+from pipeline.stages.finished_crosscoder import read_curve
+from pipeline.stages.latents import FIDELITY_NAME, TWINS_NAME, read_latents
+from pipeline.stages.planted import PLANTED_NAME
+from pipeline.stages.step import StageContext, StageInputs, Step
 from pipeline.storage.artifacts import provenance
+from pipeline.storage.filesystem import Storage
 from pipeline.storage.tables import read_table
 
-NAME = "report"
-VERSION = 1
-
-_SHOWN_SETTINGS = {
+_LINEAGE_SETTINGS = {
     "organism": ("size", "seed"),
     "corpus": ("validation_frac",),
     "tokens": ("num_tokens", "max_tokens_per_document"),
     "activations": ("layer", "dtype", "rows_per_shard"),
     "crosscoder": ("sparsity", "num_latents", "expansion", "lr", "seed", "source", "revision"),
 }
+"""Fields of a stage's section that the lineage table shows."""
 
 
-def run(steps: Sequence[Step], context: Context) -> None:
+def run(steps: Sequence[Step[ReportInputs]], context: StageContext) -> None:
     """Render the page, write its figures and the verdict table."""
     (step,) = steps
     started = time.monotonic()
-    data = _report_data(step, context)
-    folder = step.key.folder
-    context.storage.write_bytes(f"{folder}/report.html", render(data).encode())
-    context.storage.write_bytes(f"{folder}/verdict.txt", verdict_text(data).encode())
+    data = _report_data(step.inputs, context)
+    storage, folder = context.storage, step.folder
+    storage.write_bytes(f"{folder}/report.html", render(data).encode())
+    storage.write_bytes(f"{folder}/verdict.txt", verdict_text(data).encode())
     for name, content in figures(data).items():
-        context.storage.write_bytes(f"{folder}/figures/{name}", content)
+        storage.write_bytes(f"{folder}/figures/{name}", content)
     context.finish(step, {"num_crosscoders": len(data.crosscoders)}, time.monotonic() - started)
 
 
-def _report_data(step: Step, context: Context) -> ReportData:
+def _report_data(inputs: ReportInputs, context: StageContext) -> ReportData:
     created = provenance()
-    inputs = list(step.inputs.values())
-    fits = [source for source in inputs if source.key.stage == "crosscoder"]
     return ReportData(
         run_name=context.run_name,
         created=datetime.fromisoformat(str(created["created"])),
         code_version=str(created["code_version"]),
-        models=_models(step, context),
-        crosscoders=[_crosscoder(fit, inputs, context) for fit in fits],
-        lineage=[_lineage(source, context) for source in inputs],
-        settings=step.extra["settings"],
+        models=_models(inputs.data, context),
+        crosscoders=[_crosscoder(own, context) for own in inputs.crosscoders],
+        lineage=[_lineage(source, context) for source in inputs.reads().values()],
+        settings=inputs.run_settings,
     )
 
 
-def _models(step: Step, context: Context) -> ModelPairInfo:
-    by_stage = {source.key.stage: source for source in step.inputs.values()}
-    tokens, activations = (context.record_of(by_stage[stage]) for stage in ("tokens", "activations"))
-    base, chat = step.extra["locations"]
+def _models(data: DataSteps, context: StageContext) -> ModelPairInfo:
+    models = data.tokens.inputs.models
+    tokens, activations = context.record_of(data.tokens), context.record_of(data.activations)
     return ModelPairInfo(
-        base=base.shown,
-        chat=chat.shown,
-        layer=activations.identity["section"]["layer"],
+        base=models.base.label,
+        chat=models.chat.label,
+        layer=data.activations.inputs.section.layer,
         num_layers=activations.counts["num_layers"],
         num_documents=tokens.counts["num_documents"],
         num_tokens=tokens.counts["num_tokens"],
@@ -78,55 +76,48 @@ def _models(step: Step, context: Context) -> ModelPairInfo:
     )
 
 
-def _lineage(source: Step, context: Context) -> LineageRow:
-    section: Mapping[str, Any] = context.record_of(source).identity["section"]
-    shown = {key: section[key] for key in _SHOWN_SETTINGS.get(source.key.stage, ()) if section.get(key) is not None}
+def _lineage(source: Step[StageInputs], context: StageContext) -> LineageRow:
+    section, names = context.record_of(source).identity["section"], _LINEAGE_SETTINGS.get(source.key.stage, ())
     return LineageRow(
         stage=source.name,
         fingerprint=source.key.fingerprint,
-        path=context.storage.url(source.key.folder),
-        settings=shown,
+        path=context.storage.url(source.folder),
+        settings={name: section[name] for name in names if section.get(name) is not None},
     )
 
 
-def _crosscoder(fit: Step, inputs: Sequence[Step], context: Context) -> CrosscoderReport:
-    section, curve = fit.section, read_curve(context.storage, fit.key.folder)
+def _crosscoder(own: CrosscoderSteps, context: StageContext) -> CrosscoderReport:
+    storage, section = context.storage, own.crosscoder.inputs.section
+    curve = read_curve(storage, own.crosscoder.folder)
     if isinstance(section, CrosscoderSection):
         kind: str = section.sparsity.kind
     else:
-        assert isinstance(section, AdoptedCrosscoderSection)
-        kind = context.record_of(fit).counts["sparsity"]
-    own = {source.key.stage: source for source in inputs if source.inputs.get("crosscoder") is fit}
-    latents = own["latents"]
-    scaling = context.record_of(latents).identity["section"]
-
-    def table(stage: str, name: str) -> pd.DataFrame | None:
-        if stage not in own:
-            return None
-        frame: pd.DataFrame = read_table(context.storage, f"{own[stage].key.folder}/{name}").to_pandas()
-        return frame
-
+        kind = context.record_of(own.crosscoder).counts["sparsity"]
+    scaling = own.latents.inputs.section
     return CrosscoderReport(
         name=section.name,
         kind=kind,
         settings=section.model_dump(mode="json", exclude={"name"}),
-        fidelity=context.storage.read_json(f"{latents.key.folder}/{FIDELITY_NAME}"),
-        latents=table("latents", LATENTS_NAME),
-        causality=table("causality", causality.TABLE_NAME),
-        causality_differences=table("causality", causality.DIFFERENCES_NAME),
-        causality_curve=table("causality", causality.CURVE_NAME),
-        controls=table("controls", controls.TABLE_NAME),
-        seeds=table("controls", controls.SEEDS_NAME),
-        steering=table("steering", steering.TABLE_NAME),
-        steering_samples=table("steering", steering.SAMPLES_NAME),
-        examples=table("examples", EXAMPLES_NAME),
-        planted=table("planted", PLANTED_NAME),
-        twins=table("latents", TWINS_NAME),
+        fidelity=storage.read_json(f"{own.latents.folder}/{FIDELITY_NAME}"),
+        latents=read_latents(storage, own.latents),
+        causality=_table(storage, own.causality, causality.TABLE_NAME),
+        causality_differences=_table(storage, own.causality, causality.DIFFERENCES_NAME),
+        causality_curve=_table(storage, own.causality, causality.CURVE_NAME),
+        controls=_table(storage, own.controls, controls.TABLE_NAME),
+        seeds=_table(storage, own.controls, controls.SEEDS_NAME),
+        steering=_table(storage, own.steering, steering.TABLE_NAME),
+        steering_samples=_table(storage, own.steering, steering.SAMPLES_NAME),
+        examples=_table(storage, own.examples, EXAMPLES_NAME),
+        planted=_table(storage, own.planted, PLANTED_NAME),
+        twins=_table(storage, own.latents, TWINS_NAME),
         curves=None if curve is None else curve.to_pandas(),
-        autointerp=table("autointerp", autointerp.TABLE_NAME),
-        autointerp_model=context.record_of(own["autointerp"]).identity["section"]["model"]
-        if "autointerp" in own
-        else "",
-        nu_eps_threshold=scaling["nu_eps_threshold"],
-        nu_r_threshold=scaling["nu_r_threshold"],
+        autointerp=_table(storage, own.autointerp, autointerp.TABLE_NAME),
+        autointerp_model="" if own.autointerp is None else own.autointerp.inputs.section.model,
+        nu_eps_threshold=scaling.nu_eps_threshold,
+        nu_r_threshold=scaling.nu_r_threshold,
     )
+
+
+def _table(storage: Storage, step: Step[StageInputs] | None, name: str) -> pd.DataFrame | None:
+    """A finished table; None where the analysis is off."""
+    return None if step is None else read_table(storage, f"{step.folder}/{name}").to_pandas()

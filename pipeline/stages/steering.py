@@ -6,34 +6,34 @@ crosscoder without a chat-specific latent has the unsteered runs in its table an
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import fsspec
 import pandas as pd
 
+from pipeline.analyses.latent_sets import most_specific_latents
 from pipeline.analyses.planted import CHAT_SPECIFIC_LATENT
 from pipeline.analyses.steering import SteeringOptions, SteeringRequest, steer
 from pipeline.analyses.steering_inputs import (
     BehaviorPrompts,
     directions_of,
-    most_specific_latents,
     parse_prompts,
     random_controls,
 )
-from pipeline.config.analyses import SteeringSection
+from pipeline.cluster.pools import Pool, run_pool
 from pipeline.errors import InputError
 from pipeline.schema import MODEL_NAMES, STEERING_COLUMNS, STEERING_SAMPLE_COLUMNS
-from pipeline.stages.base import Context, Pool, Step, run_pool, shown
-from pipeline.stages.crosscoder import fitted
-from pipeline.stages.measurements import LATENTS_NAME, PLANTED_NAME
-from pipeline.stages.models import Loading, load_pair
+from pipeline.stages.catalogue import SteeringInputs
+from pipeline.stages.finished_crosscoder import open_crosscoder
+from pipeline.stages.latents import LATENTS_NAME, read_latents
+from pipeline.stages.locations import Loading
+from pipeline.stages.models import load_pair
+from pipeline.stages.planted import PLANTED_NAME
+from pipeline.stages.step import StageContext, Step
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.tables import arrow_schema, numbers_of, read_table, write_frame
 from pipeline.terminal import Progress
-
-NAME = "steering"
-VERSION = 2
 
 TABLE_NAME = "steering.parquet"
 SAMPLES_NAME = "samples.parquet"
@@ -44,6 +44,8 @@ SAMPLE_SCHEMA = arrow_schema(STEERING_SAMPLE_COLUMNS)
 class Job(NamedTuple):
     """One behaviour, steered with some latents of one crosscoder."""
 
+    number: int
+    """Place in the order of the tables."""
     crosscoder: str
     """Folder of the crosscoder."""
     latents: str
@@ -54,14 +56,23 @@ class Job(NamedTuple):
     seed: int
 
 
-def run(steps: Sequence[Step], context: Context) -> None:
+class Steered(NamedTuple):
+    """What one job gave."""
+
+    job: Job
+    table: pd.DataFrame
+    """schema.STEERING_COLUMNS."""
+    samples: pd.DataFrame
+    """schema.STEERING_SAMPLE_COLUMNS."""
+
+
+def run(steps: Sequence[Step[SteeringInputs]], context: StageContext) -> None:
     """Publish both tables of every crosscoder."""
     started = time.monotonic()
-    section = steps[0].section
-    assert isinstance(section, SteeringSection)
-    jobs = [job for step in steps for job in _jobs(step, section, context)]
-    progress = Progress(NAME, len(jobs), "behaviours")
-    shown(context, progress, 0)
+    section, storage = steps[0].inputs.section, context.storage
+    jobs: list[Job] = []
+    for step in steps:
+        jobs += _jobs(step.inputs, len(jobs), storage)
     options = SteeringOptions(
         scales=section.scales,
         max_new_tokens=section.max_new_tokens,
@@ -71,19 +82,17 @@ def run(steps: Sequence[Step], context: Context) -> None:
         temperature=section.temperature,
         seed=section.seed,
     )
-    arguments = (context.storage, steps[0].extra["loading"], steps[0].extra["layer"], options)
-    pool = Pool("analyses", context.resources.analyses, Steer, arguments)
-    results: list[dict[str, Any]] = []
-    for result in run_pool(pool, [{"order": order, "job": job} for order, job in enumerate(jobs)]):
-        results.append(result)
-        shown(context, progress, len(results))
-    results.sort(key=lambda result: int(result["order"]))
+    pool = Pool("analyses", context.resources.analyses, Steer, (storage, steps[0].inputs.loading, options))
+    progress = Progress(SteeringInputs.NAME, len(jobs), "behaviours")
+    steered = context.follow(progress, run_pool(pool, jobs), lambda _: 1)
+    results = sorted(steered, key=lambda result: result.job.number)
     for step in steps:
-        own = [result for result in results if result["crosscoder"] == step.inputs["crosscoder"].key.folder]
-        table, samples = (pd.concat([result[name] for result in own]) for name in ("table", "samples"))
-        write_frame(context.storage, f"{step.key.folder}/{TABLE_NAME}", table, STEERING_SCHEMA)
-        write_frame(context.storage, f"{step.key.folder}/{SAMPLES_NAME}", samples, SAMPLE_SCHEMA)
-        best = table.groupby(["model", "behavior", "control"], as_index=False)["rate"].max()
+        own = [result for result in results if result.job.crosscoder == step.inputs.crosscoder.folder]
+        table = pd.concat([result.table for result in own])
+        write_frame(storage, f"{step.folder}/{TABLE_NAME}", table, STEERING_SCHEMA)
+        samples = pd.concat([result.samples for result in own])
+        write_frame(storage, f"{step.folder}/{SAMPLES_NAME}", samples, SAMPLE_SCHEMA)
+        best = table.groupby(["model", "behavior", "control"], as_index=False)[["rate"]].max()
         counts = {
             "highest_rate": numbers_of(best, "rate", by=("model", "behavior", "control")),
             "num_latents": int(table.loc[table["latent"] >= 0, "latent"].nunique()),
@@ -91,33 +100,38 @@ def run(steps: Sequence[Step], context: Context) -> None:
         context.finish(step, counts, time.monotonic() - started)
 
 
-def _jobs(step: Step, section: SteeringSection, context: Context) -> list[Job]:
-    prompts_json, source = _prompts(step, section, context)
+def _jobs(inputs: SteeringInputs, first: int, storage: Storage) -> list[Job]:
+    """One job per behaviour, numbered from `first`."""
+    section = inputs.section
+    prompts_json, source = _prompts(inputs, storage)
     behaviors = parse_prompts(prompts_json, num_prompts=section.num_prompts, source=source)
-    chosen = _chosen(step, section, context, behaviors, source)
+    chosen = _chosen(inputs, storage, behaviors, source)
     return [
         Job(
-            step.inputs["crosscoder"].key.folder,
-            step.inputs["latents"].key.folder,
+            number,
+            inputs.crosscoder.folder,
+            inputs.latents.folder,
             prompts,
             chosen[prompts.behavior],
             section.num_random,
             section.seed,
         )
-        for prompts in behaviors
+        for number, prompts in enumerate(behaviors, first)
     ]
 
 
 def _chosen(
-    step: Step, section: SteeringSection, context: Context, behaviors: Sequence[BehaviorPrompts], source: str
+    inputs: SteeringInputs, storage: Storage, behaviors: Sequence[BehaviorPrompts], source: str
 ) -> dict[str, tuple[int, ...]]:
     """Latents to steer with, by behaviour."""
+    section = inputs.section
     if section.latents or section.num_latents:
-        latents = read_table(context.storage, f"{step.inputs['latents'].key.folder}/{LATENTS_NAME}").to_pandas()
+        latents = read_latents(storage, inputs.latents)
         check_latents(section.latents, latents)
         same = section.latents or most_specific_latents(latents, section.num_latents)
         return {prompts.behavior: same for prompts in behaviors}
-    planted = read_table(context.storage, f"{step.inputs['planted'].key.folder}/{PLANTED_NAME}").to_pandas()
+    assert inputs.planted is not None, "the flow refuses a run file without it"
+    planted = read_table(storage, f"{inputs.planted.folder}/{PLANTED_NAME}").to_pandas()
     unknown = [prompts.behavior for prompts in behaviors if prompts.behavior not in set(planted["behavior"])]
     if unknown:
         raise InputError(
@@ -147,38 +161,32 @@ def check_latents(chosen: Sequence[int], latents: pd.DataFrame) -> None:
         )
 
 
-def _prompts(step: Step, section: SteeringSection, context: Context) -> tuple[Any, str]:
+def _prompts(inputs: SteeringInputs, storage: Storage) -> tuple[Any, str]:
     """The parsed prompts and where they come from."""
-    if section.prompts_path is None:
-        key = f"{step.inputs['organism'].key.folder}/prompts.json"
-        return context.storage.read_json(key), context.storage.url(key)
+    path = inputs.section.prompts_path
+    if path is None:
+        assert inputs.organism is not None, "the flow refuses a run file without it"
+        key = f"{inputs.organism.folder}/prompts.json"
+        return storage.read_json(key), storage.url(key)
     try:
-        with fsspec.open(section.prompts_path, "rt", encoding="utf-8") as stream:
-            return json.load(stream), section.prompts_path
+        with fsspec.open(path, "rt", encoding="utf-8") as stream:
+            return json.load(stream), path
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"analyses.steering.prompts_path: expected a JSON file, got {section.prompts_path!r}: {error}"
-        ) from error
+        raise InputError(f"analyses.steering.prompts_path: expected a JSON file, got {path!r}: {error}") from error
 
 
 class Steer:
-    """Worker: both models whole; crosscoders are read as they come."""
+    """Worker: both models whole; crosscoders are read as their jobs come."""
 
-    def __init__(self, storage: Storage, loading: Loading, layer: int, options: SteeringOptions) -> None:
+    def __init__(self, storage: Storage, loading: Loading, options: SteeringOptions) -> None:
         self.storage, self.options = storage, options
-        self.pair = load_pair(storage, loading, layer=layer)
+        self.pair = load_pair(storage, loading)
 
-    def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
+    def __call__(self, job: Job) -> Steered:
         """Both tables of one job."""
-        job: Job = item["job"]
         latents = read_table(self.storage, f"{job.latents}/{LATENTS_NAME}").to_pandas()
-        with fitted(self.storage, job.crosscoder) as crosscoder:
+        with open_crosscoder(self.storage, job.crosscoder) as crosscoder:
             directions = directions_of(crosscoder, latents, job.chosen)
             controls_RD = random_controls(crosscoder, latents, excluded=job.chosen, num=job.num_random, seed=job.seed)
         result = steer(self.pair, [SteeringRequest(job.prompts, directions, controls_RD)], self.options)
-        return {
-            "order": item["order"],
-            "crosscoder": job.crosscoder,
-            "table": result.table,
-            "samples": result.samples,
-        }
+        return Steered(job, result.table, result.samples)

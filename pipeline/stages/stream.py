@@ -1,29 +1,31 @@
 """Training rows without a store: extraction workers feed the trainer's ranks (stages.training_rows) through Ray Data.
 
 The stream is a plan of blocks of documents: epoch after epoch, each in its own order. A worker turns one block into
-rows; Ray Data deals the blocks to the data ranks in the order of the plan. Workers stay at most a few blocks ahead of
-the slowest rank, so that neither memory nor forward passes are spent on what nobody has asked for yet. A cursor beside
-the stream knows which blocks a run that goes on from a checkpoint need not make again.
+rows; the data ranks get the blocks in turn, in the order of the plan. Workers stay at most a few blocks ahead of
+the slowest rank, so that neither memory nor forward passes are spent on rows that are not needed yet. A cursor, an
+actor beside the driver, knows which blocks a run that continues from a checkpoint need not make again.
 
-Trade-off against the store: every epoch costs a forward pass of both models, and nothing is left to look at.
+Trade-off against the store: every epoch costs a forward pass of both models, and the training rows are not kept.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import ray.data
 import torch
+from ray.train import DataConfig
 
-from pipeline.cluster import connect as cluster
+from pipeline.cluster.connect import beside_driver, check_total, pool_size, request, total_cpus
+from pipeline.cluster.pools import Pool, pool_dataset
 from pipeline.config.crosscoder import TrainingSection
-from pipeline.config.data import ActivationsSection
 from pipeline.schema import Split
-from pipeline.stages.base import Context, Pool, Step, pool_dataset
+from pipeline.stages.catalogue import ActivationsInputs, FittedCrosscoderInputs
 from pipeline.stages.extractor import Extractor, check_rejected, write_rejected
+from pipeline.stages.step import StageContext, Step
 from pipeline.stages.tokens import INDEX_NAME
-from pipeline.storage.activation_store import Manifest
-from pipeline.storage.artifacts import Record
+from pipeline.storage.activation_store import ActivationStore
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.tables import read_table
 
@@ -31,15 +33,33 @@ _BYTES_PER_VALUE = 2
 _BLOCK_BYTES = 128 << 20
 """Largest block: Ray Data's own target, so that its bounds on memory hold."""
 _MARGIN = 2.0
-"""Blocks planned over blocks needed: they cost nothing until they are asked for."""
+"""Blocks planned per block needed; a planned block costs nothing until it is made."""
 _BLOCKS_AHEAD = 2
 """Blocks that may be made before they are needed, per extraction worker and per data rank."""
 _POLL_SECONDS = 0.05
 _LONGEST_WAIT_SECONDS = 120.0
-"""After so long a block is made early all the same: one that waits must never hold up an earlier one behind it in the
-queue of its worker, as could happen when a lost worker's blocks come back in another order."""
+"""After so long a block is made early all the same. While it waits, an earlier block may stand behind it in the queue
+of its worker: a lost worker's blocks can come back in another order."""
 _BUSY_FRAC = 0.95
 """Share of the cluster's logical CPUs that trainers and extraction take together."""
+
+
+class Slot(NamedTuple):
+    """One block of the plan."""
+
+    number: int
+    """From 0 over all epochs."""
+    epoch: int
+    block: int
+    """Within the epoch."""
+
+
+class Block(NamedTuple):
+    """What became of one slot."""
+
+    slot: int
+    x: np.ndarray | None
+    """bfloat16 rows as int16 [B, M, D]; None where an earlier attempt has used them up."""
 
 
 class StreamOrder(NamedTuple):
@@ -55,7 +75,7 @@ class StreamOrder(NamedTuple):
     def blocks(self, epoch: int) -> list[np.ndarray]:
         """Places of the documents of each block: all documents once, in the epoch's own order.
 
-        Blocks are as equal as documents allow, so that ranks which are dealt every other block need equally many.
+        Blocks are as equal as documents allow, so that all ranks, which get blocks in turn, need equally many.
         """
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.places))
         starts = np.cumsum(self.lengths[order]) - self.lengths[order]
@@ -64,14 +84,12 @@ class StreamOrder(NamedTuple):
         cuts = np.flatnonzero(np.diff(starts * num_blocks // num_tokens)) + 1
         return list(np.split(self.places[order], cuts))
 
-    def slots(self, num_tokens: int) -> list[dict[str, int]]:
-        """{slot, epoch, block}, numbered from 0, of at least num_tokens tokens."""
-        slots: list[dict[str, int]] = []
+    def slots(self, num_tokens: int) -> list[Slot]:
+        """Slots of whole epochs, of at least num_tokens tokens."""
+        slots: list[Slot] = []
         for epoch in range(-(-num_tokens // int(self.lengths.sum()))):
             first = len(slots)
-            slots += [
-                {"slot": first + block, "epoch": epoch, "block": block} for block in range(len(self.blocks(epoch)))
-            ]
+            slots += [Slot(first + block, epoch, block) for block in range(len(self.blocks(epoch)))]
         return slots
 
 
@@ -88,7 +106,7 @@ class Stream(NamedTuple):
 
 
 class Cursor:
-    """Where the present attempt began and how far the ranks are; which documents were set aside. One per stream.
+    """Where the present attempt began and how far the ranks are; which documents are quarantined. One per stream.
 
     Args of the constructor: `blocks_ahead`, how many blocks may be made before they are needed.
     """
@@ -122,7 +140,7 @@ class Cursor:
         return slot < self._first_wanted + self._blocks_ahead
 
     def reject(self, documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Note documents as set aside; all of them so far, each once however often it came by."""
+        """Quarantine documents; all of them so far, each once however often it was reported."""
         self._rejected.update({document["doc_id"]: document for document in documents})
         return list(self._rejected.values())
 
@@ -131,18 +149,14 @@ class RemoteCursor:
     """A Cursor that lives in an actor beside the driver."""
 
     def __init__(self, blocks_ahead: int) -> None:
-        self._actor = cluster.beside_driver(Cursor, blocks_ahead)
+        self._actor = beside_driver(Cursor, blocks_ahead)
 
     def start(self, done: set[int], rejected: Sequence[dict[str, Any]]) -> None:
         """As Cursor.start; returns when it has happened."""
-        import ray
-
         ray.get(self._actor.start.remote(done, rejected))
 
     def done(self) -> set[int]:
         """As Cursor.done."""
-        import ray
-
         found: set[int] = ray.get(self._actor.done.remote())
         return found
 
@@ -152,58 +166,47 @@ class RemoteCursor:
 
     def may_make(self, slot: int) -> bool:
         """As Cursor.may_make."""
-        import ray
-
         return bool(ray.get(self._actor.may_make.remote(slot)))
 
     def reject(self, documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """As Cursor.reject."""
-        import ray
-
         rejected: list[dict[str, Any]] = ray.get(self._actor.reject.remote(documents))
         return rejected
 
 
 class ExtractBlock:
-    """Worker: the rows of one block; a block that the attempt began behind is empty and costs nothing."""
+    """Worker: the rows of one block; none for a block that an earlier attempt has used up."""
 
     def __init__(self, extractor: Extractor, order: StreamOrder, cursor: "Cursor | RemoteCursor") -> None:
         self.extractor, self.order, self.cursor = extractor, order, cursor
         self._done = cursor.done()
         self._epoch: tuple[int, list[np.ndarray]] = (-1, [])
 
-    def __call__(self, item: Mapping[str, int]) -> dict[str, Any]:
-        """{slot, x}: bfloat16 rows as int16 [B, M, D], or None."""
-        if item["slot"] in self._done:
-            return {"slot": item["slot"], "x": None}
+    def __call__(self, slot: Slot) -> Block:
+        """Extract, once the ranks are near enough to this block."""
+        if slot.number in self._done:
+            return Block(slot.number, None)
         deadline = time.monotonic() + _LONGEST_WAIT_SECONDS
-        while not self.cursor.may_make(item["slot"]) and time.monotonic() < deadline:
+        while not self.cursor.may_make(slot.number) and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
-        if self._epoch[0] != item["epoch"]:
-            self._epoch = (item["epoch"], self.order.blocks(item["epoch"]))
-        extracted = self.extractor(self._epoch[1][item["block"]])
+        if self._epoch[0] != slot.epoch:
+            self._epoch = (slot.epoch, self.order.blocks(slot.epoch))
+        extracted = self.extractor(self._epoch[1][slot.block])
         if extracted.rejected:
             check_rejected(self.cursor.reject(extracted.rejected), self.extractor.max_rejected)
-        return {"slot": item["slot"], "x": extracted.rows.x_BMD.view(torch.int16).numpy()}
-
-
-def is_streamed(activations: Step) -> bool:
-    """Whether the training rows of an activations step are streamed rather than stored."""
-    assert isinstance(activations.section, ActivationsSection)
-    return activations.section.mode == "stream"
+        return Block(slot.number, extracted.rows.x_BMD.view(torch.int16).numpy())
 
 
 def open_stream(
-    activations: Step, manifest: Manifest, context: Context, training: TrainingSection, placement: "Placement"
-) -> tuple[Any, Stream]:
-    """The stream behind an activations artifact that holds validation rows only: its Ray Data set, and how to read it.
+    activations: Step[ActivationsInputs], context: StageContext, training: TrainingSection, placement: "Placement"
+) -> tuple[ray.data.Dataset, Stream]:
+    """The training rows of an activations artifact that holds validation rows only: their data set, how to read it.
 
-    `result_of` opens a row of the data set: what ExtractBlock returns.
+    `result_of` opens a row of the data set, which holds a Block.
     """
-    section = activations.section
-    assert isinstance(section, ActivationsSection)
-    record: Record = context.record_of(activations)
-    tokens_folder = activations.inputs["tokens"].key.folder
+    section = activations.inputs.section
+    manifest = ActivationStore(context.storage, activations.folder).manifest
+    tokens_folder = activations.inputs.tokens.folder
     index = read_table(context.storage, f"{tokens_folder}/{INDEX_NAME}")
     is_train = np.asarray(index["split"].to_pylist(), dtype=object) == Split.TRAIN
     lengths = index["num_tokens"].to_numpy()[is_train].astype(np.int64)
@@ -214,7 +217,7 @@ def open_stream(
         block_tokens=max(1, min(section.rows_per_shard, _BLOCK_BYTES // row_bytes)),
         seed=training.shuffle_seed,
     )
-    kept_frac = record.counts["kept_frac"]
+    kept_frac = context.record_of(activations).counts["kept_frac"]
     epoch_rows = int(lengths.sum() * kept_frac)
     num_ranks = context.resources.training.data
     num_tokens = int(training.num_rows / kept_frac * _MARGIN) + 8 * num_ranks * order.block_tokens
@@ -224,7 +227,7 @@ def open_stream(
         context.storage,
         tokens_folder,
         section=section,
-        loading=activations.extra["loading"],
+        loading=activations.inputs.loading,
         corpora=manifest.corpora,
         max_rejected=int(section.max_rejected_frac * len(lengths)),
     )
@@ -250,54 +253,59 @@ def open_stream(
     return dataset, stream
 
 
-def publish_rejected(stream: Stream, steps: Sequence[Step], storage: Storage) -> dict[str, int]:
-    """Write the training documents that were set aside beside each crosscoder; their number, for the records."""
+def publish_rejected(stream: Stream, steps: Sequence[Step[FittedCrosscoderInputs]], storage: Storage) -> dict[str, int]:
+    """Write the quarantined training documents beside each crosscoder; their number, for the records."""
     rejected = stream.cursor.reject([])
     for step in steps:
-        write_rejected(storage, step.key.folder, rejected)
+        write_rejected(storage, step.folder, rejected)
     return {"num_rejected_documents": len(rejected)}
 
 
 class Placement(NamedTuple):
-    """Logical CPUs of a stream's two halves: both must run at the same time, or neither gets anywhere."""
+    """Logical CPUs of trainers and extraction, which must run at the same time: each waits for the other."""
 
     per_trainer: float
     per_extractor: float
     num_extractors: int
 
 
-def place(context: Context, trainer_cpus: float) -> Placement:
+def place(context: StageContext, trainer_cpus: float) -> Placement:
     """Share the cluster's logical CPUs; asks are scaled down where they exceed it together (threads are not)."""
     training, extraction = context.resources.training, context.resources.extraction
-    total = float(cluster.total_cpus())
+    total = float(total_cpus())
     num_trainers = training.data * training.latent
     left = total - trainer_cpus * num_trainers
-    num_extractors = extraction.workers or cluster.pool_size(extraction, max(1, int(left / extraction.cpus)))
+    num_extractors = extraction.workers or pool_size(extraction, max(1, int(left / extraction.cpus)))
     num_first = min(extraction.min_workers or num_extractors, num_extractors)
     asked = trainer_cpus * num_trainers + extraction.cpus * num_first
     scale = min(1.0, total * _BUSY_FRAC / asked)
     together: dict[str, float] = {}
     for section, number in ((training, num_trainers), (extraction, num_first)):
-        for kind, amount in cluster.request(section, 0.0).items():  # CPUs are scaled below
+        for kind, amount in request(section, 0.0).items():  # CPUs are scaled below
             together[kind] = together.get(kind, 0.0) + amount * number
-    cluster.check_total("training with resources.extraction", together, num_trainers + num_first)
+    check_total("training with resources.extraction", together, num_trainers + num_first)
     return Placement(round(trainer_cpus * scale, 3), round(extraction.cpus * scale, 3), num_extractors)
 
 
-def stream_config(*, data: int, latent: int) -> Any:
-    """Ray Train's split of the stream: one part per data rank, blocks dealt out in order."""
-    from ray.train import DataConfig
+class _PerDataRank(DataConfig):  # type: ignore[misc]
+    """One part per data rank, which get blocks in turn. Latent ranks get the iterator of their data rank; only the
+    first of them reads it."""
 
-    class StreamConfig(DataConfig):  # type: ignore[misc]
-        """Latent ranks get the iterator of their data rank; only the first of them reads it."""
+    def __init__(self, data: int, latent: int) -> None:
+        super().__init__()
+        self._mesh = (data, latent)
 
-        def configure(self, datasets: dict[str, Any], world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
-            assert world_size == data * latent, (world_size, data, latent)
-            ((name, dataset),) = datasets.items()
-            dataset = dataset.copy(dataset)
-            dataset.context.execution_options = self._resolve_execution_options(name)
-            dataset.context.execution_options.preserve_order = True
-            splits = dataset.streaming_split(data, equal=False)
-            return [{name: splits[rank // latent]} for rank in range(world_size)]
+    def configure(self, datasets: dict[str, Any], world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
+        data, latent = self._mesh
+        assert world_size == data * latent, (world_size, data, latent)
+        ((name, dataset),) = datasets.items()
+        dataset = dataset.copy(dataset)
+        dataset.context.execution_options = self._resolve_execution_options(name)
+        dataset.context.execution_options.preserve_order = True
+        splits = dataset.streaming_split(data, equal=False)
+        return [{name: splits[rank // latent]} for rank in range(world_size)]
 
-    return StreamConfig()
+
+def stream_config(*, data: int, latent: int) -> DataConfig:
+    """Ray Train's split of the stream."""
+    return _PerDataRank(data, latent)

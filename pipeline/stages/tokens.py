@@ -1,74 +1,89 @@
 """Documents become token ids that both models read, each token with its speaker, template and label bits.
 
 One worker call tokenises one part of the corpus. Afterwards the driver takes the token budget per corpus in the order
-of the documents' hashes (a random order that does not depend on files) and publishes an index of what is used. What
-truncation cut, what the mixing left unused and which corpus ran out is counted in the record.
+of the documents' hashes (a random order that does not depend on files) and publishes an index of what is used. The
+record counts what truncation cut, what the mixing left unused and which corpus ran out.
 """
 
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from pipeline.cluster.pools import Pool, run_pool
 from pipeline.config.data import TokensSection
 from pipeline.errors import InputError
 from pipeline.models.loading import load_tokenizer
 from pipeline.schema import INDEX_COLUMNS, Flag
-from pipeline.stages.base import Context, Pool, Step, run_pool, shown
-from pipeline.stages.models import ModelLocation, local_specs
+from pipeline.stages.catalogue import TokensInputs
+from pipeline.stages.locations import ModelLocation
+from pipeline.stages.models import local_specs
+from pipeline.stages.step import StageContext, Step
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.tables import TOKEN_SCHEMA, arrow_schema, read_table, write_table
 from pipeline.terminal import Progress
+from pipeline.text.mixing import tokens_to_take
 from pipeline.text.tokenise import Tokenise, check_vocabularies, split_dropped, tokenizer_hash
-
-NAME = "tokens"
-VERSION = 2
 
 INDEX_NAME = "index.parquet"
 INDEX_SCHEMA = arrow_schema(INDEX_COLUMNS)
 
 
-def run(steps: Sequence[Step], context: Context) -> None:
+class TokenisedPart(NamedTuple):
+    """What the index and the record take from one part."""
+
+    part: str
+    """Its file, in the corpus and in the tokens."""
+    num_read: int
+    """Documents of the corpus; the arrays and lists below have one entry per document that has tokens."""
+    doc_id: np.ndarray
+    """int64."""
+    corpus: list[str]
+    split: list[str]
+    num_tokens: np.ndarray
+    """int32."""
+    num_cut: np.ndarray
+    """Tokens that truncation cut, int64."""
+    num_bos: int
+    """Documents that begin with BOS."""
+    used_ids: np.ndarray
+    """Token ids that occur, each once, ascending."""
+    dropped: dict[str, dict[str, int]]
+    """Documents left out, by corpus and reason."""
+
+
+def run(steps: Sequence[Step[TokensInputs]], context: StageContext) -> None:
     """Tokenise every part, check that both vocabularies agree on what is used, publish the index."""
     (step,) = steps
-    section = step.section
-    assert isinstance(section, TokensSection)
+    inputs, section = step.inputs, step.inputs.section
     started = time.monotonic()
-    corpus = context.record_of(step.inputs["corpus"])
+    corpus = context.record_of(inputs.corpus)
     labels = corpus.counts["labels"]
-    locations: tuple[ModelLocation, ModelLocation] = step.extra["locations"]
-    progress = Progress(NAME, sum(corpus.counts["num_documents"].values()), "documents")
-    shown(context, progress, 0)
-    arguments = (context.storage, step.inputs["corpus"].key.folder, step.key.folder, locations[1], section, labels)
-    pool = Pool("tokens", context.resources.tokens, TokenisePart, arguments)
-    results: list[dict[str, Any]] = []
-    num_read = 0
-    for result in run_pool(pool, [{"part": part} for part in corpus.counts["parts"]]):
-        results.append(result)
-        num_read += result["num_read"]
-        shown(context, progress, num_read)
-    results.sort(key=lambda result: str(result["part"]))
-    with local_specs(context.storage, *locations) as specs:
+    arguments = (context.storage, inputs.corpus.folder, step.folder, inputs.models.chat, section, labels)
+    tokenised = run_pool(Pool("tokens", context.resources.tokens, TokenisePart, arguments), corpus.counts["parts"])
+    progress = Progress(TokensInputs.NAME, sum(corpus.counts["num_documents"].values()), "documents")
+    results = sorted(context.follow(progress, tokenised, lambda part: part.num_read), key=lambda result: result.part)
+    with local_specs(context.storage, *inputs.models) as specs:
         base, chat = (load_tokenizer(spec) for spec in specs)
-        used = np.unique(np.concatenate([result["used_ids"] for result in results]))
+        used = np.unique(np.concatenate([result.used_ids for result in results]))
         check_vocabularies(base, chat, used, [old for spec in specs for old, _ in spec.token_replacements])
         hashed = tokenizer_hash(chat)
     everything = _index_of(results)
-    index = select(everything, step.extra["weights"], section.num_tokens, mixing=section.mixing)
-    write_table(context.storage, f"{step.key.folder}/{INDEX_NAME}", index, INDEX_SCHEMA)
-    mix = describe_mix(everything, index, step.extra["weights"])
+    index = select(everything, inputs.weights, section.num_tokens, mixing=section.mixing)
+    write_table(context.storage, f"{step.folder}/{INDEX_NAME}", index, INDEX_SCHEMA)
+    mix = describe_mix(everything, index, inputs.weights)
     if mix["ran_out"] or mix["is_off_weight"]:
-        context.reporter.message(_said(mix, section))
+        context.reporter.message(_mix_text(mix, section))
     counts = {
         "labels": labels,
         "dialogue_corpora": corpus.counts["dialogue_corpora"],
-        "dropped": dropped_of(results, step.extra["weights"]),
-        "truncated": truncated_of(results, step.extra["weights"]),
+        "dropped": dropped_of(results, inputs.weights),
+        "truncated": truncated_of(results, inputs.weights),
         "tokenizer": hashed,
-        "has_bos": sum(result["num_bos"] for result in results) == everything.num_rows,
+        "has_bos": sum(result.num_bos for result in results) == everything.num_rows,
         **mix,
         **count_tokens(index),
     }
@@ -92,54 +107,54 @@ class TokenisePart:
             tokenizer = load_tokenizer(spec)
         self.tokenise = Tokenise(tokenizer, max_tokens=section.max_tokens_per_document, labels=labels)
 
-    def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
+    def __call__(self, part: str) -> TokenisedPart:
         """Publish the part; return what the index needs."""
-        corpus = read_table(self.storage, f"{self.corpus_folder}/{item['part']}")
+        corpus = read_table(self.storage, f"{self.corpus_folder}/{part}")
         rows, dropped = split_dropped(self.tokenise(corpus.to_pydict()))
-        write_table(self.storage, f"{self.folder}/{item['part']}", rows, TOKEN_SCHEMA)
+        write_table(self.storage, f"{self.folder}/{part}", rows, TOKEN_SCHEMA)
         ids = rows["input_ids"]
-        return {
-            "part": item["part"],
-            "num_read": corpus.num_rows,
-            "dropped": {name: dict(reasons) for name, reasons in dropped.items()},
-            "doc_id": np.asarray(rows["doc_id"], dtype=np.int64),
-            "corpus": list(rows["corpus"]),
-            "split": list(rows["split"]),
-            "num_tokens": np.asarray([len(row) for row in ids], dtype=np.int32),
-            "num_cut": np.asarray(rows["num_cut"], dtype=np.int64),
-            "num_bos": sum(int(len(flags) and flags[0] & Flag.BOS != 0) for flags in rows["flags"]),
-            "used_ids": np.unique(np.concatenate(ids)) if ids else np.zeros(0, np.int32),
-        }
+        return TokenisedPart(
+            part,
+            corpus.num_rows,
+            doc_id=np.asarray(rows["doc_id"], dtype=np.int64),
+            corpus=list(rows["corpus"]),
+            split=list(rows["split"]),
+            num_tokens=np.asarray([len(row) for row in ids], dtype=np.int32),
+            num_cut=np.asarray(rows["num_cut"], dtype=np.int64),
+            num_bos=sum(int(len(flags) and flags[0] & Flag.BOS != 0) for flags in rows["flags"]),
+            used_ids=np.unique(np.concatenate(ids)) if ids else np.zeros(0, np.int32),
+            dropped={name: dict(reasons) for name, reasons in dropped.items()},
+        )
 
 
-def dropped_of(results: Sequence[Mapping[str, Any]], names: Iterable[str]) -> dict[str, dict[str, int]]:
+def dropped_of(results: Sequence[TokenisedPart], names: Iterable[str]) -> dict[str, dict[str, int]]:
     """Per corpus: documents left out, by reason."""
     dropped: dict[str, Counter[str]] = {name: Counter() for name in names}
     for result in results:
-        for name, reasons in result["dropped"].items():
+        for name, reasons in result.dropped.items():
             dropped[name].update(reasons)
     return {name: dict(reasons) for name, reasons in dropped.items()}
 
 
-def truncated_of(results: Sequence[Mapping[str, Any]], names: Iterable[str]) -> dict[str, dict[str, int]]:
-    """Per corpus: documents that were cut at the longest length allowed, and the tokens that went."""
+def truncated_of(results: Sequence[TokenisedPart], names: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Per corpus: documents that were cut at the longest length allowed, and the tokens cut off."""
     truncated = {name: {"num_documents": 0, "num_tokens": 0} for name in names}
     for result in results:
-        for name, num_cut in zip(result["corpus"], result["num_cut"].tolist(), strict=True):
+        for name, num_cut in zip(result.corpus, result.num_cut.tolist(), strict=True):
             truncated[name]["num_documents"] += num_cut > 0
             truncated[name]["num_tokens"] += num_cut
     return truncated
 
 
-def _index_of(results: Sequence[Mapping[str, Any]]) -> pa.Table:
+def _index_of(results: Sequence[TokenisedPart]) -> pa.Table:
     """One row per document of all parts."""
     columns = {
-        "doc_id": np.concatenate([result["doc_id"] for result in results]),
-        "corpus": [name for result in results for name in result["corpus"]],
-        "split": [name for result in results for name in result["split"]],
-        "num_tokens": np.concatenate([result["num_tokens"] for result in results]),
-        "part": [result["part"] for result in results for _ in result["doc_id"]],
-        "row": np.concatenate([np.arange(len(result["doc_id"]), dtype=np.int32) for result in results]),
+        "doc_id": np.concatenate([result.doc_id for result in results]),
+        "corpus": [name for result in results for name in result.corpus],
+        "split": [name for result in results for name in result.split],
+        "num_tokens": np.concatenate([result.num_tokens for result in results]),
+        "part": [result.part for result in results for _ in result.doc_id],
+        "row": np.concatenate([np.arange(len(result.doc_id), dtype=np.int32) for result in results]),
     }
     return pa.table(columns).cast(INDEX_SCHEMA)
 
@@ -149,14 +164,11 @@ def select(
 ) -> pa.Table:
     """The documents that are used, mixed evenly: each corpus gives its share of tokens, in order of its hashes.
 
-    A share is met to within one document. mixing "by_weight": the shares hold whatever the corpora's sizes are; the one
-    that runs out first sets the total. "everything": a corpus that runs out gives all that it has and the others keep
-    their parts of the budget; without a budget every document is used.
+    A share (text/mixing.py) is met to within one document.
     """
     corpora = np.asarray(index["corpus"].to_pylist(), dtype=object)
     doc_ids = index["doc_id"].to_numpy()
     lengths = index["num_tokens"].to_numpy().astype(np.int64)
-    shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
     rows_of: dict[str, np.ndarray] = {}
     for name in weights:
         rows = np.flatnonzero(corpora == name)
@@ -166,13 +178,12 @@ def select(
                 "check its text, the chat template and tokens.max_tokens_per_document"
             )
         rows_of[name] = rows[np.argsort(doc_ids[rows], kind="stable")]
-    total = float("inf") if num_tokens is None else float(num_tokens)
-    if mixing == "by_weight":
-        total = min(total, *(lengths[rows].sum() / shares[name] for name, rows in rows_of.items()))
+    have = {name: int(lengths[rows].sum()) for name, rows in rows_of.items()}
+    take = tokens_to_take(have, weights, num_tokens, mixing=mixing)
     kept: list[np.ndarray] = []
     places: list[np.ndarray] = []
     for name, rows in rows_of.items():
-        fitting = int(np.searchsorted(np.cumsum(lengths[rows]), total * shares[name] * (1 + 1e-12), side="right"))
+        fitting = int(np.searchsorted(np.cumsum(lengths[rows]), take[name] * (1 + 1e-12), side="right"))
         taken = rows[: max(1, fitting)]
         kept.append(taken)
         places.append((np.arange(len(taken)) + 0.5) / len(taken))
@@ -204,7 +215,7 @@ def tokens_per_corpus(index: pa.Table) -> dict[str, int]:
     return dict(totals)
 
 
-def _said(mix: Mapping[str, Any], section: TokensSection) -> str:
+def _mix_text(mix: Mapping[str, Any], section: TokensSection) -> str:
     shares = ", ".join(f"{name} {share:.1%}" for name, share in mix["share"].items())
     unused = ", ".join(f"{count:,} of {name}" for name, count in mix["unused_tokens"].items() if count)
     ran_out = f"{' and '.join(mix['ran_out'])} ran out, " if mix["ran_out"] else ""

@@ -1,26 +1,29 @@
 """Where a training rank's batches come from: the store, or the stream. The training loop knows only `RowSource`.
 
-The store's order is a function of seed and step, so nothing need be remembered. From the stream each data rank mixes
-the blocks that it is dealt in a shuffle buffer; blocks arrive in the order of the plan, so the same seed and ranks see
-the same batches, whatever workers are lost. Latent ranks of one data rank receive its rows.
+The store's order is a function of seed and step, so a checkpoint holds nothing of it. In stream mode each data rank
+mixes its blocks in a shuffle buffer. Blocks arrive in the order of the plan, so the same seed and ranks see the same
+batches, whatever workers are lost. Latent ranks of one data rank receive its rows.
 
 A checkpoint of a stream holds which blocks were taken and which of their rows are still in the buffers, not the rows
-themselves. A run that goes on from it extracts those blocks once more and leaves out the rows that were used: every
-row is trained on once per epoch, in an order that differs from an undisturbed run's from there on.
+themselves. A run that continues from it extracts those blocks once more and leaves out the rows that were used: every
+row is trained on once per epoch, in an order that from there on differs from that of a run without interruption.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import ray.train
 import torch
 from torch import Tensor
 
+from pipeline.cluster.pools import result_of
+from pipeline.config.crosscoder import TrainingSection
 from pipeline.errors import InputError
 from pipeline.numerics.parallel import Mesh
-from pipeline.stages.base import result_of
-from pipeline.stages.stream import Stream
+from pipeline.stages.stream import Block, Stream
 from pipeline.storage.activation_store import ActivationStore
+from pipeline.storage.filesystem import Storage
 from pipeline.storage.row_order import ReadOptions, TrainingRows
 from pipeline.storage.shuffle_buffer import ShuffleBuffer
 
@@ -29,7 +32,7 @@ class RowSource(Protocol):
     """Batches of one rank. What is called collective must be called by all ranks alike."""
 
     def restore(self, state: Mapping[str, Any] | None, first_step: int) -> None:
-        """Go on behind `first_step` steps from what `state` said then; None begins at the beginning. Collective."""
+        """Continue after `first_step` steps from the state at that time; None starts from the first row. Collective."""
         ...
 
     def warm_up(self) -> Tensor:
@@ -75,7 +78,7 @@ class Position(NamedTuple):
     pending: Tensor
     """int64 [n, 2]: (slot, row) of taken rows that are not trained on yet."""
     rejected: list[dict[str, Any]]
-    """Documents set aside so far."""
+    """Documents quarantined so far."""
 
     @classmethod
     def start(cls, num_slots: int) -> "Position":
@@ -91,21 +94,21 @@ class Position(NamedTuple):
         return cls(position.taken, state["pending"], state["rejected"])
 
     def done(self) -> set[int]:
-        """Slots of which nothing is left."""
+        """Slots whose rows are all used."""
         return set(self.taken.nonzero().squeeze(1).tolist()) - set(self.pending[:, 0].tolist())
 
 
 class StreamRows:
     """A rank's batches from a stream.
 
-    Args of the constructor: `blocks` gives the iterator over this data rank's {slot, x}; `device` is where batches are
+    Args of the constructor: `blocks` gives the iterator over this data rank's blocks; `device` is where batches are
     put together.
     """
 
     def __init__(
         self,
         stream: Stream,
-        blocks: Callable[[], Iterator[Mapping[str, Any]]],
+        blocks: Callable[[], Iterator[Block]],
         *,
         batch_rows: int,
         mesh: Mesh,
@@ -126,17 +129,17 @@ class StreamRows:
         self._left: dict[int, list[int]] = {}
         for slot, row in position.pending.tolist():
             self._left.setdefault(slot, []).append(row)
-        self._arriving: Iterator[Mapping[str, Any]] | None = None
+        self._arriving: Iterator[Block] | None = None
         self._first: Tensor | None = None
 
     def restore(self, state: Mapping[str, Any] | None, first_step: int) -> None:
-        """Go on from a checkpoint's state, or from the beginning."""
+        """Continue from a checkpoint's state, or start from the first row."""
         num_slots = self.stream.num_slots
         position = Position.start(num_slots) if state is None else Position.of_state(state, num_slots)
         self._begin(position, first_step)
         if self.mesh.data_rank == self.mesh.latent_rank == 0:
             self.stream.cursor.start(position.done(), position.rejected)
-        self.mesh.sum_(torch.zeros(1, device=self.device), "world")  # nobody reads before the cursor stands
+        self.mesh.sum_(torch.zeros(1, device=self.device), "world")  # no rank reads before the cursor is set
 
     def warm_up(self) -> Tensor:
         """The first batch, which `batches` will give again."""
@@ -184,7 +187,7 @@ class StreamRows:
                 f"training.num_rows, got too few rows, with {len(self._buffer)} left; most tokens of the training "
                 "documents are dropped: lower activations.drop_first_tokens or use mode: store"
             )
-        slot, x = block["slot"], block["x"]
+        slot, x = block
         if x is None:
             return
         x_BMD = torch.from_numpy(x).view(torch.bfloat16)
@@ -204,25 +207,28 @@ class StreamRows:
         return bits.view(torch.bfloat16).view(shape)
 
 
-def arriving(shard: Any) -> Iterator[Mapping[str, Any]]:
-    """The blocks of Ray Train's dataset shard, in order."""
+def _arriving() -> Iterator[Block]:
+    """The blocks of this rank's part of Ray Train's data set, in order."""
+    shard = ray.train.get_dataset_shard("train")
     for batch in shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
         for result in batch["result"]:
             yield result_of({"result": result})
 
 
-def open_rows(job: Mapping[str, Any], mesh: Mesh, device: str) -> RowSource:
-    """The source of this rank, by the job of the crosscoder stage."""
-    training = job["training"]
-    if job["stream"] is not None:
-        import ray.train
-
-        shard = ray.train.get_dataset_shard("train")
-        return StreamRows(
-            job["stream"], lambda: arriving(shard), batch_rows=training.batch_rows, mesh=mesh, device=device
-        )
+def open_rows(
+    storage: Storage,
+    activations_folder: str,
+    training: TrainingSection,
+    *,
+    stream: Stream | None,
+    mesh: Mesh,
+    device: str,
+) -> RowSource:
+    """The source of this rank: the stream, where there is one, else the store."""
+    if stream is not None:
+        return StreamRows(stream, _arriving, batch_rows=training.batch_rows, mesh=mesh, device=device)
     rows = TrainingRows(
-        ActivationStore(job["storage"], job["activations"]),
+        ActivationStore(storage, activations_folder),
         seed=training.shuffle_seed,
         batch_rows=training.batch_rows,
         rank=mesh.data_rank,

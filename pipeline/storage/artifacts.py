@@ -231,8 +231,8 @@ def nearest_drift(storage: Storage, key: ArtifactKey, *, name: str, run_name: st
 def digest_of_path(path: Path) -> str:
     """SHA-256 (shortened) over a local file's or folder's content, for inputs that are not artifacts.
 
-    Files above 64 MiB enter with their size, first and last MiB: reading 100 GB of weights to name them would cost more
-    than making what they are needed for, and an edit that leaves all three unchanged does not occur in practice.
+    Files above 64 MiB enter with their size, first and last MiB: to read 100 GB of weights would take longer than the
+    step that needs them, and an edit that leaves all three unchanged does not occur in practice.
     """
     digest = hashlib.sha256()
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())

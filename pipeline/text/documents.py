@@ -1,8 +1,8 @@
-"""Readers: one file of any kind to documents, with a reason for every one that is not used.
+"""Readers: one file of any kind to documents, with a reason for every document that is not used.
 
-A document is a text or a dialogue. Its identity is the hash of its words alone (labels are about the words, not part of
-them). Files are read as streams from any fsspec URL (text/files.py), hub data sets through `datasets`. What a
-corpus' filters refuse (text/filters.py) is counted like what cannot be used.
+A document is a text or a dialogue. Its identity is the hash of its words alone, without labels. Files are read as
+streams from any fsspec URL (text/files.py), hub data sets through `datasets`. Documents that are filtered out
+(text/filters.py) are counted like those that cannot be used.
 """
 
 import hashlib
@@ -14,8 +14,8 @@ import fsspec
 
 from pipeline.errors import InputError, first_line
 from pipeline.schema import Split
-from pipeline.text.files import open_text, reading
-from pipeline.text.filters import Filters, refusal
+from pipeline.text.files import as_input_error, open_text
+from pipeline.text.filters import Filters, filter_reason
 
 EMPTY = "empty"
 NO_COLUMN = "column missing"
@@ -39,13 +39,13 @@ class Document(NamedTuple):
     labels: frozenset[str] = frozenset()
     """Planted labels that occur in it."""
     reason: str = ""
-    """Why it is left out; empty for a document that is used."""
+    """Why it is not used; empty for a document that is."""
     num_characters: int = 0
     """Of the text, or of all contents."""
 
 
 def document_id(document: Document) -> int:
-    """First 63 bits of the SHA-256 of the words: the same text is the same document wherever it lies."""
+    """First 63 bits of the SHA-256 of the words: the same text has the same id in every file."""
     if document.text is not None:
         words = document.text
     else:
@@ -75,7 +75,7 @@ def _filtered(document: Document, filters: Filters) -> Document:
     contents = [document.text or ""] if messages is None else [message["content"] for message in messages]
     if not all(_is_unicode(content) for content in contents):
         return Document(reason=NOT_UNICODE)
-    reason = refusal(document.text, messages, filters)
+    reason = filter_reason(document.text, messages, filters)
     return Document(reason=reason) if reason else document._replace(num_characters=sum(map(len, contents)))
 
 
@@ -91,7 +91,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _read_jsonl(path: str, source: Mapping[str, Any]) -> Iterator[Document]:
-    with reading(_named(path, source)), open_text(path) as lines:
+    with as_input_error(_named(path, source)), open_text(path) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -100,7 +100,7 @@ def _read_jsonl(path: str, source: Mapping[str, Any]) -> Iterator[Document]:
             except ValueError as error:
                 raise InputError(
                     f"{_named(path, source)}, line {number}: expected a JSON object, "
-                    f"got {line[:60]!r}: {error}; mend the line"
+                    f"got {line[:60]!r}: {error}; correct the line"
                 ) from error
             yield _from_row(row, source)
 
@@ -115,7 +115,7 @@ def _read_parquet(path: str, source: Mapping[str, Any]) -> Iterator[Document]:
 
     columns = [source.get("text_column") or source.get("messages_column"), *(source.get("where") or {})]
     try:
-        with reading(_named(path, source)), fsspec.open(path, "rb") as stream:
+        with as_input_error(_named(path, source)), fsspec.open(path, "rb") as stream:
             file = pq.ParquetFile(stream)
             for column in columns:
                 if column not in file.schema_arrow.names:
@@ -130,7 +130,7 @@ def _read_parquet(path: str, source: Mapping[str, Any]) -> Iterator[Document]:
 
 
 def _read_text(path: str, source: Mapping[str, Any]) -> Iterator[Document]:
-    with reading(_named(path, source)), open_text(path) as stream:
+    with as_input_error(_named(path, source)), open_text(path) as stream:
         if source["split_on"] == "file":
             yield _from_text(stream.read())
         elif source["split_on"] == "line":
@@ -162,7 +162,7 @@ def _read_hub(path: str, source: Mapping[str, Any]) -> Iterator[Document]:  # no
         raise InputError(
             f"corpus {source['name']!r}: cannot read data set {source['dataset']!r}: {first_line(error)}"
         ) from error
-    with reading(f"corpus {source['name']!r}: data set {source['dataset']!r}"):
+    with as_input_error(f"corpus {source['name']!r}: data set {source['dataset']!r}"):
         yield from (_from_row(row, source) for row in rows)
 
 
@@ -187,7 +187,7 @@ def _from_text(value: Any) -> Document:
 
 
 def _from_messages(value: Any, source: Mapping[str, Any]) -> Document:
-    """A dialogue from a list of mappings with role and content; other keys than labels are left out."""
+    """A dialogue from a list of mappings with role and content; of other keys only labels are kept."""
     if not isinstance(value, (list, tuple)) or not value:
         return Document(reason=NOT_DIALOGUE)
     role_key, content_key = source.get("role_key", "role"), source.get("content_key", "content")

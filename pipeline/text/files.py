@@ -1,7 +1,7 @@
-"""Files that users name: globs, compression and object stores over fsspec, and one line for what cannot be read.
+"""Files that users name: globs, compression and object stores over fsspec, and one-line errors where reading fails.
 
-Corpora and chat templates are opened here. Credentials and end points are the file system's own business (`AWS_*` for
-s3). Compression follows the name: .gz, .bz2, .xz, .zst. It knows nothing of what a file holds, and it writes nothing.
+Corpora and chat templates are opened here. fsspec finds credentials and endpoints itself (`AWS_*` for s3). Compression
+follows the name: .gz, .bz2, .xz, .zst. Nothing here parses a file or writes one.
 """
 
 import io
@@ -17,12 +17,12 @@ from pipeline.errors import InputError
 
 _READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeError, ImportError)
 _REMOTE_MODULES = ("botocore", "aiobotocore", "aiohttp", "httpx", "huggingface_hub", "datasets", "fsspec", "s3fs")
-"""Packages whose own exceptions mean that a distant file cannot be read; they are no OSErrors."""
+"""Packages whose own exceptions mean that a remote file cannot be read; they are not OSErrors."""
 
 
 @contextmanager
-def reading(what: str) -> Iterator[None]:
-    """Turn whatever a damaged, missing or refused file raises into an InputError that names it."""
+def as_input_error(what: str) -> Iterator[None]:
+    """Turns what a damaged, missing or forbidden file raises into an InputError that names it."""
     try:
         yield
     except InputError:
@@ -31,8 +31,8 @@ def reading(what: str) -> Iterator[None]:
         is_remote = type(error).__module__.split(".")[0] in _REMOTE_MODULES
         if not is_remote and not isinstance(error, _READ_ERRORS):
             raise
-        refused = isinstance(error, PermissionError) or "Credentials" in type(error).__name__
-        advice = "check permissions and credentials" if refused else "replace it or take it out of the run file"
+        is_forbidden = isinstance(error, PermissionError) or "Credentials" in type(error).__name__
+        advice = "check permissions and credentials" if is_forbidden else "replace it or remove it from the run file"
         raise InputError(f"{what}: expected a readable file, got {_one_line(error)}; {advice}") from error
 
 
@@ -43,7 +43,7 @@ def expand_paths(paths: Sequence[str], what: str) -> list[str]:
     """
     found: dict[str, None] = {}
     for path in paths:
-        with reading(f"{what}: {path}"):
+        with as_input_error(f"{what}: {path}"):
             try:
                 fs, inner = fsspec.core.url_to_fs(path)
             except ValueError as error:
@@ -65,7 +65,7 @@ def expand_paths(paths: Sequence[str], what: str) -> list[str]:
 
 @contextmanager
 def open_text(path: str) -> Iterator[Any]:
-    """The lines of a UTF-8 file; compression follows its name. Reading belongs inside `reading`."""
+    """The lines of a UTF-8 file; compression follows its name. Read it inside `as_input_error`."""
     with fsspec.open(path, "rb", compression=None if path.endswith(".zst") else "infer") as raw:
         if not path.endswith(".zst"):
             yield io.TextIOWrapper(raw, encoding="utf-8")
@@ -78,7 +78,7 @@ def open_text(path: str) -> Iterator[Any]:
 
 def read_text(path: str, what: str) -> str:
     """The whole text of a file; an InputError that begins with `what` where it cannot be read."""
-    with reading(f"{what}: {path}"), open_text(path) as lines:
+    with as_input_error(f"{what}: {path}"), open_text(path) as lines:
         return str(lines.read())
 
 

@@ -1,7 +1,7 @@
-"""Which documents of a corpus are left out, and for which reason each.
+"""Which documents of a corpus are filtered out, and for which reason each.
 
-Nothing here depends on a language: lengths, the order of roles, repetition, the share of letters. The first filter that
-refuses a document names the reason under which it is counted, in the order of this file.
+Nothing here depends on a language: lengths, the order of roles, repetition, the share of letters. A document is counted
+under the first filter that it fails, in the order of this file.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ FEW_LETTERS = "too few letters"
 
 
 class Filters(NamedTuple):
-    """Limits of one corpus; the defaults let everything pass."""
+    """Limits of one corpus; with the defaults every document passes."""
 
     min_characters: int = 0
     """Of the text, or of a dialogue's contents together."""
@@ -27,7 +27,7 @@ class Filters(NamedTuple):
     """Messages of a dialogue, system prompts not counted."""
     max_messages: int | None = None
     alternating_roles: bool = False
-    """user, assistant, user, ...; a system prompt may stand in front."""
+    """user, assistant, user, ...; a system prompt may come first."""
     ends_with_assistant: bool = False
     max_repeated_frac: float | None = None
     """Share of a document's characters in lines that repeat one of its earlier lines."""
@@ -35,15 +35,15 @@ class Filters(NamedTuple):
     """Share of letters of any script among the characters that are not blank."""
 
 
-def refusal(text: str | None, messages: Sequence[Mapping[str, Any]] | None, filters: Filters) -> str:
-    """Why a document is left out, or "". Give the text of a plain document or the messages of a dialogue."""
+def filter_reason(text: str | None, messages: Sequence[Mapping[str, Any]] | None, filters: Filters) -> str:
+    """Why a document is filtered out, or "" where it passes; messages are None for a plain document."""
     contents = [text or ""] if messages is None else [str(message["content"]) for message in messages]
     num_characters = sum(map(len, contents))
     if num_characters < filters.min_characters:
         return TOO_SHORT
     if filters.max_characters is not None and num_characters > filters.max_characters:
         return TOO_LONG
-    reason = "" if messages is None else _dialogue_refusal([str(message["role"]) for message in messages], filters)
+    reason = "" if messages is None else _role_filter_reason([str(message["role"]) for message in messages], filters)
     if reason:
         return reason
     if filters.max_repeated_frac is not None and repeated_frac(contents) > filters.max_repeated_frac:
@@ -53,7 +53,7 @@ def refusal(text: str | None, messages: Sequence[Mapping[str, Any]] | None, filt
     return ""
 
 
-def _dialogue_refusal(roles: list[str], filters: Filters) -> str:
+def _role_filter_reason(roles: list[str], filters: Filters) -> str:
     spoken = roles[1:] if roles[:1] == ["system"] else roles
     num_messages = sum(role != "system" for role in roles)
     if num_messages < filters.min_messages:

@@ -3,15 +3,16 @@
 First step of tokenisation: a list of messages becomes one string and one character span per message. The spans come
 from the template's own output, never from searching for a message in the text: each content is rendered once more
 between two private-use characters, and removing those characters must give back the plain rendering. So contents that
-repeat, or that contain role names and control words, are located exactly. Templates that write today's date get one
-fixed date: the same dialogue gives the same tokens on every day.
+repeat, or that contain role names and control words, are located exactly. Templates that write today's date get a
+fixed date, so that a dialogue gives the same tokens every day.
 
-It does not tokenise. The trade-off: a template that rewrites what a speaker wrote (drops reasoning, rewords, reorders
-characters) is refused, because no character span would be true for it.
+It does not tokenise. The trade-off: a template that changes what a speaker wrote (drops reasoning, rewords, reorders
+characters) is refused, because no character span would be exact.
 """
 
 import re
 from datetime import datetime
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -25,21 +26,21 @@ MAX_MESSAGES = 0xFFFD // 2
 _SENTINEL = re.compile(f"[{chr(FIRST_SENTINEL)}-{chr(FIRST_SENTINEL + 0xFFFD)}]")
 
 REJECTED = "template_rejects"
-"""The template's own code refused the dialogue, for instance because its roles do not alternate."""
+"""The template raised an error, for instance because roles do not alternate."""
 REWRITTEN = "template_rewrites"
 """The template changed, dropped or repeated a content."""
 PRIVATE_USE = "private_use_characters"
 """The dialogue contains the characters that mark contents."""
 
 TEMPLATE_DATE = datetime(2024, 7, 26)
-"""Today, for every template: the date that Llama 3's template falls back to where it is given none."""
+"""The date that every template gets: Llama 3's default where none is given."""
 _DATE_CODES = ("%A", "%a", "%B", "%b", "%d", "%H", "%I", "%M", "%m", "%p", "%S", "%Y", "%y")
 _FIXED_DATE = (
     "{% macro strftime_now(format) %}{{ format"
     + "".join(f" | replace('{code}', '{TEMPLATE_DATE.strftime(code)}')" for code in _DATE_CODES)
     + " }}{% endmacro %}{{ '' }}"
 )
-"""Stands before a template that asks for the time; the empty expression keeps a newline at the template's start."""
+"""Put before a template that asks for the time; the empty expression keeps a newline at the template's start."""
 
 _PROBE = (
     {"role": "user", "content": "First question?"},
@@ -58,7 +59,7 @@ class DialogueError(InputError):
 
 
 class MessageSpan(NamedTuple):
-    """Where one message's content stands in the rendered text."""
+    """Place of one message's content in the rendered text."""
 
     message: int
     """Index of the message in the dialogue."""
@@ -68,7 +69,7 @@ class MessageSpan(NamedTuple):
     end: int
     """One past the last character of the content."""
     content_offset: int
-    """Leading whitespace that was trimmed: character c of the content stands at start + c - content_offset."""
+    """Leading whitespace that was trimmed: character c of the content is at start + c - content_offset."""
 
 
 class RenderedDialogue(NamedTuple):
@@ -81,7 +82,7 @@ class RenderedDialogue(NamedTuple):
 
 
 class TemplateShape(NamedTuple):
-    """What a chat template writes around the contents, read off a probe dialogue."""
+    """What a chat template writes around the contents, found with a probe dialogue."""
 
     headers: dict[str, str]
     """Per role: the characters just before a content that open its turn."""
@@ -92,9 +93,8 @@ class TemplateShape(NamedTuple):
 def render_dialogue(tokenizer: Any, messages: list[dict[str, Any]]) -> RenderedDialogue:
     """The template's text of a dialogue and the span of every content.
 
-    Outer whitespace of a content belongs to its span where the template keeps it in every message; where it trims, the
-    spans hold what is left. Contents that are blank get no span. Raises DialogueError where the template
-    refuses the dialogue (REJECTED) or changes, drops or repeats a content (REWRITTEN).
+    Outer whitespace of a content belongs to its span unless the template trims it. Blank contents get no span. Raises
+    DialogueError where the template rejects the dialogue (REJECTED) or changes, drops or repeats a content (REWRITTEN).
     """
     plain_messages = [{"role": m["role"], "content": m["content"]} for m in messages]
     if len(messages) > MAX_MESSAGES:
@@ -128,8 +128,8 @@ def render_prompt(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
 def read_template_shape(tokenizer: Any) -> TemplateShape:
     """Header and trailer of user and assistant turns.
 
-    Raises InputError where there is no chat template, or where it treats both roles alike: masks of user and
-    assistant tokens, and with them every statement about them, would be meaningless.
+    Raises InputError where there is no chat template, or where it writes the same around both roles: masks of user and
+    assistant tokens would be meaningless.
     """
     probe = [dict(message) for message in _PROBE]
     try:
@@ -160,15 +160,15 @@ def read_template_shape(tokenizer: Any) -> TemplateShape:
 
 
 def check_template(text: str, where: str) -> None:
-    """Raise an InputError for a chat template that is no Jinja text; its behaviour is judged when it renders."""
+    """InputError for a chat template that is not valid Jinja; rendering shows whether its output can be used."""
     try:
         ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(_without_generation(text))
     except TemplateError as error:
-        raise InputError(f"{where}: expected a Jinja chat template, got: {error}; mend the file") from error
+        raise InputError(f"{where}: expected a Jinja chat template, got: {error}; correct the file") from error
 
 
 def _without_generation(text: str) -> str:
-    """The template without transformers' own tags around generated text, which plain Jinja does not know."""
+    """The template without transformers' own tags around generated text, which plain Jinja cannot parse."""
     return re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", text)
 
 
@@ -184,7 +184,7 @@ def strip_bos(tokenizer: Any, text: str) -> str:
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts its BOS in front of every text by itself."""
+    """Whether the tokenizer itself puts its BOS in front of every text."""
     if tokenizer.bos_token_id is None:
         return False
     return bool(tokenizer("a", add_special_tokens=True)["input_ids"][0] == tokenizer.bos_token_id)
@@ -209,14 +209,14 @@ def _apply(tokenizer: Any, messages: list[dict[str, str]], *, is_prompt: bool = 
         roles = [message["role"] for message in messages[:8]]
         raise DialogueError(
             REJECTED,
-            f"the chat template refused a dialogue with the roles {roles} and said: {error}; drop or repair "
+            f"expected a dialogue that the chat template accepts, got the roles {roles}: {error}; drop or repair "
             "such dialogues",
         ) from error
     return text
 
 
 def _mark(index: int, message: dict[str, str], *, is_trimmed: bool) -> dict[str, str]:
-    """The message with its content between two sentinels; outside them stays the whitespace that is trimmed."""
+    """The message with its content between two sentinels; whitespace that is trimmed stays outside them."""
     content = message["content"]
     core = content.strip() if is_trimmed else content
     if not content.strip():
@@ -252,7 +252,5 @@ def _rewritten(messages: list[dict[str, str]], detail: str) -> DialogueError:
 
 
 def _common_prefix(first: str, second: str) -> str:
-    length = 0
-    while length < min(len(first), len(second)) and first[length] == second[length]:
-        length += 1
-    return first[:length]
+    pairs = zip(first, second, strict=False)
+    return "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

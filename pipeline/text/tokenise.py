@@ -1,9 +1,8 @@
-"""Documents to token ids and one bit mask per token, so that every later step knows who wrote which token.
+"""Documents to token ids and one bit mask per token, which says who wrote it.
 
 Input: a batch of corpus rows (schema.CORPUS_COLUMNS); output: token rows (schema.TOKEN_COLUMNS) and, per row, why a
-document was dropped. Both models read these ids: text is tokenised here once and never decoded and tokenised again.
-Dialogues are rendered by text/templates.py; roles and planted labels travel from characters to tokens through the
-tokenizer's offsets.
+document was dropped. Both models read these ids; text is tokenised once and never again. Dialogues are rendered by
+text/templates.py; the tokenizer's offsets carry roles and planted labels from characters to tokens.
 
 A token's role is that of its last character: " hello" after "USER:" is content, a separator is template. A planted
 label marks every token that it touches. Needs a fast tokenizer (one with offsets).
@@ -162,7 +161,7 @@ class Tokenise:
 
 
 def split_dropped(rows: Mapping[str, Sequence[Any]]) -> tuple[dict[str, list[Any]], dict[str, Counter[str]]]:
-    """The kept rows without the column `dropped`, and per corpus how many documents were dropped for each reason."""
+    """The kept rows without the column `dropped`, and per corpus the number of documents dropped for each reason."""
     reasons = list(rows["dropped"])
     kept = {
         name: [value for value, reason in zip(column, reasons, strict=True) if reason == KEPT]
@@ -177,7 +176,7 @@ def split_dropped(rows: Mapping[str, Sequence[Any]]) -> tuple[dict[str, list[Any
 
 
 def parse_messages(messages: str) -> list[dict[str, Any]]:
-    """Messages of one corpus row; DialogueError(UNREADABLE) says what is wrong with them."""
+    """Messages of one corpus row; DialogueError(UNREADABLE) where they are malformed."""
     try:
         parsed = json.loads(messages)
     except json.JSONDecodeError as error:
@@ -224,10 +223,10 @@ def end_of_turn_id(tokenizer: Any) -> int | None:
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the decoded text, so that the texts joined read as the document does.
+    """What each token adds to the decoded text: joined, the texts give the document.
 
-    A token decoded alone would lose the space before it. Where decoding more tokens rewrites what came before (bytes of
-    one character), the token's own text is taken.
+    A token decoded alone would lose the space before it. Where a further token changes the text before it (bytes of one
+    character), the token is decoded alone.
     """
     texts, before = [], ""
     for end in range(1, len(ids) + 1):
@@ -249,9 +248,9 @@ def control_token_ids(tokenizer: Any) -> set[int]:
 def check_vocabularies(
     base_tokenizer: Any, chat_tokenizer: Any, used_ids: Iterable[int], replaced: Iterable[int] = ()
 ) -> None:
-    """Nothing if both tokenizers give every used id the same token, else InputError naming the first that differs.
+    """InputError naming the first used id for which the two tokenizers have different tokens.
 
-    Ids in `replaced` are never read as they are by one of the models, so they may differ.
+    Ids in `replaced` may differ: one of the models reads other ids in their place.
     """
     ids = sorted({int(index) for index in used_ids} - set(replaced))
     base_tokens = base_tokenizer.convert_ids_to_tokens(ids)
@@ -261,7 +260,7 @@ def check_vocabularies(
             raise InputError(
                 f"expected the two models to share their vocabulary, but id {index} is {base_token!r} for the base "
                 f"model ({base_tokenizer.name_or_path!r}) and {chat_token!r} for the chat model "
-                f"({chat_tokenizer.name_or_path!r}); choose a pair with one tokenizer, or say in token_replacements "
+                f"({chat_tokenizer.name_or_path!r}); choose a pair with one tokenizer, or name in token_replacements "
                 "what one of them reads instead"
             )
 
@@ -269,8 +268,7 @@ def check_vocabularies(
 def tokenizer_hash(tokenizer: Any) -> str:
     """SHA-256 of everything that decides the ids: the tokenizer's rules and vocabulary, and the chat template.
 
-    Padding and truncation settings are left out, because calls change them and ids without padding do not depend on
-    them.
+    Padding and truncation settings are left out: calls change them, and ids without padding do not depend on them.
     """
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     rules.pop("padding", None)

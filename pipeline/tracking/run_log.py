@@ -2,8 +2,8 @@
 
 Someone who sees only MLflow finds there what was asked (parameters), what came out (metrics, tables, figures, the
 report, the models), what was read (corpus, tokens and activation store as datasets, with their fingerprints), and tags
-that lead from any number to the artifact that it comes from and to that artifact's inputs. Steps that were found done
-are logged too, marked as reused, so that no run is a torso.
+that lead from any number to the artifact that it comes from and to that artifact's inputs. Steps that were finished
+before are logged too, marked as reused, so that every run is complete in the tracker.
 """
 
 import hashlib
@@ -13,23 +13,31 @@ from typing import Any
 
 from pipeline.cluster.connect import timestamp_ms
 from pipeline.config.run_file import RunConfig
-from pipeline.run.flow import Group
-from pipeline.stages import activations, corpus, crosscoder, report, tokens
-from pipeline.stages.base import Step
+from pipeline.run.flow import AnyStep, Flow
+from pipeline.stages.catalogue import (
+    ActivationsInputs,
+    CorpusInputs,
+    FittedCrosscoderInputs,
+    OrganismInputs,
+    ReportInputs,
+    TokensInputs,
+)
+from pipeline.stages.finished_crosscoder import curve_points, read_curve
 from pipeline.storage.artifacts import Record, provenance
 from pipeline.storage.filesystem import Storage
 from pipeline.tracking.tracker import Dataset, Point, Tracker
 
-_DATA_STAGES = ("organism", "corpus", "tokens", "activations")
-"""Their files are large and stay in the storage; the tracker gets their numbers and their place."""
-_DATASETS = (corpus.NAME, tokens.NAME, activations.NAME)
+_DATASETS = (CorpusInputs.NAME, TokensInputs.NAME, ActivationsInputs.NAME)
 """Stages whose artifacts are the datasets of what is made from them."""
+_DATA_STAGES = (OrganismInputs.NAME, *_DATASETS)
+"""Their files are large and stay in the storage; the tracker gets their numbers and their place."""
+_CROSSCODER = FittedCrosscoderInputs.NAME
 
 
 class RunLog:
-    """The run's voice towards the tracker. Opening it opens the parent run."""
+    """Tells the tracker of a run. The parent run is opened at once, a step's run with its first number."""
 
-    def __init__(self, tracker: Tracker, config: RunConfig, storage: Storage, flow: Sequence[Group]) -> None:
+    def __init__(self, tracker: Tracker, config: RunConfig, storage: Storage, flow: Flow) -> None:
         self._tracker = tracker
         self._storage = storage
         self._children: dict[str, str] = {}
@@ -52,12 +60,12 @@ class RunLog:
         """Where a person finds the run."""
         return self._tracker.link(self._parent)
 
-    def points(self, step: Step, points: Sequence[Point]) -> None:
+    def points(self, step: AnyStep, points: Sequence[Point]) -> None:
         """Values of a step that is still being made."""
         self._tracker.log_points(self._child(step), points)
         self._num_points[step.name] = self._num_points.get(step.name, 0) + len(points)
 
-    def finished(self, step: Step, record: Record, *, reused: bool) -> None:
+    def finished(self, step: AnyStep, record: Record, *, reused: bool) -> None:
         """The step's numbers, files and model; its curve too, unless it was already logged live."""
         run = self._child(step)
         stamp = timestamp_ms()
@@ -66,19 +74,19 @@ class RunLog:
         self._tracker.log_params(
             run, {"section": record.identity["section"], "reused": reused, "seconds": record.seconds}
         )
-        folder = step.key.folder
-        owner = step.extra.get("crosscoder")
-        if owner is not None and step.key.stage != crosscoder.NAME:
-            summary = [Point(f"{owner}/{name}", value, 0, stamp) for name, value in numbers.items()]
+        folder = step.folder
+        if step.crosscoder_name and step.key.stage != _CROSSCODER:
+            summary = [Point(f"{step.crosscoder_name}/{name}", value, 0, stamp) for name, value in numbers.items()]
             self._tracker.log_points(self._parent, summary)
         if step.key.stage not in _DATA_STAGES:
-            target = self._parent if step.key.stage == report.NAME else run
+            target = self._parent if step.key.stage == ReportInputs.NAME else run
             for name in record.checksums:
                 if not name.endswith(".safetensors"):
                     self._tracker.log_file(target, name, self._storage.read_bytes(f"{folder}/{name}"))
-        if step.key.stage == crosscoder.NAME:
+        if step.key.stage == _CROSSCODER:
             if not self._num_points.get(step.name):
-                self._tracker.log_points(run, crosscoder.curve_points(self._storage, folder))
+                curve = read_curve(self._storage, folder)
+                self._tracker.log_points(run, [] if curve is None else curve_points(curve.to_pylist()))
             with self._storage.local_folder(folder) as path:
                 self._tracker.log_model(run, path, _tags(step, self._storage))
         self._tracker.end_run(run, succeeded=True)
@@ -88,52 +96,52 @@ class RunLog:
             self._tracker.log_inputs(self._parent, [self._datasets[step.name]])
 
     def close(self, *, succeeded: bool) -> None:
-        """End the parent run (and, after a failure, the steps that were under way)."""
+        """End the parent run (and, after a failure, the steps that were being made)."""
         if not succeeded:
             for name in self._children.keys() - self._finished:
                 self._tracker.end_run(self._children[name], succeeded=False)
         self._tracker.end_run(self._parent, succeeded=succeeded)
         self._tracker.close()
 
-    def _child(self, step: Step) -> str:
+    def _child(self, step: AnyStep) -> str:
         if step.name not in self._children:
             tags = _tags(step, self._storage)
             self._children[step.name] = self._tracker.start_run(step.name, tags, parent=self._parent)
-            read = [self._datasets[own.name] for own in step.inputs.values() if own.name in self._datasets]
+            read = [self._datasets[own.name] for own in step.inputs.reads().values() if own.name in self._datasets]
             if read:
                 self._tracker.log_inputs(self._children[step.name], read)
         return self._children[step.name]
 
 
-def _tags(step: Step, storage: Storage) -> dict[str, str]:
+def _tags(step: AnyStep, storage: Storage) -> dict[str, str]:
     inputs = {
-        f"crossray.input.{role.replace(' ', '_')}": source.key.fingerprint for role, source in step.inputs.items()
+        f"crossray.input.{role.replace(' ', '_')}": source.key.fingerprint
+        for role, source in step.inputs.reads().items()
     }
     return {
         "crossray.stage": step.key.stage,
         "crossray.fingerprint": step.key.fingerprint,
-        "crossray.artifact": storage.url(step.key.folder),
+        "crossray.artifact": storage.url(step.folder),
         **inputs,
     }
 
 
-def _dataset(step: Step, record: Record, storage: Storage) -> Dataset:
-    """A finished data artifact as what others read: rows of activations, or documents, and bytes of all its files."""
+def _dataset(step: AnyStep, record: Record, storage: Storage) -> Dataset:
+    """A finished data artifact as a dataset: its rows or documents, and the bytes of all its files."""
     counts = record.counts
     documents = counts.get("num_documents", 0)
     num_rows = counts.get("num_rows", sum(documents.values()) if isinstance(documents, Mapping) else documents)
-    folder = step.key.folder
+    folder = step.folder
     num_bytes = counts.get("num_bytes") or sum(storage.size(f"{folder}/{name}") for name in record.checksums)
     profile = {"num_rows": num_rows, "num_bytes": num_bytes} | numeric(counts)
     return Dataset(step.name, step.key.fingerprint, storage.url(folder), profile)
 
 
-def _note(config: RunConfig, flow: Sequence[Group]) -> str:
+def _note(config: RunConfig, flow: Flow) -> str:
     """The description shown on the run's page."""
-    steps = [step for group in flow for step in group.steps]
-    locations = next(step for step in steps if step.key.stage == "tokens").extra["locations"]
+    models, layer = flow.data.tokens.inputs.models, flow.data.activations.inputs.section.layer
     lines = [
-        f"**{locations[1].shown}** against **{locations[0].shown}**, layer {config.activations.layer}, "
+        f"**{models.chat.label}** against **{models.base.label}**, layer {layer}, "
         f"{len(config.crosscoders)} crosscoder(s): {', '.join(section.name for section in config.crosscoders)}.",
         "",
         "The report is the artifact `report.html`; each step is a child run, tagged with its artifact and inputs.",
@@ -154,7 +162,7 @@ def numeric(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def _metric_name(key: str) -> str:
-    """MLflow allows letters, digits, underscores, dashes, periods, spaces and slashes; anything else is hashed away."""
+    """A name of the characters that MLflow allows; where others were replaced, a digest keeps it distinct."""
     if all(character.isalnum() or character in "_-. /" for character in key):
         return key
     return (

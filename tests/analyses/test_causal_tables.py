@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pipeline.analyses.causal_tables import POSITION_SETS, Bootstrap, CausalTables, causal_tables, contrasts
-from pipeline.analyses.interventions import Intervention, candidate_latents, plan_curve, plan_interventions
+from pipeline.analyses.interventions import Intervention, plan_curve, plan_interventions
+from pipeline.analyses.latent_sets import causality_latents
 from pipeline.schema import CAUSALITY_COLUMNS, CAUSALITY_CURVE_COLUMNS, CAUSALITY_DIFFERENCE_COLUMNS, Ownership
 
 NUM_CONVERSATIONS = 40
@@ -15,7 +16,7 @@ NUM_CONVERSATIONS = 40
 def _chosen(num_latents: int) -> pd.DataFrame:
     latent = np.arange(num_latents)
     table = {"latent": latent, "ownership": Ownership.CHAT_ONLY, "delta_norm": 1 - latent / 1e3}
-    return candidate_latents(pd.DataFrame({**table, "nu_eps": latent / 1e3, "nu_r": latent / 1e3}))
+    return causality_latents(pd.DataFrame({**table, "nu_eps": latent / 1e3, "nu_r": latent / 1e3}))
 
 
 def _plan(num_latents: int = 5) -> tuple[Intervention, ...]:

@@ -263,7 +263,7 @@ def test_predicting_positions_of_two_turns() -> None:
 
 
 def test_wrong_sets_and_missing_dialogues_are_input_errors(pair: ModelPair, crosscoder: Crosscoder) -> None:
-    with pytest.raises(InputError, match="between 0 and 23, got 24"):
+    with pytest.raises(InputError, match=r"between 0 and 23, got \[24\]"):
         Causality(crosscoder, [Intervention("x", "add", (3, 24))])
     analysis = Causality(crosscoder, INTERVENTIONS)
     documents = {name: column[1:2] for name, column in _documents().items()}

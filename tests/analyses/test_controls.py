@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from pipeline.analyses import controls
-from pipeline.analyses.control_columns import CONTROL_COLUMNS, SEED_COLUMNS, Control
 from pipeline.analyses.controls import false_calls_row, match_latents, random_row, seed_row, seed_table, stated_error
 from pipeline.analyses.latent_scaling import LatentScaling
 from pipeline.analyses.rows import analyse
 from pipeline.errors import InputError
 from pipeline.numerics.statistics import bootstrap_interval, exceedance_probability
-from pipeline.schema import Verdict
+from pipeline.schema import CONTROL_COLUMNS, SEED_COLUMNS, Control, Verdict
 
 NAN = float("nan")
 

@@ -7,15 +7,12 @@ from pipeline.analyses.interventions import (
     Intervention,
     SharedInputs,
     StreamEditor,
-    candidate_latents,
-    chat_only_latents,
     curve_sizes,
     plan_curve,
     plan_interventions,
-    rank_by_delta_norm,
-    rank_by_nu,
     shared_stream,
 )
+from pipeline.analyses.latent_sets import causality_latents, rank_by_delta_norm, rank_by_nu
 from pipeline.errors import InputError
 from pipeline.numerics.codes import SparseCodes
 from pipeline.numerics.crosscoder import Crosscoder
@@ -36,21 +33,21 @@ def _latents() -> pd.DataFrame:
 
 
 def test_only_chat_only_latents_with_meaningful_ratios_are_chosen() -> None:
-    assert sorted(chat_only_latents(_latents())["latent"]) == [0, 1, 2, 4, 6]
-    assert chat_only_latents(_latents(), num_latents=2)["latent"].tolist() == [2, 0]
+    assert sorted(causality_latents(_latents())["latent"]) == [0, 1, 2, 4, 6]
+    assert causality_latents(_latents(), num_latents=2)["latent"].tolist() == [2, 0]
     with pytest.raises(InputError, match="nu_r is missing"):
-        chat_only_latents(_latents().drop(columns="nu_r"))
+        causality_latents(_latents().drop(columns="nu_r"))
 
 
 def test_rankings_follow_rank_sums_and_delta_norm() -> None:
-    chosen = chat_only_latents(_latents())
+    chosen = causality_latents(_latents())
     # nu_eps ranks of 0 1 2 4 6: 3 5 1 4 2; nu_r ranks: 2 5 3 1 4; sums: 5 10 4 5 6
     assert rank_by_nu(chosen).tolist() == [2, 0, 4, 6, 1]
     assert rank_by_delta_norm(chosen).tolist() == [2, 0, 6, 1, 4]
 
 
 def _chosen() -> pd.DataFrame:
-    return candidate_latents(_latents())
+    return causality_latents(_latents())
 
 
 def test_plan_names_every_intervention_with_its_set() -> None:
@@ -69,7 +66,7 @@ def test_plan_names_every_intervention_with_its_set() -> None:
 
 
 def test_plan_without_qualifying_latents_has_empty_sets() -> None:
-    nothing = candidate_latents(_latents().query("latent == 7"))
+    nothing = causality_latents(_latents().query("latent == 7"))
     plan = plan_interventions(nothing, with_mean_difference=True)
     assert all(item.latents == () for item in plan)
     assert [item.name for item in plan][4:6] == ["mean_difference", "mean_difference_projection"]
@@ -77,10 +74,10 @@ def test_plan_without_qualifying_latents_has_empty_sets() -> None:
 
 
 def test_a_set_that_is_too_small_is_filled_by_delta_norm() -> None:
-    assert candidate_latents(_latents(), min_latents=5)["latent"].tolist() == [2, 0, 6, 1, 4]
+    assert causality_latents(_latents(), min_latents=5)["latent"].tolist() == [2, 0, 6, 1, 4]
     # latent 7 is shared but has ratios; 3 and 5 have none that mean anything
-    assert candidate_latents(_latents(), min_latents=8)["latent"].tolist() == [2, 0, 6, 1, 4, 7]
-    assert candidate_latents(_latents(), num_latents=2, min_latents=1)["latent"].tolist() == [2, 0]
+    assert causality_latents(_latents(), min_latents=8)["latent"].tolist() == [2, 0, 6, 1, 4, 7]
+    assert causality_latents(_latents(), num_latents=2, min_latents=1)["latent"].tolist() == [2, 0]
 
 
 def test_curves_add_latents_in_powers_of_two_and_end_in_the_same_set() -> None:

@@ -3,12 +3,13 @@ import pandas as pd
 import pytest
 import torch
 
+from pipeline.analyses.activation_statistics import ActivationStatistics
 from pipeline.analyses.latent_scaling import LatentScaling
+from pipeline.analyses.latent_sets import latents_with
 from pipeline.analyses.ownership import ownership_table
 from pipeline.analyses.rows import analyse, row_batch
-from pipeline.analyses.templates import Templates
 from pipeline.analyses.twins import Twins
-from pipeline.analyses.verdict import artifact_frac, latent_table, latents_with, verdict_counts, with_twins
+from pipeline.analyses.verdict import artifact_frac, latent_table, verdict_counts, with_twins
 from pipeline.errors import InputError
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.schema import BETA_COLUMNS, LATENT_COLUMNS, Ownership, Verdict
@@ -206,7 +207,7 @@ def test_planted_concepts_get_the_verdict_that_made_them() -> None:
     crosscoder, rows = _planted_world(0)
     analyses = {
         "scaling": LatentScaling(crosscoder, num_resamples=200),
-        "templates": Templates(num_latents=6, corpora=("all",)),
+        "templates": ActivationStatistics(num_latents=6, corpora=("all",)),
         "twins": Twins(W_dec_FMD=crosscoder.W_dec_FMD),
     }
     sums = analyse(analyses, [row_batch(crosscoder, rows)])

@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.analyses.activation_statistics import ActivationStatistics
 from pipeline.analyses.controls import false_calls_row, random_row, stated_row
 from pipeline.analyses.examples import Examples, contexts
 from pipeline.analyses.fidelity import Fidelity
 from pipeline.analyses.latent_scaling import LatentScaling
+from pipeline.analyses.latent_sets import latents_with
 from pipeline.analyses.ownership import chat_only_latents, delta_norm, ownership_table
 from pipeline.analyses.planted import MeanDifference, Planted
 from pipeline.analyses.rows import analyse
-from pipeline.analyses.templates import Templates
 from pipeline.analyses.twins import Twins
-from pipeline.analyses.verdict import latent_table, latents_with, verdict_counts, with_twins
+from pipeline.analyses.verdict import latent_table, verdict_counts, with_twins
 from pipeline.schema import LATENT_COLUMNS, Verdict
 
 
@@ -31,7 +32,7 @@ def test_a_pair_without_a_difference_gives_shared_and_dead_latents_and_no_number
     analyses = {
         "fidelity": Fidelity(activation_dim=6, num_latents=12),
         "scaling": LatentScaling(crosscoder, num_resamples=100),
-        "templates": Templates(num_latents=12, corpora=("web", "chat")),
+        "templates": ActivationStatistics(num_latents=12, corpora=("web", "chat")),
         "twins": Twins(W_dec_FMD=crosscoder.W_dec_FMD),
         "examples": Examples(num_latents=12, num_contexts=2, corpora=("web", "chat")),
         "mean_difference": MeanDifference(activation_dim=6, chat_corpora=(1,), first_tokens=4),

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
+from pipeline.analyses.activation_statistics import ActivationStatistics
 from pipeline.analyses.examples import Examples
 from pipeline.analyses.fidelity import Fidelity
 from pipeline.analyses.latent_scaling import LatentScaling
@@ -21,7 +22,6 @@ from pipeline.analyses.rows import (
     sums_from_bytes,
     sums_to_bytes,
 )
-from pipeline.analyses.templates import Templates
 from pipeline.analyses.twins import Twins
 from pipeline.errors import InputError
 
@@ -33,7 +33,7 @@ def _all_analyses(crosscoder: object) -> dict[str, RowAnalysis]:
     return {
         "fidelity": Fidelity(activation_dim=activation_dim, num_latents=num_latents),
         "scaling": LatentScaling(crosscoder, num_resamples=50),  # type: ignore[arg-type]
-        "templates": Templates(num_latents=num_latents, corpora=corpora),
+        "templates": ActivationStatistics(num_latents=num_latents, corpora=corpora),
         "examples": Examples(num_latents=num_latents, num_contexts=3, num_sampled=4, corpora=corpora),
         "planted": Planted(
             num_latents=num_latents,

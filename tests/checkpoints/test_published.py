@@ -12,11 +12,11 @@ from fabricated import D, F, M, norm_tensors, old_config, published_tensors, top
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.checkpoints.conversion import load_crosscoder
 from pipeline.checkpoints.export import sort_header
 from pipeline.checkpoints.layouts import PublishedCrosscoder
 from pipeline.checkpoints.published import choose_weights, read_published
 from pipeline.errors import InputError
+from pipeline.numerics.crosscoder import Crosscoder
 
 
 def assert_same_weights(checkpoint: PublishedCrosscoder, tensors: dict[str, Tensor]) -> None:
@@ -176,7 +176,7 @@ def test_scaled_layout_without_scales_says_what_it_expects(tmp_path: Path, caplo
     checkpoint = read_published(write_scaled(tmp_path / "a"))
     assert checkpoint.is_scale_unknown
     assert checkpoint.norm is None
-    load_crosscoder(tmp_path / "a")
+    Crosscoder.from_pretrained(tmp_path / "a")
     assert "mean norm sqrt(D) = 2.2" in caplog.text
 
 

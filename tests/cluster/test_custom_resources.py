@@ -7,12 +7,12 @@ from clusters import Nodes
 from runs import Finished, copied, run_file, start, wait_for
 
 from pipeline.cluster import connect as cluster
+from pipeline.cluster.pools import Pool, run_pool
 from pipeline.config.resources import ExtractionResources, TrainingResources, WorkersSection
 from pipeline.config.run_file import load
 from pipeline.errors import InputError
 from pipeline.planning.estimate import estimate_text
 from pipeline.run.runner import inspect
-from pipeline.stages.base import Pool, run_pool
 from pipeline.storage.filesystem import Storage
 
 CUSTOM = {"tokens": {"tokenise": 1}, "extraction": {"extract": 1}, "training": {"train": 0.5}}

@@ -20,7 +20,7 @@ from servers import free_port
 from pipeline.cluster.jobs import Jobs, pack
 from pipeline.config.run_file import load
 from pipeline.errors import InputError
-from pipeline.stages.crosscoder import CURVES_NAME
+from pipeline.stages.finished_crosscoder import CURVES_NAME
 from pipeline.storage.filesystem import Storage
 
 ROOT = Path(__file__).parent.parent.parent

@@ -76,16 +76,16 @@ def test_every_field_of_every_section_is_documented() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "expected"),
+    ("path", "value", "named"),
     [
-        ("crosscoders.0.num_latent", 64, "crosscoders.0.num_latent: unknown key; did you mean 'num_latents'?"),
-        ("crosscoders.0.sparsity.muu", 1, "crosscoders.0.sparsity.muu: unknown key; did you mean 'mu'?"),
-        ("trainin", {}, "trainin: unknown key; did you mean 'training'?"),
-        ("activations.layer", "two", "activations.layer: input should be a valid integer"),
-        ("activations.layer", 0, "activations.layer: input should be greater than 0, got 0"),
-        ("activations", None, "activations: expected a value, got none"),
-        ("crosscoders.1.sparsity.k", 65, "expected 1 <= k <= num_latents = 64 for batch_topk, got k=65"),
-        ("crosscoders.1.sparsity.k_start", 65, "expected 1 <= k_start <= num_latents = 64 for batch_topk"),
+        ("crosscoders.0.num_latent", 64, ["crosscoders.0.num_latent:", "'num_latents'"]),
+        ("crosscoders.0.sparsity.muu", 1, ["crosscoders.0.sparsity.muu:", "'mu'"]),
+        ("trainin", {}, ["trainin:", "'training'"]),
+        ("activations.layer", "two", ["activations.layer:", "'two'"]),
+        ("activations.layer", 0, ["activations.layer:", "got 0"]),
+        ("activations", None, ["activations:", "none"]),
+        ("crosscoders.1.sparsity.k", 65, ["1 <= k <= num_latents = 64", "batch_topk", "k=65"]),
+        ("crosscoders.1.sparsity.k_start", 65, ["1 <= k_start <= num_latents = 64", "batch_topk", "k_start=65"]),
         (
             "crosscoders",
             [
@@ -97,48 +97,48 @@ def test_every_field_of_every_section_is_documented() -> None:
                     "dedicated_frac": 0.1,
                 }
             ],
-            "crosscoder 'a': expected dedicated_frac = 0 and a code_weight other than decoupled",
+            ["crosscoder 'a':", "dedicated_frac", "code_weight", "0.1"],
         ),
-        ("crosscoders.1.expansion", 4, "expected exactly one of num_latents and expansion"),
-        ("crosscoders.1.name", "l1", "crosscoders: expected distinct names, got ['l1', 'l1']"),
-        ("crosscoders.0.sparsity", {"kind": "l2"}, "'l2'"),
-        ("crosscoders.0.sparsity.mu", -1, "crosscoders.0.sparsity.mu: input should be greater than or equal to 0"),
-        ("organism", None, "organism: expected a section"),
-        ("resources", {"training": {"data": 3}}, "training.batch_rows: expected a multiple of"),
+        ("crosscoders.1.expansion", 4, ["num_latents=64", "expansion=4"]),
+        ("crosscoders.1.name", "l1", ["crosscoders:", "['l1', 'l1']"]),
+        ("crosscoders.0.sparsity", {"kind": "l2"}, ["crosscoders.0.sparsity", "'l2'"]),
+        ("crosscoders.0.sparsity.mu", -1, ["crosscoders.0.sparsity.mu:", "got -1"]),
+        ("organism", None, ["organism:"]),
+        ("resources", {"training": {"data": 3}}, ["training.batch_rows:", "multiple of 3", "got 64"]),
         (
             "resources",
             {"training": {"data": 4, "min_data": 2}},
-            "expected a multiple of 3, since resources.training asks",
+            ["training.batch_rows:", "multiple of 3", "resources.training", "got 64"],
         ),
         (
             "resources",
             {"training": {"data": 1, "min_data": 2}},
-            "resources.training.min_data: expected at most data = 1",
+            ["resources.training.min_data:", "data = 1", "got 2"],
         ),
         (
             "resources",
             {"training": {"data": 2, "min_data": 1, "latent": 2}},
-            "resources.training.min_data: expected latent = 1",
+            ["resources.training.min_data:", "latent = 2", "mode = store"],
         ),
         (
             "resources",
             {"extraction": {"custom": {"GPU": 1}}},
-            "resources.extraction.custom: expected names that the cluster's nodes were given, such as extract, got",
+            ["resources.extraction.custom:", "'GPU'"],
         ),
         (
             "resources",
             {"training": {"custom": {"train": 0}}},
-            "resources.training.custom.train: input should be greater than or equal to 0.0001, got 0",
+            ["resources.training.custom.train:", "0.0001", "got 0"],
         ),
-        ("training.num_rows", 10, "training.num_rows: expected at least one batch"),
-        ("corpus.sources", [], "corpus.sources"),
-        ("name", "a/b", "name: string should match"),
+        ("training.num_rows", 10, ["training.num_rows:", "training.batch_rows = 64", "got 10"]),
+        ("corpus.sources", [], ["corpus.sources:", "[]"]),
+        ("name", "a/b", ["name:", "'a/b'"]),
     ],
 )
-def test_a_wrong_value_is_named_in_one_line(tmp_path: Path, path: str, value: Any, expected: str) -> None:
+def test_a_wrong_value_is_named_in_one_line(tmp_path: Path, path: str, value: Any, named: list[str]) -> None:
     with pytest.raises(InputError) as error:
         load(write(tmp_path, changed(path, value)))
-    assert expected in str(error.value)
+    assert [part for part in named if part not in str(error.value)] == []
     assert "\n" not in str(error.value)
 
 
@@ -153,21 +153,19 @@ def test_a_wrong_value_is_named_in_one_line(tmp_path: Path, path: str, value: An
     ],
 )
 def test_a_secret_in_the_run_file_is_refused_and_not_repeated(tmp_path: Path, key: str, value: str) -> None:
-    with pytest.raises(InputError, match=rf"resources\.autointerp\.{key}: expected") as error:
+    with pytest.raises(InputError, match=rf"resources\.autointerp\.{key}:") as error:
         load(write(tmp_path, changed("resources", {"autointerp": {key: value}})))
     assert "hunter2" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"), [("name: [", "expected YAML"), ("- 1", "expected a mapping"), ("", "expected a mapping")]
-)
-def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, expected: str) -> None:
-    with pytest.raises(InputError, match=expected):
+@pytest.mark.parametrize(("text", "came"), [("name: [", "line 1"), ("- 1", "list"), ("", "NoneType")])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, came: str) -> None:
+    with pytest.raises(InputError, match=rf"run\.yaml: .*{came}"):
         load(write(tmp_path, text))
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="expected a run file"):
+    with pytest.raises(InputError, match=r"absent\.yaml"):
         load(tmp_path / "absent.yaml")
 
 
@@ -180,18 +178,18 @@ def test_overrides_reach_keys_that_the_file_does_not_mention_by_name_or_number(t
 
 
 @pytest.mark.parametrize(
-    ("override", "expected"),
+    ("override", "named"),
     [
-        ("training.num_row=3", "training has no 'num_row'; did you mean 'num_rows'?"),
-        ("crosscoders.l3.seed=1", "crosscoders has no 'l3'; did you mean 'l1'?"),
-        ("nonsense", "expected key=value"),
-        ("training.num_rows=many", "training.num_rows: input should be a valid integer"),
+        ("training.num_row=3", ["training ", "'num_row'", "'num_rows'"]),
+        ("crosscoders.l3.seed=1", ["crosscoders ", "'l3'", "'l1'"]),
+        ("nonsense", ["--set", "'nonsense'"]),
+        ("training.num_rows=many", ["training.num_rows:", "'many'"]),
     ],
 )
-def test_wrong_overrides_are_refused(tmp_path: Path, override: str, expected: str) -> None:
+def test_wrong_overrides_are_refused(tmp_path: Path, override: str, named: list[str]) -> None:
     with pytest.raises(InputError) as error:
         load(write(tmp_path, minimal()), [override])
-    assert expected in str(error.value)
+    assert [part for part in named if part not in str(error.value)] == []
 
 
 def test_precedence_is_default_then_file_then_override(tmp_path: Path) -> None:
@@ -229,7 +227,7 @@ def test_a_preset_can_be_overridden_and_turned_off(tmp_path: Path) -> None:
     assert load(path, ["preset=gemma-2"]).activations.drop_first_tokens == 0
     assert load(path, ["preset=null"]).activations.drop_first_tokens == 0
     assert load(write(tmp_path, real_pair()), ["preset=llama-3.2"]).activations.drop_first_tokens == 25
-    with pytest.raises(InputError, match=r"preset: input should be 'gemma-2', .*got 'gemma'"):
+    with pytest.raises(InputError, match=r"preset: .*'gemma-2'.*got 'gemma'"):
         load(path, ["preset=gemma"])
 
 
@@ -243,7 +241,7 @@ def test_every_preset_is_valid_and_leaves_its_name_out_of_identities(tmp_path: P
 
 
 def test_a_preset_does_not_hide_a_broken_section(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="activations: input should be"):
+    with pytest.raises(InputError, match=r"activations: .*got 'none'"):
         load(write(tmp_path, {**real_pair(), "preset": "gemma-2", "activations": "none"}))
 
 
@@ -261,6 +259,7 @@ def test_a_model_without_kind_is_a_pretrained_one(tmp_path: Path) -> None:
 
 def test_sections_are_frozen_and_survive_json() -> None:
     config = RunConfig.model_validate(minimal())
-    with pytest.raises(pydantic.ValidationError, match="frozen"):
+    with pytest.raises(pydantic.ValidationError) as error:
         config.name = "other"  # type: ignore[misc]
+    assert error.value.errors()[0]["type"] == "frozen_instance"
     assert RunConfig.model_validate(config.model_dump(mode="json")) == config

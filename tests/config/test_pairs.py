@@ -66,8 +66,8 @@ def test_a_pair_is_planned_and_fits_its_hardware(name: str, tmp_path: Path) -> N
     assert config.activations.layer <= shape.layers
     storage = Storage(config.storage.root)
     predicted = estimate(config, inspect(config, storage), storage, gpu="H100")
-    assert predicted.reading is not None and predicted.training_bytes_per_rank is not None
-    assert 0.9 * 102e6 < predicted.reading.num_tokens <= 102e6
+    assert predicted.data is not None and predicted.training_bytes_per_rank is not None
+    assert 0.9 * 102e6 < predicted.data.num_tokens <= 102e6
     per_row = 2 * 2 * shape.width
     assert predicted.num_bytes is not None and predicted.num_bytes <= 1.02 * 102e6 * per_row
     if config.activations.mode == "stream":

@@ -1,4 +1,4 @@
-"""Poisonous documents stand alone in the end, the others give the rows that they would have given without them."""
+"""Documents that cannot be run are found, and the others give the rows that they would have given without them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 
 from pipeline.errors import InputError
 from pipeline.extraction.activations import ActivationRows
-from pipeline.extraction.quarantine import Screened, extract_screened
+from pipeline.extraction.quarantine import QuarantineResult, extract_with_quarantine
 
 CRASHES, INFINITE = 90, 91
 
@@ -48,37 +48,37 @@ def documents(*poison: tuple[int, int]) -> dict[str, list[Any]]:
     return {"doc_id": [100 + p for p in range(16)], "input_ids": list(ids), "flags": [np.zeros(5, np.int32)] * 16}
 
 
-def screen(columns: Mapping[str, Sequence[Any]], max_rejected: int = 16) -> tuple[Screened, Extraction]:
+def quarantine(columns: Mapping[str, Sequence[Any]], max_quarantined: int = 16) -> tuple[QuarantineResult, Extraction]:
     extraction = Extraction()
-    return extract_screened(extraction, columns, vocab_size=100, max_rejected=max_rejected), extraction
+    return extract_with_quarantine(extraction, columns, vocab_size=100, max_quarantined=max_quarantined), extraction
 
 
 def test_good_documents_are_run_once() -> None:
-    screened, extraction = screen(documents())
+    result, extraction = quarantine(documents())
     assert extraction.num_documents == [16]
-    assert screened.rejected == ()
+    assert result.quarantined == ()
 
 
 @pytest.mark.parametrize("poison", [CRASHES, INFINITE, 100, -1])
 @pytest.mark.parametrize("places", [(0,), (15,), (3, 4), (0, 7, 8, 15), tuple(range(16))])
-def test_exactly_the_poisonous_documents_are_set_aside(poison: int, places: tuple[int, ...]) -> None:
+def test_exactly_the_poisonous_documents_are_quarantined(poison: int, places: tuple[int, ...]) -> None:
     columns = documents(*((place, poison) for place in places))
-    screened, _ = screen(columns)
-    assert [item.doc_id for item in screened.rejected] == [100 + place for place in places]
+    result, _ = quarantine(columns)
+    assert [item.doc_id for item in result.quarantined] == [100 + place for place in places]
     rest = [place for place in range(16) if place not in places]
     alone = Extraction()({name: [column[place] for place in rest] for name, column in columns.items()})
-    assert all(torch.equal(ours, one) for ours, one in zip(screened.rows[:5], alone[:5], strict=True))
+    assert all(torch.equal(ours, one) for ours, one in zip(result.rows[:5], alone[:5], strict=True))
 
 
 def test_one_failing_document_costs_about_two_more_runs() -> None:
-    _, extraction = screen(documents((5, CRASHES)))
+    _, extraction = quarantine(documents((5, CRASHES)))
     assert sum(extraction.num_documents) <= 4 * 16
 
 
 def test_the_reasons_say_what_happened() -> None:
     columns = documents((1, CRASHES), (2, INFINITE), (3, 100))
     columns["input_ids"][4] = None
-    reasons = {item.doc_id: item.reason for item in screen(columns)[0].rejected}
+    reasons = {item.doc_id: item.reason for item in quarantine(columns)[0].quarantined}
     assert reasons == {
         101: "the forward pass failed: RuntimeError: a kernel refused this document",
         102: "NaN or Inf in 1 of 5 rows, first at position 2",
@@ -89,9 +89,9 @@ def test_the_reasons_say_what_happened() -> None:
 
 def test_more_than_allowed_are_refused_and_named() -> None:
     columns = documents((1, CRASHES), (2, INFINITE), (3, 100), (4, CRASHES))
-    assert len(screen(columns, max_rejected=4)[0].rejected) == 4
+    assert len(quarantine(columns, max_quarantined=4)[0].quarantined) == 4
     with pytest.raises(InputError, match=r"expected at most 3 documents .* got 4 so far \(document 101: the forward"):
-        screen(columns, max_rejected=3)
+        quarantine(columns, max_quarantined=3)
 
 
 def test_a_fault_of_the_batch_is_no_documents_fault() -> None:
@@ -101,7 +101,7 @@ def test_a_fault_of_the_batch_is_no_documents_fault() -> None:
         return Extraction()(columns)
 
     with pytest.raises(InputError, match="each alone, or in smaller batches, is fine"):
-        extract_screened(extract, documents(), vocab_size=100, max_rejected=16)
+        extract_with_quarantine(extract, documents(), vocab_size=100, max_quarantined=16)
 
 
 @pytest.mark.parametrize("error", [InputError("asked for"), MemoryError(), torch.OutOfMemoryError()])
@@ -110,4 +110,4 @@ def test_what_is_not_a_documents_fault_goes_through(error: Exception) -> None:
         raise error
 
     with pytest.raises(type(error)):
-        extract_screened(extract, documents(), vocab_size=100, max_rejected=16)
+        extract_with_quarantine(extract, documents(), vocab_size=100, max_quarantined=16)

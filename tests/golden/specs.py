@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.numerics.sparsities.registry import SPARSITIES
 from pipeline.numerics.spec import CrosscoderSpec
 
 NUM_STEPS = 40
 NUM_ROWS, NUM_MODELS, DIM, NUM_LATENTS, NUM_CONCEPTS = 64, 2, 12, 48, 30
 
-_BATCH_TOPK = {
-    "kind": "batch_topk",
+_BATCH_TOPK: dict[str, Any] = {
     "k": 4,
     "k_start": 8,
     "k_anneal_steps": 10,
@@ -23,21 +23,21 @@ _BATCH_TOPK = {
     "threshold_decay": 0.9,
     "dead_after_rows": 6 * NUM_ROWS,
 }
-CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "l1": ({"kind": "l1", "mu": 0.05, "mu_warmup_steps": 10}, {"init_norm": 0.1}),
-    "batch_topk": (_BATCH_TOPK, {}),
-    "topk": ({"kind": "topk", "k": 4, "dead_after_rows": 6 * NUM_ROWS}, {}),
-    "jumprelu": ({"kind": "jumprelu", "mu": 0.01, "bandwidth": 0.1, "initial_threshold": 0.1}, {}),
-    "difference": (_BATCH_TOPK, {"inputs": "difference"}),
-    "dedicated": (_BATCH_TOPK, {"dedicated_frac": 0.125}),
-    "decoupled mse": (_BATCH_TOPK, {"code_weight": "decoupled", "reconstruction": "mse"}),
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "l1": ("l1", {"mu": 0.05, "mu_warmup_steps": 10}, {"init_norm": 0.1}),
+    "batch_topk": ("batch_topk", _BATCH_TOPK, {}),
+    "topk": ("topk", {"k": 4, "dead_after_rows": 6 * NUM_ROWS}, {}),
+    "jumprelu": ("jumprelu", {"mu": 0.01, "bandwidth": 0.1, "initial_threshold": 0.1}, {}),
+    "difference": ("batch_topk", _BATCH_TOPK, {"inputs": "difference"}),
+    "dedicated": ("batch_topk", _BATCH_TOPK, {"dedicated_frac": 0.125}),
+    "decoupled mse": ("batch_topk", _BATCH_TOPK, {"code_weight": "decoupled", "reconstruction": "mse"}),
 }
-"""The sparsity with its settings, and the other settings."""
+"""The sparsity, its settings, and the other settings."""
 
 
 def make_spec(case: str, *, dtype: str = "float32", kernels: str = "auto") -> CrosscoderSpec:
     """The spec of one case."""
-    sparsity, settings = CASES[case]
+    kind, sparsity, settings = CASES[case]
     return CrosscoderSpec(
         num_models=NUM_MODELS,
         activation_dim=DIM,
@@ -48,17 +48,9 @@ def make_spec(case: str, *, dtype: str = "float32", kernels: str = "auto") -> Cr
         lr_decay_frac=0.25,
         dtype=dtype,
         kernels=kernels,
-        **_of_sparsity(**sparsity),
+        sparsity=SPARSITIES[kind](**sparsity),
         **settings,
     )
-
-
-def _of_sparsity(kind: str, **settings: Any) -> dict[str, Any]:
-    try:
-        from pipeline.numerics.sparsities.registry import SPARSITIES
-    except ImportError:  # before every sparsity had a file of its own
-        return {"kind": kind, **settings}
-    return {"sparsity": SPARSITIES[kind](**settings)}
 
 
 def make_rows(step: int) -> torch.Tensor:

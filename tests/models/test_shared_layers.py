@@ -15,7 +15,7 @@ from pipeline.models.generation import Steering
 from pipeline.models.loading import LoadOptions, ModelSpec
 from pipeline.models.pair import ModelPair
 from pipeline.models.placement import spread_map
-from pipeline.models.prefix import modules_before_layers
+from pipeline.models.shared_layers import modules_before_layers
 from pipeline.schema import BASE, CHAT
 
 peft = pytest.importorskip("peft")

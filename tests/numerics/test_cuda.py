@@ -1,12 +1,12 @@
 """Training on a CUDA device against the CPU; skipped where there is none."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import Tensor
 
+from pipeline.numerics.sparsities.batch_topk import BatchTopK
 from pipeline.numerics.trainer import CrosscoderSpec, CrosscoderTrainer
+from tests.numerics.small import changed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,13 +18,9 @@ SPEC = CrosscoderSpec(
     activation_dim=D,
     num_latents=F,
     num_steps=30,
-    k=8,
-    mu=0.05,
+    sparsity=BatchTopK(k=8, threshold_start_step=10, threshold_decay=0.9, dead_after_rows=8 * B),
     lr=1e-3,
     lr_warmup_steps=5,
-    threshold_start_step=10,
-    threshold_decay=0.9,
-    dead_after_rows=8 * B,
 )
 
 
@@ -45,7 +41,7 @@ def train(spec: CrosscoderSpec, device: str) -> CrosscoderTrainer:
 
 @pytest.mark.parametrize("kind", ["batch_topk", "l1", "topk", "jumprelu"])
 def test_cuda_trains_what_the_cpu_trains(kind: str) -> None:
-    spec = dataclasses.replace(SPEC, kind=kind)
+    spec = changed(SPEC, kind=kind, mu=0.05)
     cpu, cuda = (train(spec, device).metrics() for device in ("cpu", "cuda"))
     assert cuda == pytest.approx(cpu, rel=1e-3, abs=1e-3)
 
@@ -53,8 +49,8 @@ def test_cuda_trains_what_the_cpu_trains(kind: str) -> None:
 @pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["batch_topk", "l1"])
 def test_lower_precision_stays_close(kind: str, precision: str) -> None:
-    exact = train(dataclasses.replace(SPEC, kind=kind), "cuda").metrics()
-    rough = train(dataclasses.replace(SPEC, kind=kind, precision=precision), "cuda").metrics()
+    exact = train(changed(SPEC, kind=kind, mu=0.05), "cuda").metrics()
+    rough = train(changed(SPEC, kind=kind, mu=0.05, precision=precision), "cuda").metrics()
     assert rough["fve"] == pytest.approx(exact["fve"], abs=0.02)
     assert rough["loss"] == pytest.approx(exact["loss"], rel=0.03)
 

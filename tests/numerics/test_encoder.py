@@ -1,7 +1,5 @@
 """Guesses of the training encoder (floors, blocks, dense or sparse) cost time at most: the result never changes."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import Tensor
@@ -10,10 +8,19 @@ from pipeline.numerics.encoder import Selected, TrainingEncoder
 from pipeline.numerics.initial import initial_parameters
 from pipeline.numerics.kernels.cpu import CpuKernels
 from pipeline.numerics.parallel import Mesh
+from pipeline.numerics.sparsities.batch_topk import BatchTopK
 from pipeline.numerics.trainer import CrosscoderSpec, CrosscoderTrainer
+from tests.numerics.small import changed
 
 SPEC = CrosscoderSpec(
-    num_models=2, activation_dim=8, num_latents=64, num_steps=20, k=3, lr=1e-2, lr_warmup_steps=2, dtype="float64"
+    num_models=2,
+    activation_dim=8,
+    num_latents=64,
+    num_steps=20,
+    sparsity=BatchTopK(k=3),
+    lr=1e-2,
+    lr_warmup_steps=2,
+    dtype="float64",
 )
 
 
@@ -24,17 +31,18 @@ def rows(seed: int, num_rows: int = 50) -> Tensor:
 def select(spec: CrosscoderSpec, floor: float | None) -> Selected:
     parameters = initial_parameters(spec, slice(0, spec.num_latents), torch.device("cpu"))
     encoder = TrainingEncoder(spec, CpuKernels(), Mesh(), torch.device("cpu"))
-    encoder._floor = floor
-    return encoder.select(parameters, rows(0).flatten(1), k=float(spec.k or 0), dead_F=None)
+    encoder.floor = floor
+    return encoder.select(parameters, rows(0).flatten(1), k=float(spec.sparsity.k or 0), dead_F=None)
 
 
 @pytest.mark.parametrize("code_weight", ["crosscoder", "decoupled"])
 @pytest.mark.parametrize("floor", [1e-9, 1.0, 5.0, 1e9])
 @pytest.mark.parametrize("block_rows", [7, 1000])
 def test_the_floor_and_the_blocks_never_change_the_selection(code_weight: str, floor: float, block_rows: int) -> None:
-    spec = dataclasses.replace(SPEC, code_weight=code_weight)
+    spec = changed(SPEC, code_weight=code_weight)
     expected = select(spec, None)
-    actual = select(dataclasses.replace(spec, block_rows=block_rows), floor)
+    actual = select(changed(spec, block_rows=block_rows), floor)
+    assert actual.smallest is not None and expected.smallest is not None
     assert torch.equal(actual.smallest, expected.smallest)
     for ours, theirs in zip(actual.encoded.codes, expected.encoded.codes, strict=True):
         if isinstance(ours, Tensor) and isinstance(theirs, Tensor) and ours.is_floating_point():
@@ -47,7 +55,7 @@ def test_the_floor_and_the_blocks_never_change_the_selection(code_weight: str, f
 def test_dense_and_sparse_steps_train_the_same_crosscoder(kind: str) -> None:
     states = []
     for cutoff in (0.0, 1.0):
-        trainer = CrosscoderTrainer(dataclasses.replace(SPEC, kind=kind, mu=0.05, block_rows=20))
+        trainer = CrosscoderTrainer(changed(SPEC, kind=kind, mu=0.05, block_rows=20))
         trainer.kernels.dense_cutoff = cutoff
         for step in range(10):
             trainer.step(rows(step))
@@ -58,10 +66,10 @@ def test_dense_and_sparse_steps_train_the_same_crosscoder(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["batch_topk", "l1"])
 def test_bfloat16_products_over_float32_weights_stay_close(kind: str) -> None:
-    spec = dataclasses.replace(SPEC, kind=kind, mu=0.05, dtype="float32")
+    spec = changed(SPEC, kind=kind, mu=0.05, dtype="float32")
     losses = []
     for precision in ("float32", "bfloat16"):
-        trainer = CrosscoderTrainer(dataclasses.replace(spec, precision=precision))
+        trainer = CrosscoderTrainer(changed(spec, precision=precision))
         for step in range(15):
             trainer.step(rows(step).float())
         losses.append(trainer.metrics()["loss"])
@@ -70,7 +78,7 @@ def test_bfloat16_products_over_float32_weights_stay_close(kind: str) -> None:
 
 
 def test_initial_weights_follow_the_seed_and_not_the_division() -> None:
-    spec = dataclasses.replace(SPEC, num_latents=2500, init_norm=0.3)
+    spec = changed(SPEC, num_latents=2500, init_norm=0.3)
     cpu = torch.device("cpu")
     whole = initial_parameters(spec, slice(0, 2500), cpu)
     parts = [initial_parameters(spec, slice(start, start + 625), cpu) for start in range(0, 2500, 625)]
@@ -79,5 +87,5 @@ def test_initial_weights_follow_the_seed_and_not_the_division() -> None:
     torch.testing.assert_close(W_dec_FMD.norm(dim=2), torch.full((2500, 2), 0.3, dtype=torch.float64))
     assert torch.equal(W_dec_FMD[:, 0], W_dec_FMD[:, 1])
     assert torch.equal(whole.W_enc_FN, whole.W_dec_FN)
-    other = initial_parameters(dataclasses.replace(spec, seed=1), slice(0, 2500), cpu)
+    other = initial_parameters(changed(spec, seed=1), slice(0, 2500), cpu)
     assert not torch.equal(other.W_dec_FN, whole.W_dec_FN)

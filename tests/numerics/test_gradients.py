@@ -11,12 +11,17 @@ import torch
 from torch import Tensor
 
 from pipeline.numerics.encoder import TrainingEncoder
-from pipeline.numerics.gradients import Encoded, Losses, Parameters, Setting, sparse_gradients
+from pipeline.numerics.gradients import Encoded, Losses, Setting, sparse_gradients
 from pipeline.numerics.gradients_dense import Block, dense_gradients, merge_losses
-from pipeline.numerics.kernels.base import choose_kernels
+from pipeline.numerics.kernels.choose import choose_kernels
 from pipeline.numerics.objective import Objective
 from pipeline.numerics.parallel import Mesh
+from pipeline.numerics.parameters import Parameters
+from pipeline.numerics.sparsities.batch_topk import BatchTopK
+from pipeline.numerics.sparsities.jumprelu import JumpRelu
+from pipeline.numerics.sparsities.l1 import L1
 from pipeline.numerics.spec import CrosscoderSpec
+from tests.numerics.small import changed
 
 B, M, D, F = 7, 2, 5, 12
 CODE_WEIGHTS = ("crosscoder", "sae", "mixed", "none", "decoupled")
@@ -64,7 +69,7 @@ def formula(
     residual_BMD = x_BMD - torch.einsum("BFM,FMD->BMD", code_BFM, W_dec_FMD) - b_dec_N.view(num_models, -1)
     norm_BM = residual_BMD.square().sum(2)
     loss = (norm_BM if objective.reconstruction == "mse" else norm_BM.sqrt()).sum() / (objective.num_rows * num_models)
-    if objective.kind == "l1":
+    if isinstance(objective.sparsity, L1):
         norm_FM = W_dec_FMD.norm(dim=2)
         w_F = {
             "crosscoder": norm_FM.sum(1),
@@ -108,15 +113,21 @@ def assert_same(actual: tuple[Tensor, Parameters], expected: tuple[Tensor, list[
 
 
 def make_spec(kind: str, num_models: int = M, **changes: object) -> CrosscoderSpec:
-    numbers: dict[str, object] = {"k": 3, "mu": 0.3, "dtype": "float64", "block_rows": 4, "num_steps": 10}
-    return CrosscoderSpec(
-        num_models=num_models, activation_dim=D, num_latents=F, kind=kind, **(numbers | changes)  # type: ignore[arg-type]
-    )  # fmt: skip
+    spec = CrosscoderSpec(
+        num_models=num_models,
+        activation_dim=D,
+        num_latents=F,
+        num_steps=10,
+        sparsity=BatchTopK(k=3),
+        dtype="float64",
+        block_rows=4,
+    )
+    return changed(spec, kind=kind, mu=0.3, **changes)
 
 
 def encode(case: Case, spec: CrosscoderSpec, dead_F: Tensor | None = None) -> Encoded:
     encoder = TrainingEncoder(spec, choose_kernels(torch.device("cpu")), Mesh(), torch.device("cpu"))
-    return encoder.select(case.parameters, case.x_BN, k=float(spec.k or 0), dead_F=dead_F).encoded
+    return encoder.select(case.parameters, case.x_BN, k=float(spec.sparsity.k or 0), dead_F=dead_F).encoded
 
 
 @pytest.mark.parametrize("kernels", ["reference", "cpu"])
@@ -131,7 +142,7 @@ def test_batch_topk_equals_autograd(code_weight: str, reconstruction: str, num_m
     codes = encoded.codes
     mask = 1.0 if codes.model_mask_PM is None else codes.model_mask_PM.double()
     keep_BFM[codes.rows_P(), codes.latents_P] = mask  # type: ignore[assignment]
-    objective = Objective("batch_topk", code_weight, reconstruction, num_rows=B)
+    objective = Objective(spec.sparsity, code_weight, reconstruction, num_rows=B)
     expected = autograd(case, objective, num_models=num_models, keep_BFM=keep_BFM)
     assert_same(run_sparse(case, encoded, objective, num_models, kernels), expected)
 
@@ -151,7 +162,7 @@ def test_auxiliary_loss_equals_autograd_and_reaches_the_encoder(num_dead: int, c
     aux_BF = (encoded.auxiliary.to_dense() > 0).double()
     assert int(aux_BF.sum(1).max()) <= min(3, num_dead)
     assert not bool(aux_BF[:, : F - num_dead].any())
-    objective = Objective("batch_topk", code_weight, "l2", num_rows=B, aux_weight=1 / 32)
+    objective = Objective(spec.sparsity, code_weight, "l2", num_rows=B, aux_weight=1 / 32)
     expected = autograd(case, objective, num_models=M, keep_BFM=keep_BFM, aux_BF=aux_BF)
     assert_same(run_sparse(case, encoded, objective, M, "cpu"), expected)
     without = run_sparse(case, encoded._replace(auxiliary=None), objective._replace(aux_weight=0), M, "cpu")
@@ -177,7 +188,7 @@ def run_dense(case: Case, objective: Objective, spec: CrosscoderSpec) -> tuple[T
 def test_l1_equals_autograd_on_both_paths(code_weight: str, num_models: int, reconstruction: str) -> None:
     case = make_case(num_models)
     spec = make_spec("l1", num_models, code_weight=code_weight)
-    objective = Objective("l1", code_weight, reconstruction, num_rows=B, penalty=0.3)
+    objective = Objective(spec.sparsity, code_weight, reconstruction, num_rows=B, penalty=0.3)
     expected = autograd(case, objective, num_models=num_models, keep_BFM=None)
     assert_same(run_sparse(case, encode(case, spec), objective, num_models, "cpu"), expected)
     assert_same(run_dense(case, objective, spec), expected)
@@ -186,7 +197,7 @@ def test_l1_equals_autograd_on_both_paths(code_weight: str, num_models: int, rec
 def test_jumprelu_follows_its_straight_through_formula_on_both_paths() -> None:
     case = make_case(with_threshold=True)
     spec = make_spec("jumprelu", bandwidth=0.5)
-    objective = Objective("jumprelu", "crosscoder", "l2", num_rows=B, penalty=0.3, bandwidth=0.5)
+    objective = Objective(JumpRelu(bandwidth=0.5), "crosscoder", "l2", num_rows=B, penalty=0.3)
     parameters = case.parameters
     assert parameters.log_threshold_F is not None
     theta_F = parameters.log_threshold_F.exp()
@@ -210,7 +221,7 @@ def test_jumprelu_follows_its_straight_through_formula_on_both_paths() -> None:
 def test_gradients_equal_finite_differences(kind: str, reconstruction: str, code_weight: str) -> None:
     case = make_case()
     spec = make_spec(kind, code_weight=code_weight)
-    objective = Objective(kind, code_weight, reconstruction, num_rows=B, penalty=0.3)
+    objective = Objective(spec.sparsity, code_weight, reconstruction, num_rows=B, penalty=0.3)
     loss, gradients = run_sparse(case, encode(case, spec), objective, M, "cpu")
     assert float(loss) > 0
     generator = torch.Generator().manual_seed(0)
@@ -233,7 +244,7 @@ def test_float32_equals_the_dense_formula_to_1e_5() -> None:
     case = make_case(dtype=torch.float32)
     encoded = encode(case, make_spec("batch_topk", dtype="float32"))
     keep_BFM = (encoded.codes.to_dense() > 0).float()[:, :, None].expand(-1, -1, M)
-    objective = Objective("batch_topk", "crosscoder", "l2", num_rows=B)
+    objective = Objective(BatchTopK(k=3), "crosscoder", "l2", num_rows=B)
     expected = autograd(case, objective, num_models=M, keep_BFM=keep_BFM)
     assert_same(run_sparse(case, encoded, objective, M, "cpu"), expected, rtol=1e-5)
 
@@ -243,7 +254,7 @@ def test_a_perfect_reconstruction_has_gradient_zero() -> None:
     x_BN = parameters.b_dec_N.expand(B, -1).contiguous()
     silent = parameters._replace(b_enc_F=torch.full((F,), -1e6, dtype=torch.float64))
     case = Case(silent, x_BN)
-    objective = Objective("batch_topk", "crosscoder", "l2", num_rows=B)
+    objective = Objective(BatchTopK(k=3), "crosscoder", "l2", num_rows=B)
     loss, gradients = run_sparse(case, encode(case, make_spec("batch_topk")), objective, M, "cpu")
     assert float(loss) == 0
     assert all(float(gradient.abs().max()) == 0 for gradient in gradients.tensors())

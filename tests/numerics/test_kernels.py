@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from pipeline.numerics.codes import SparseCodes, concatenate
-from pipeline.numerics.kernels.base import Kernels, choose_kernels, latent_order
+from pipeline.numerics.kernels.base import Kernels, latent_order
+from pipeline.numerics.kernels.choose import choose_kernels
 from pipeline.numerics.kernels.cpu import CpuKernels
 from pipeline.numerics.kernels.reference import ReferenceKernels
 

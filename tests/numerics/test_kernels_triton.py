@@ -23,8 +23,15 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", minversion=None if torch.cuda.is_available() else "3.7")
 
 from pipeline.numerics.codes import SparseCodes
-from pipeline.numerics.kernels import triton as kernels_triton
-from pipeline.numerics.kernels.base import Kernels, choose_kernels, latent_order
+from pipeline.numerics.kernels.base import Kernels, latent_order
+from pipeline.numerics.kernels.choose import choose_kernels
+from pipeline.numerics.kernels.triton import (
+    LINES_PER_LATENT_STEP,
+    LINES_PER_ROW_STEP,
+    PAIRS_PER_SUM,
+    TritonKernels,
+)
+from pipeline.numerics.sparsities.batch_topk import BatchTopK
 from pipeline.numerics.trainer import CrosscoderSpec, CrosscoderTrainer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -35,7 +42,7 @@ TOLERANCE = {F32: 1e-5, F64: 1e-12, BF16: 1.6e-2}
 
 @pytest.fixture(scope="module")
 def kernels() -> Iterator[Kernels]:
-    yield kernels_triton.TritonKernels()
+    yield TritonKernels()
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -65,7 +72,7 @@ def assert_close(came: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("width", "dtype"), [(1, F32), (7, F32), (333, F32), (333, BF16), (7, F64)])
 def test_decode_is_the_dense_product(kernels: Kernels, dtype: torch.dtype, width: int) -> None:
     codes = sparse_codes(9, 41, active=0.6)
-    assert int(codes.row_offsets.diff().max()) > kernels_triton.LINES_PER_ROW_STEP
+    assert int(codes.row_offsets.diff().max()) > LINES_PER_ROW_STEP
     W_dec_FN = random(41, width, seed=1, dtype=dtype)
     xh_BN = kernels.decode(codes, W_dec_FN)
     assert xh_BN.dtype == dtype
@@ -88,7 +95,7 @@ def test_value_gradients_are_dot_products(kernels: Kernels, dtype: torch.dtype, 
 def test_weight_gradients_are_the_dense_product(kernels: Kernels, dtype: torch.dtype, width: int) -> None:
     codes = sparse_codes(37, 11, active=0.3)
     order = latent_order(codes)
-    assert int(order.latent_offsets.diff().max()) > kernels_triton.LINES_PER_LATENT_STEP
+    assert int(order.latent_offsets.diff().max()) > LINES_PER_LATENT_STEP
     rows_BN = random(37, width, seed=1, dtype=dtype)
     out_FN = torch.full((11, width), torch.nan, device=DEVICE, dtype=torch.promote_types(dtype, torch.float32))
     kernels.weight_gradients(order, codes.values_P[order.order_P].to(dtype), rows_BN, out_FN)
@@ -112,7 +119,7 @@ def test_weight_gradients_read_stacked_tables(kernels: Kernels) -> None:
 def test_latent_sums(kernels: Kernels) -> None:
     codes = sparse_codes(300, 5, active=0.5)
     order = latent_order(codes)
-    assert int(order.latent_offsets.diff().max()) > kernels_triton.PAIRS_PER_SUM
+    assert int(order.latent_offsets.diff().max()) > PAIRS_PER_SUM
     sums_F = kernels.latent_sums(order, codes.values_P[order.order_P])
     assert_close(sums_F, codes.to_dense().double().sum(0), torch.float32)
 
@@ -250,10 +257,8 @@ def test_training_is_the_same_as_with_the_reference(code_weight: str) -> None:
         activation_dim=9,
         num_latents=40,
         num_steps=2,
-        kind="batch_topk",
-        k=4,
+        sparsity=BatchTopK(k=4, dead_after_rows=12),
         code_weight=code_weight,
-        dead_after_rows=12,
         lr_warmup_steps=0,
         kernels="triton",
     )

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from pipeline.numerics import moments, schedule
+from pipeline.numerics.code_weight import add_code_weight_gradient, code_weights, decoder_norms
 from pipeline.numerics.objective import auxiliary_loss, reconstruction_loss
 from pipeline.numerics.parallel import Mesh
-from pipeline.numerics.sparsity import add_code_weight_gradient, code_weights, decoder_norms
 
 
 def test_learning_rate_warms_up_holds_and_decays() -> None:

@@ -3,7 +3,6 @@
 All checks of the four processes run in one spawn; each rank writes what it saw, the tests compare with one process.
 """
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,9 @@ from pipeline.numerics import moments
 from pipeline.numerics.codes import SparseCodes
 from pipeline.numerics.parallel import Mesh, make_mesh
 from pipeline.numerics.selection import select_batch, select_batch_per_model, select_rows, top_of_rows
+from pipeline.numerics.sparsities.batch_topk import BatchTopK
 from pipeline.numerics.trainer import CrosscoderSpec, CrosscoderTrainer
+from tests.numerics.small import changed
 
 M, D, F, B = 2, 12, 48, 32
 NUM_STEPS = 50
@@ -26,24 +27,21 @@ SPEC = CrosscoderSpec(
     activation_dim=D,
     num_latents=F,
     num_steps=NUM_STEPS,
-    k=4,
-    k_start=8,
-    k_anneal_steps=20,
+    sparsity=BatchTopK(
+        k=4, k_start=8, k_anneal_steps=20, threshold_start_step=10, threshold_decay=0.9, dead_after_rows=10 * B
+    ),
     lr=3e-3,
     lr_warmup_steps=10,
-    threshold_start_step=10,
-    threshold_decay=0.9,
-    dead_after_rows=10 * B,
 )
 SPECS = {
     "batch_topk": SPEC,
-    "decoupled": dataclasses.replace(SPEC, code_weight="decoupled", dtype="float64"),
-    "mixed mse": dataclasses.replace(SPEC, code_weight="mixed", reconstruction="mse", dtype="float64", block_rows=3),
-    "topk": dataclasses.replace(SPEC, kind="topk", dtype="float64", dead_after_rows=2 * B),
-    "l1": dataclasses.replace(SPEC, kind="l1", mu=0.05, code_weight="sae", dtype="float64"),
-    "difference": dataclasses.replace(SPEC, inputs="difference", dtype="float64", dead_after_rows=2 * B),
-    "dedicated": dataclasses.replace(SPEC, dedicated_frac=0.3, dtype="float64", dead_after_rows=2 * B),
-    "jumprelu": dataclasses.replace(SPEC, kind="jumprelu", mu=0.02, bandwidth=0.1, dtype="float64"),
+    "decoupled": changed(SPEC, code_weight="decoupled", dtype="float64"),
+    "mixed mse": changed(SPEC, code_weight="mixed", reconstruction="mse", dtype="float64", block_rows=3),
+    "topk": changed(SPEC, kind="topk", dtype="float64", dead_after_rows=2 * B),
+    "l1": changed(SPEC, kind="l1", mu=0.05, code_weight="sae", dtype="float64"),
+    "difference": changed(SPEC, inputs="difference", dtype="float64", dead_after_rows=2 * B),
+    "dedicated": changed(SPEC, dedicated_frac=0.3, dtype="float64", dead_after_rows=2 * B),
+    "jumprelu": changed(SPEC, kind="jumprelu", mu=0.02, bandwidth=0.1, dtype="float64"),
 }
 LAYOUTS = {"data 4": (4, 1), "latent 4": (1, 4), "data 2 latent 2": (2, 2), "data 2": (2, 1), "latent 2": (1, 2)}
 
@@ -228,7 +226,7 @@ def test_training_does_not_depend_on_the_mesh(
             torch.testing.assert_close(ours / scale, torch.as_tensor(value) / scale, rtol=tolerance, atol=tolerance)
         assert torch.equal(run["codes"]["latents_P"], expected["codes"]["latents_P"])
         assert torch.equal(run["codes"]["row_offsets"], expected["codes"]["row_offsets"])
-    assert any(curve["loss_auxiliary"] > 0 for curve in expected["curves"]) or SPECS[name].kind in ("l1", "jumprelu")
+    assert any(curve["loss_auxiliary"] > 0 for curve in expected["curves"]) or SPECS[name].sparsity.aux_weight == 0
 
 
 @each_layout

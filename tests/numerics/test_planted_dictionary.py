@@ -5,14 +5,15 @@ the rows to 0.05%. Frequent means 1% or more. Delta_norm: 1 = chat-only, 0 = bas
 has at half strength has Delta_norm 0.75.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from pipeline.numerics.sparsities.batch_topk import BatchTopK
 from pipeline.numerics.trainer import CrosscoderSpec, CrosscoderTrainer
+from tests.numerics.small import changed
 
 C, M, D, F, B = 64, 2, 32, 128, 512
 SHARED, CHAT_ONLY, BASE_ONLY, HALF = range(4)
@@ -22,24 +23,19 @@ SPEC = CrosscoderSpec(
     activation_dim=D,
     num_latents=F,
     num_steps=400,
-    k=2,
+    sparsity=BatchTopK(k=2, threshold_start_step=200, threshold_decay=0.98, dead_after_rows=50 * B),
     lr=1e-2,
     lr_warmup_steps=20,
     lr_decay_frac=0.3,
-    threshold_start_step=200,
-    threshold_decay=0.98,
-    dead_after_rows=50 * B,
 )
 SPECS = {
     "batch_topk": SPEC,
-    "batch_topk annealed, mse, sae weight": dataclasses.replace(
+    "batch_topk annealed, mse, sae weight": changed(
         SPEC, k_start=10, k_anneal_steps=100, reconstruction="mse", code_weight="sae"
     ),
-    "topk": dataclasses.replace(SPEC, kind="topk", k=3),
-    "l1": dataclasses.replace(SPEC, kind="l1", mu=0.1, mu_warmup_steps=100, init_norm=0.1),
-    "jumprelu": dataclasses.replace(
-        SPEC, kind="jumprelu", mu=0.02, mu_warmup_steps=100, bandwidth=0.5, initial_threshold=0.1
-    ),
+    "topk": changed(SPEC, kind="topk", k=3),
+    "l1": changed(SPEC, kind="l1", mu=0.1, mu_warmup_steps=100, init_norm=0.1),
+    "jumprelu": changed(SPEC, kind="jumprelu", mu=0.02, mu_warmup_steps=100, bandwidth=0.5, initial_threshold=0.1),
 }
 
 

@@ -1,6 +1,5 @@
 """Difference dictionaries and dedicated latents: what is trained, what stays 0, what is published."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -8,13 +7,13 @@ import torch
 
 from pipeline.numerics.crosscoder import Crosscoder, Normalisation
 from pipeline.numerics.parallel import Mesh
-from pipeline.numerics.recipes import fixed_rows, reads_difference, seen
+from pipeline.numerics.recipes import fitted_activations, fixed_rows, reads_difference
 from pipeline.numerics.trainer import CrosscoderSpec, CrosscoderTrainer
-from tests.numerics.small import B, D, F, M, make_spec, rows
+from tests.numerics.small import B, D, F, M, changed, make_spec, rows
 
 SPEC = make_spec(dead_after_rows=3 * B)
-DIFFERENCE = dataclasses.replace(SPEC, inputs="difference")
-DEDICATED = dataclasses.replace(SPEC, dedicated_frac=0.25)
+DIFFERENCE = changed(SPEC, inputs="difference")
+DEDICATED = changed(SPEC, dedicated_frac=0.25)
 CHAT_ONLY, BASE_ONLY, FREE = slice(0, 8), slice(8, 16), slice(16, F)
 KINDS = {
     "batch_topk": {},
@@ -27,26 +26,28 @@ KINDS = {
 def train(spec: CrosscoderSpec, num_steps: int = 12, inputs: str = "both") -> CrosscoderTrainer:
     """inputs: what the rows given are; the trainer itself does as the spec says."""
     trainer = CrosscoderTrainer(spec)
-    trainer.initialise(seen(rows(0), inputs))
+    trainer.initialise(fitted_activations(rows(0), inputs))
     for step in range(num_steps):
-        trainer.step(seen(rows(step), inputs))
+        trainer.step(fitted_activations(rows(step), inputs))
     return trainer
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_difference_dictionary_is_the_one_model_dictionary_of_the_difference(kind: str) -> None:
-    spec = dataclasses.replace(DIFFERENCE, **KINDS[kind])
+    spec = changed(DIFFERENCE, **KINDS[kind])
     ours = train(spec)
-    plain = train(dataclasses.replace(spec, inputs="both", num_models=1), inputs="difference")
+    plain = train(changed(spec, inputs="both", num_models=1), inputs="difference")
     for name, value in plain.state_dict().items():
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(ours.state_dict()[name])), name
     assert ours.metrics()["fve"] == plain.metrics()["fve"]
     x_BMD, published, single = rows(99, 200), ours.crosscoder(), plain.crosscoder()
-    codes, expected = published.encode(x_BMD), single.encode(seen(x_BMD, "difference"))
+    codes, expected = published.encode(x_BMD), single.encode(fitted_activations(x_BMD, "difference"))
     torch.testing.assert_close(codes.to_dense(), expected.to_dense(), rtol=1e-4, atol=1e-5)
     x_hat_BMD = published.decode(expected)
     torch.testing.assert_close(x_hat_BMD[:, 1:] - x_hat_BMD[:, :1], single.decode(expected))
-    assert ours.evaluate(x_BMD)["fve"] == pytest.approx(plain.evaluate(seen(x_BMD, "difference"))["fve"], abs=1e-4)
+    assert ours.evaluate(x_BMD)["fve"] == pytest.approx(
+        plain.evaluate(fitted_activations(x_BMD, "difference"))["fve"], abs=1e-4
+    )
     assert reads_difference(published) and not reads_difference(train(SPEC, 1).crosscoder())
 
 
@@ -58,16 +59,18 @@ def test_a_normalised_difference_is_published_in_raw_units() -> None:
         trainer.step(rows(step))
     x_BMD, crosscoder = rows(99), trainer.crosscoder()
     x_hat_BMD = (crosscoder(x_BMD) - normalisation.mean_MD) * normalisation.scale_M[:, None]
-    residual_BMD = seen((x_BMD - normalisation.mean_MD) * normalisation.scale_M[:, None] - x_hat_BMD, "difference")
+    residual_BMD = fitted_activations(
+        (x_BMD - normalisation.mean_MD) * normalisation.scale_M[:, None] - x_hat_BMD, "difference"
+    )
     expected = float(residual_BMD.norm(dim=2).mean())
     assert trainer.evaluate(x_BMD)["loss_reconstruction"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dedicated_latents_never_touch_the_other_model(kind: str) -> None:
-    spec = dataclasses.replace(DEDICATED, **KINDS[kind])
+    spec = changed(DEDICATED, **KINDS[kind])
     trainer = train(spec)
-    crosscoder, free = trainer.crosscoder(), train(dataclasses.replace(spec, dedicated_frac=0.0)).crosscoder()
+    crosscoder, free = trainer.crosscoder(), train(changed(spec, dedicated_frac=0.0)).crosscoder()
     for name in ("W_enc_FMD", "W_dec_FMD"):
         weights, others = getattr(crosscoder, name), getattr(free, name)
         assert not weights[CHAT_ONLY, 0].any() and not weights[BASE_ONLY, 1].any()
@@ -78,7 +81,7 @@ def test_dedicated_latents_never_touch_the_other_model(kind: str) -> None:
 
 
 def test_masked_gradients_are_those_of_a_crosscoder_without_the_other_rows() -> None:
-    spec = dataclasses.replace(DEDICATED, kind="l1", mu=0.05, clip_norm=None, dtype="float64", lr_warmup_steps=0)
+    spec = changed(DEDICATED, kind="l1", mu=0.05, clip_norm=None, dtype="float64", lr_warmup_steps=0)
     trainer = CrosscoderTrainer(spec)
     x_BMD = rows(3).double()
     parameters = trainer.state_dict()
@@ -86,7 +89,7 @@ def test_masked_gradients_are_those_of_a_crosscoder_without_the_other_rows() -> 
     f_BF = torch.relu(x_BMD.flatten(1) @ weights["W_enc_FN"].T)
     residual_BMD = x_BMD - (f_BF @ weights["W_dec_FN"]).view(B, M, D)
     norm_FM = (weights["W_dec_FN"].view(F, M, D).square().sum(2) + 1e-300).sqrt()
-    loss = residual_BMD.norm(dim=2).mean() + spec.mu * (f_BF * norm_FM.sum(1)).sum() / B
+    loss = residual_BMD.norm(dim=2).mean() + 0.05 * (f_BF * norm_FM.sum(1)).sum() / B
     loss.backward()
     trainer.step(x_BMD)
     state = trainer.state_dict()
@@ -120,7 +123,7 @@ def test_resume_is_bit_exact_and_a_saved_crosscoder_is_the_same(spec: Crosscoder
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
 def test_every_rank_fixes_its_own_part_of_the_dedicated_latents(num_ranks: int) -> None:
-    spec = dataclasses.replace(DEDICATED, num_latents=36, dedicated_frac=0.3)
+    spec = changed(DEDICATED, num_latents=36, dedicated_frac=0.3)
     whole = torch.ones(36, M * D)
     for own in fixed_rows(spec, slice(0, 36)):
         whole[own.latents, own.columns] = 0
@@ -144,7 +147,7 @@ def test_a_state_with_numbers_in_fixed_rows_is_refused() -> None:
     ("changes", "message"),
     [
         ({"inputs": "chat"}, "inputs to be one of both, difference, got 'chat'"),
-        ({"dedicated_frac": 0.6}, r"dedicated_frac in \[0, 0.5\], got 0.6"),
+        ({"dedicated_frac": 0.6}, "dedicated_frac .*got 0.6"),
         ({"inputs": "difference", "num_models": 3}, "got 3"),
         ({"inputs": "difference", "code_weight": "decoupled"}, "got 0.0 and 'decoupled'"),
         ({"inputs": "difference", "dedicated_frac": 0.1}, "got 0.1 and 'crosscoder'"),
@@ -153,4 +156,4 @@ def test_a_state_with_numbers_in_fixed_rows_is_refused() -> None:
 )
 def test_recipes_that_make_no_sense_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(SPEC, **changes)  # type: ignore[arg-type]
+        changed(SPEC, **changes)

@@ -13,7 +13,6 @@ import pandas as pd
 import pytest
 
 from pipeline import schema
-from pipeline.analyses import control_columns as schema_controls
 from pipeline.report.data import (
     CrosscoderReport,
     LineageRow,
@@ -223,7 +222,7 @@ def control_table(name: str, num_specific: int) -> pd.DataFrame:
             f"matched with {other}",
         ),
     ]
-    return pd.DataFrame(rows, columns=[column.name for column in schema_controls.CONTROL_COLUMNS])
+    return pd.DataFrame(rows, columns=[column.name for column in schema.CONTROL_COLUMNS])
 
 
 def seed_table(name: str, latents: list[int]) -> pd.DataFrame:
@@ -238,7 +237,7 @@ def seed_table(name: str, latents: list[int]) -> pd.DataFrame:
         )
         for index, latent in enumerate(latents)
     ]
-    return pd.DataFrame(rows, columns=[column.name for column in schema_controls.SEED_COLUMNS])
+    return pd.DataFrame(rows, columns=[column.name for column in schema.SEED_COLUMNS])
 
 
 def steering_table(latents: list[int], strength: float, seed: int) -> pd.DataFrame:

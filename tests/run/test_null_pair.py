@@ -7,10 +7,9 @@ import pandas as pd
 import pytest
 from runs import TINY, Finished, copied, run_file
 
-from pipeline.analyses.control_columns import Control
 from pipeline.config.run_file import load
 from pipeline.run import runner
-from pipeline.schema import Verdict
+from pipeline.schema import Control, Verdict
 from pipeline.storage.filesystem import Storage
 from pipeline.terminal import SilentReporter
 from pipeline.tracking.tracker import RecordingTracker

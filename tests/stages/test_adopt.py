@@ -8,16 +8,18 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from runs import Finished, Unwatched, copied, run_file
+from runs import Finished, copied, run_file
 from safetensors.torch import load_file, save_file
 
 from pipeline.config.crosscoder import AdoptedCrosscoderSection
 from pipeline.config.run_file import load
 from pipeline.errors import InputError
 from pipeline.run import runner
+from pipeline.run.flow import build_flow
+from pipeline.run.runner import Unlogged
 from pipeline.stages import adopt
-from pipeline.stages.base import Context
-from pipeline.stages.crosscoder import fitted
+from pipeline.stages.finished_crosscoder import open_crosscoder
+from pipeline.stages.step import StageContext
 from pipeline.storage.filesystem import Storage
 from pipeline.terminal import SilentReporter
 from pipeline.tracking.tracker import RecordingTracker
@@ -29,7 +31,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 def published(finished: Finished, tmp_path: Path) -> Path:
     """The finished run's BatchTopK crosscoder as a stranger would publish it: weights and settings, nothing else."""
     folder = tmp_path / "published"
-    with fitted(finished.storage, finished.states["crosscoder batch_topk"].step.key.folder) as crosscoder:
+    with open_crosscoder(finished.storage, finished.states["crosscoder batch_topk"].step.key.folder) as crosscoder:
         crosscoder.save_pretrained(folder)
     return folder
 
@@ -150,7 +152,7 @@ def test_a_folder_without_weights_or_with_half_of_them_is_refused_when_planned(
         runner.inspect(load(adopting(tmp_path, finished.root, tmp_path / "absent")), finished.storage)
     save_file({name: value for name, value in tensors.items() if name != "encoder.bias"}, weights)
     with pytest.raises(InputError, match=r"crosscoder 'theirs': source: .*encoder\.bias is missing"):
-        adopt.read(AdoptedCrosscoderSection(kind="adopted", name="theirs", source=str(published)), 32)
+        adopt.read_checkpoint(AdoptedCrosscoderSection(kind="adopted", name="theirs", source=str(published)), 32)
 
 
 def test_a_crosscoder_of_other_rows_is_adopted_with_a_warning(published: Path, rows_only: Path, tmp_path: Path) -> None:
@@ -159,9 +161,9 @@ def test_a_crosscoder_of_other_rows_is_adopted_with_a_warning(published: Path, r
     save_file(tensors, published / "model.safetensors")
     storage = Storage(str(rows_only))
     config = load(adopting(tmp_path, rows_only, published))
-    (step,) = [state.step for state in runner.inspect(config, storage) if state.step.key.stage == "crosscoder"]
+    (own,) = build_flow(config).crosscoders
     reporter = SilentReporter()
-    adopt.run([step], Context(storage, config.resources, reporter, Unwatched(), config.name, 1))
+    adopt.run([own.crosscoder], StageContext(storage, config.resources, reporter, Unlogged(), config.name, 1))
     (line,) = reporter.messages
     assert line.startswith("crosscoder theirs: explains -")
     assert "less than the mean row would: it belongs to another layer, pair or scale" in line

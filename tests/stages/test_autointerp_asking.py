@@ -13,7 +13,7 @@ import pytest
 from runs import Finished, command, environment, run_file
 from talker import Reply, Request, Talker, chat_reply, honest, talking
 
-from pipeline.analyses.autointerp import Case, Context, Interpretation, interpretation_table
+from pipeline.analyses.autointerp import Interpretation, InterpTask, TokenWindow, interpretation_table
 from pipeline.config.run_file import load
 from pipeline.errors import CrossrayError, InputError
 from pipeline.models.endpoint import Endpoint, EndpointOptions
@@ -33,18 +33,18 @@ def talker() -> Iterator[Talker]:
         yield server
 
 
-def case(latent: int, *, hidden: int = 0) -> Case:
+def case(latent: int, *, hidden: int = 0) -> InterpTask:
     """A latent that fires on its own word; in `hidden` of the six contexts held out it fires without that word."""
     word = f" word{latent}"
     fitting = ("some", word, " text")
-    active = [Context(10 + i, "web", fitting, (0.0, 3.0 - i / 10, 0.0)) for i in range(12)]
-    judged = [Context(90 + i, "web", ("other",), (1.0,)) if i < hidden else active[6 + i] for i in range(6)]
-    quiet = [Context(50 + i, "web", ("other", " text"), (0.0, 0.0)) for i in range(6)]
-    return Case(latent, tuple(active[:6]), (*judged, *quiet), (True,) * 6 + (False,) * 6)
+    active = [TokenWindow(10 + i, "web", fitting, (0.0, 3.0 - i / 10, 0.0)) for i in range(12)]
+    judged = [TokenWindow(90 + i, "web", ("other",), (1.0,)) if i < hidden else active[6 + i] for i in range(6)]
+    quiet = [TokenWindow(50 + i, "web", ("other", " text"), (0.0, 0.0)) for i in range(6)]
+    return InterpTask(latent, tuple(active[:6]), (*judged, *quiet), (True,) * 6 + (False,) * 6)
 
 
 def ask(
-    talker: Talker, folder: Path, cases: list[Case], *, repeats: int = 1, per_request: int = 12, retries: int = 8
+    talker: Talker, folder: Path, cases: list[InterpTask], *, repeats: int = 1, per_request: int = 12, retries: int = 8
 ) -> dict[int, Interpretation]:
     endpoint = Endpoint(EndpointOptions(talker.url, KEY, 2.0, retries, 0.005), {"model": "m"})
     interview = Interview(endpoint, Answers(Storage(str(folder)), "answers"), per_request, repeats)
@@ -86,7 +86,9 @@ def test_faults_of_every_kind_end_in_the_same_scores(talker: Talker, tmp_path: P
 
     talker.reply = faulty
     found = ask(talker, tmp_path / "faulty", [case(latent) for latent in range(10)], per_request=5, repeats=9)
-    assert {latent: one.said for latent, one in found.items()} == {latent: one.said for latent, one in clean.items()}
+    assert {latent: one.answers for latent, one in found.items()} == {
+        latent: one.answers for latent, one in clean.items()
+    }
     assert sum(one.num_malformed for one in found.values()) > 0
 
 
@@ -105,7 +107,7 @@ def test_an_unreadable_model_is_counted_and_no_crash(talker: Talker, tmp_path: P
     found = ask(talker, tmp_path / "other", [case(1)])
     assert found[1].status == InterpStatus.EXPLAINED
     assert found[1].explanation is not None
-    assert found[1].said == ()
+    assert found[1].answers == ()
 
 
 def test_answers_are_kept_as_they_come_and_nothing_is_asked_twice(talker: Talker, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.config.analyses import CausalitySection, ExamplesSection
 from pipeline.errors import InputError
-from pipeline.stages.measurements import check_example_latents
+from pipeline.stages.examples import check_example_latents
 from pipeline.stages.steering import check_latents
 
 LATENTS = pd.DataFrame({"latent": [0, 1, 2], "max_activation": [1.5, 0.0, float("nan")]})

@@ -4,15 +4,17 @@ import dataclasses
 
 import numpy as np
 import pytest
-from runs import TINY, Finished, Unwatched, run_file
+from runs import TINY, Finished, run_file
 
-from pipeline.analyses.control_columns import CONTROL_COLUMNS, SEED_COLUMNS, Control
 from pipeline.config.run_file import load
 from pipeline.run.flow import build_flow
-from pipeline.schema import Verdict
+from pipeline.run.identities import noise_between
+from pipeline.run.runner import Unlogged
+from pipeline.schema import CONTROL_COLUMNS, LATENT_COLUMNS, SEED_COLUMNS, Control, Verdict, latent_corpus_columns
 from pipeline.stages import controls
-from pipeline.stages.base import Context
-from pipeline.storage.tables import read_table
+from pipeline.stages.latents import LATENTS_NAME
+from pipeline.stages.step import StageContext
+from pipeline.storage.tables import arrow_schema, read_table, write_frame
 from pipeline.terminal import SilentReporter
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -45,36 +47,38 @@ def test_seeds_of_one_crosscoder_and_known_nulls_are_recognised(finished: Finish
     ]
     models = {**TINY["models"], "chat": TINY["models"]["base"]}
     path = run_file(finished.folder / "..", str(finished.root), crosscoders=crosscoders, models=models)
-    steps = {step.name: step for group in build_flow(load(path)) for step in group.steps}
-    assert steps["controls a"].extra["seeds"] == ("b",)
-    assert steps["controls a"].inputs["latents b"] is steps["latents b"]
-    assert steps["controls b"].inputs["crosscoder a"] is steps["crosscoder a"]
-    assert steps["controls c"].extra["seeds"] == ()
-    assert steps["controls c"].extra["noise"] == 0.0
-    other = {step.name: step for group in build_flow(finished.config) for step in group.steps}
-    assert other["controls l1"].extra["noise"] is None
+    a, b, c = build_flow(load(path)).crosscoders
+    of_a, of_b, of_c = (own.controls.inputs for own in (a, b, c) if own.controls is not None)
+    assert of_a.other_seeds == (b.latents,)
+    assert of_a.reads()["latents b"] is b.latents
+    assert of_b.reads()["crosscoder a"] is a.crosscoder
+    assert of_c.other_seeds == ()
+    assert of_c.noise == 0.0
+    (l1, *_) = build_flow(finished.config).crosscoders
+    assert l1.controls is not None and l1.controls.inputs.noise is None
 
 
 def test_a_second_seed_and_a_null_pair_fill_their_rows(finished: Finished) -> None:
     """The step of a finished crosscoder told that its own twin is another seed: every latent finds itself."""
-    step = finished.states["controls batch_topk"].step
-    again = dataclasses.replace(
-        step,
-        key=step.key._replace(fingerprint="second"),
-        inputs={
-            **step.inputs,
-            "crosscoder twin": step.inputs["crosscoder"],
-            "latents twin": step.inputs["latents"],
-        },
-        extra={**step.extra, "seeds": ("twin",), "noise": 0.0},
-    )
+    own = build_flow(finished.config).crosscoders[1]
+    assert own.controls is not None and own.controls.name == "controls batch_topk"
     latents = finished.table("latents batch_topk", "latents.parquet")
     latents.loc[latents["frequency"] > 0, "verdict"] = Verdict.CHAT_SPECIFIC
-    context = Context(finished.storage, finished.config.resources, SilentReporter(), Unwatched(), "tiny", 1)
-    controls.publish(again, None, None, lambda _: latents, context)
-    table = read_table(finished.storage, f"{again.key.folder}/{controls.TABLE_NAME}").to_pandas().set_index("control")
-    seeds = read_table(finished.storage, f"{again.key.folder}/{controls.SEEDS_NAME}").to_pandas()
-    finished.storage.delete(again.key.folder)
+    called = dataclasses.replace(own.latents, key=own.latents.key._replace(fingerprint="called"))
+    schema = arrow_schema((*LATENT_COLUMNS, *latent_corpus_columns(["dialogues", "documents"])))
+    write_frame(finished.storage, f"{called.folder}/{LATENTS_NAME}", latents, schema)
+    twin = dataclasses.replace(called, crosscoder_name="twin")
+    again = dataclasses.replace(
+        own.controls,
+        key=own.controls.key._replace(fingerprint="second"),
+        inputs=dataclasses.replace(own.controls.inputs, latents=called, other_seeds=(twin,), noise=0.0),
+    )
+    context = StageContext(finished.storage, finished.config.resources, SilentReporter(), Unlogged(), "tiny", 1)
+    controls.publish_controls(again, None, context, started=0.0)
+    table = read_table(finished.storage, f"{again.folder}/{controls.TABLE_NAME}").to_pandas().set_index("control")
+    seeds = read_table(finished.storage, f"{again.folder}/{controls.SEEDS_NAME}").to_pandas()
+    finished.storage.delete(again.folder)
+    finished.storage.delete(called.folder)
     num_live = int((latents["frequency"] > 0).sum())
     assert table.loc["seed twin", "value"] == 1
     assert table.loc[Control.NULL_PAIR, "value"] == 1  # all live latents were called
@@ -87,7 +91,7 @@ def test_a_second_seed_and_a_null_pair_fill_their_rows(finished: Finished) -> No
 
 def test_noise_alone_between_two_models_is_told_from_everything_else() -> None:
     base = {"source": "a", "source_revision": None}
-    assert controls.noise_of(base, base) == 0.0
-    assert controls.noise_of(base, {**base, "weight_noise": 0.01, "weight_noise_seed": 3}) == 0.01
-    assert controls.noise_of(base, {**base, "adapter": "b"}) is None
-    assert controls.noise_of(base, {"source": "b", "source_revision": None}) is None
+    assert noise_between(base, base) == 0.0
+    assert noise_between(base, {**base, "weight_noise": 0.01, "weight_noise_seed": 3}) == 0.01
+    assert noise_between(base, {**base, "adapter": "b"}) is None
+    assert noise_between(base, {"source": "b", "source_revision": None}) is None

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.config.data import CorpusSection
-from pipeline.stages.corpus import ReadFile, _finish_parts
+from pipeline.stages.corpus import ReadFile, SourceFile, remove_duplicates
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.tables import read_table
 from pipeline.text.documents import Document, document_id
@@ -23,11 +23,11 @@ def read(folder: Path, files: dict[str, list[list[str]]], *, part_characters: in
             path = folder / f"{name}-{len(items)}.jsonl"
             path.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
             source["paths"].append(str(path))
-            items.append({"file": len(items), "path": str(path), "source": source})
+            items.append(SourceFile(len(items), str(path), source))
         sources.append(source)
     section = CorpusSection(sources=sources)
     worker = ReadFile(storage, "corpus/x", 0.5, part_characters)
-    counts = _finish_parts(storage, "corpus/x", [worker(item) for item in items], section)
+    counts = remove_duplicates(storage, "corpus/x", [worker(item) for item in items], section)
     tables = [read_table(storage, f"corpus/x/{part}").to_pandas() for part in counts["parts"]]
     return counts, [(name, text) for table in tables for name, text in zip(table["corpus"], table["text"], strict=True)]
 

@@ -15,11 +15,11 @@ import pytest
 from runs import Finished, checksums, copied, make, mounted, run_file
 from safetensors.torch import load_file, save_file
 
+from pipeline.cluster.pools import Pool, run_pool
 from pipeline.config.resources import ExtractionResources
 from pipeline.config.run_file import RunConfig, load
 from pipeline.errors import CrossrayError, InputError
 from pipeline.schema import Split
-from pipeline.stages.base import Pool, run_pool
 from pipeline.storage.activation_store import ActivationStore
 
 pytestmark = [pytest.mark.ray]

@@ -14,7 +14,8 @@ from pipeline.errors import InputError
 from pipeline.models.decoder import SplitDecoder
 from pipeline.schema import BASE, CHAT
 from pipeline.stages.extractor import Extractor
-from pipeline.stages.models import Loading, locate, worker_devices
+from pipeline.stages.locations import Loading, ModelPairLocation, locate
+from pipeline.stages.models import worker_devices
 from pipeline.stages.tokens import INDEX_NAME, INDEX_SCHEMA
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.tables import TOKEN_SCHEMA, write_table
@@ -46,12 +47,12 @@ def extractor(tmp_path: Path) -> Extractor:
     )
     index = {**common, "num_tokens": list(LENGTHS), "part": ["part.parquet"] * 4, "row": list(range(4))}
     write_table(storage, f"t/{INDEX_NAME}", index, INDEX_SCHEMA)
-    base, chat = (locate(HubModel(source=str(tmp_path / name)), "") for name in ("base", "chat"))
+    base, chat = (locate(HubModel(source=str(tmp_path / name))) for name in ("base", "chat"))
     return Extractor(
         storage,
         "t",
         section=ActivationsSection(layer=2),
-        loading=Loading((base, chat), "float32", None, "one_device", 0),
+        loading=Loading(ModelPairLocation(base, chat), 2, "float32", None, "one_device", 0),
         corpora=("web",),
         max_rejected=1,
     )

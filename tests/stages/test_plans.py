@@ -98,12 +98,12 @@ def test_counts_add_up() -> None:
 def test_each_document_is_in_one_shard_of_about_the_asked_size() -> None:
     table = index({"web": list(np.random.default_rng(1).integers(1, 90, 500))})
     plan = plan_shards(table, 1000)
-    members = np.concatenate([shard["documents"] for shard in plan])
+    members = np.concatenate([shard.documents for shard in plan])
     assert sorted(members.tolist()) == list(range(500))
-    assert sum(shard["num_tokens"] for shard in plan) == tokens_of(table, "web")
-    assert all(shard["num_tokens"] < 1000 + 90 for shard in plan)
-    assert {shard["split"] for shard in plan} == {"train", "validation"}
-    assert len({shard["name"] for shard in plan}) == len(plan)
+    assert sum(shard.num_tokens for shard in plan) == tokens_of(table, "web")
+    assert all(shard.num_tokens < 1000 + 90 for shard in plan)
+    assert {shard.split for shard in plan} == {"train", "validation"}
+    assert len({shard.name for shard in plan}) == len(plan)
 
 
 def test_a_split_without_documents_is_named() -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.numerics.moments import explained_fractions, moments_of
 from pipeline.numerics.parallel import Mesh
 from pipeline.schema import Split
-from pipeline.stages.stream import Cursor, Stream, StreamOrder
+from pipeline.stages.stream import Block, Cursor, Stream, StreamOrder
 from pipeline.stages.training_rows import StreamRows
 from pipeline.storage.activation_store import ActivationStore
 
@@ -43,8 +43,8 @@ def test_epochs_have_their_own_order_and_no_large_block() -> None:
 def test_slots_run_on_over_epochs_and_hold_enough() -> None:
     total = int(ORDER.lengths.sum())
     slots = ORDER.slots(3 * total - 1)
-    assert [item["slot"] for item in slots] == list(range(len(slots)))
-    assert {item["epoch"] for item in slots} == {0, 1, 2}
+    assert [slot.number for slot in slots] == list(range(len(slots)))
+    assert {slot.epoch for slot in slots} == {0, 1, 2}
     assert sum(len(ORDER.blocks(e)) for e in range(3)) == len(slots)
 
 
@@ -71,15 +71,15 @@ class Blocks:
         self.cursor, self.num_slots = cursor, num_slots
         self.made: list[int] = []
 
-    def __call__(self) -> Iterator[Mapping[str, Any]]:
+    def __call__(self) -> Iterator[Block]:
         done = self.cursor.done()
         for slot in range(self.num_slots):
             if slot in done:
-                yield {"slot": slot, "x": None}
+                yield Block(slot, None)
                 continue
             self.made.append(slot)
             numbers = torch.stack([torch.full((20 + slot % 3,), slot), torch.arange(20 + slot % 3)], dim=1)
-            yield {"slot": slot, "x": numbers[:, None].repeat(1, 2, 1).to(torch.bfloat16).view(torch.int16).numpy()}
+            yield Block(slot, numbers[:, None].repeat(1, 2, 1).to(torch.bfloat16).view(torch.int16).numpy())
 
 
 def opened(buffer_rows: int = 60, num_slots: int = 100) -> tuple[StreamRows, Blocks]:

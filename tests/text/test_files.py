@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.text.documents import read_documents
-from pipeline.text.files import expand_paths, read_text, reading
+from pipeline.text.files import as_input_error, expand_paths, read_text
 
 
 def test_globs_are_sorted_and_paths_stay_as_given(tmp_path: Path) -> None:
@@ -31,8 +31,8 @@ def test_an_unknown_protocol_is_named() -> None:
         expand_paths(["nowhere://x"], "corpus")
 
 
-def test_faults_that_are_no_reading_faults_pass() -> None:
-    with pytest.raises(KeyError), reading("corpus"):
+def test_other_errors_pass_unchanged() -> None:
+    with pytest.raises(KeyError), as_input_error("corpus"):
         raise KeyError("ours")
 
 

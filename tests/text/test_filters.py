@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.config.data import FiltersSection
 from pipeline.text.documents import read_documents
-from pipeline.text.filters import Filters, letter_frac, refusal, repeated_frac
+from pipeline.text.filters import Filters, filter_reason, letter_frac, repeated_frac
 
 
 def dialogue(roles: str, content: str = "12345") -> list[dict[str, str]]:
@@ -24,8 +24,8 @@ def dialogue(roles: str, content: str = "12345") -> list[dict[str, str]]:
     ],
 )
 def test_texts(filters: Filters, accepted: str, refused: str, reason: str) -> None:
-    assert refusal(accepted, None, filters) == ""
-    assert refusal(refused, None, filters) == reason
+    assert filter_reason(accepted, None, filters) == ""
+    assert filter_reason(refused, None, filters) == reason
 
 
 @pytest.mark.parametrize(
@@ -42,13 +42,13 @@ def test_texts(filters: Filters, accepted: str, refused: str, reason: str) -> No
     ],
 )
 def test_dialogues(filters: Filters, accepted: str, refused: str, reason: str) -> None:
-    assert refusal(None, dialogue(accepted), filters) == ""
-    assert refusal(None, dialogue(refused), filters) == reason
+    assert filter_reason(None, dialogue(accepted), filters) == ""
+    assert filter_reason(None, dialogue(refused), filters) == reason
 
 
 def test_no_filter_lets_everything_pass() -> None:
-    assert refusal("", None, Filters()) == ""
-    assert refusal(None, dialogue("aassuu", "..."), Filters()) == ""
+    assert filter_reason("", None, Filters()) == ""
+    assert filter_reason(None, dialogue("aassuu", "..."), Filters()) == ""
 
 
 def test_shares_of_nothing_are_zero() -> None:

@@ -16,7 +16,7 @@ def test_a_failure_ends_what_was_under_way_and_leaves_finished_steps_as_they_are
     config = load(run_file(tmp_path, str(tmp_path / "runs")))
     storage, tracker, flow = Storage(config.storage.root), RecordingTracker(), build_flow(config)
     log = RunLog(tracker, config, storage, flow)
-    done, under_way = flow[0].steps[0], flow[1].steps[0]
+    done, under_way = flow.steps[0], flow.steps[1]
     record = write_record(storage, done.key, name=done.name, counts={}, seconds=1.0, run_name="tiny")
     log.finished(done, record, reused=False)
     log.points(under_way, [Point("x", 1.0, 1, 1)])

@@ -1,13 +1,14 @@
-"""What the causality analysis costs beside the model halves that it cannot do without.
+"""The cost of the causality analysis, compared with the model halves that it must run.
 
     python -m workloads.benchmarks.causality                                   # the demo pair's size
     python -m workloads.benchmarks.causality --dim 512 --layers 8 --vocab 32768 --latents 16384 --k 64 --dialogues 16
 
-The yardstick, computed without the analysis: on the same padded batches, both lower halves once and the chat model's
-upper half (without its head) once per distinct edit. What comes on top is encoding, editing the stream, the head at the
-predicting positions and the KL. The second yardstick adds the bare logits at those positions, which any KL needs. Both
-alternate with the analysis in one process, one thread, so their ratio is from one run. Weights are random: cost does
-not depend on what a model knows. Readings with machine and date are kept in causality_notes.md.
+The reference runs the same padded batches without the analysis: both lower halves once, and the chat model's upper
+half (without its head) once per distinct edit. The analysis adds encoding, editing the stream, the head at the
+predicting positions and the KL. A second reference adds the bare logits at those positions, which any KL needs.
+References and analysis alternate in one process with one thread, so their ratio comes from one run. Weights are
+random, because the cost does not depend on what a model knows. Readings with machine and date are kept in
+causality_notes.md.
 """
 
 import argparse
@@ -23,16 +24,18 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config
 
-from pipeline.analyses.causality import Causality, Edit, causality_batches
-from pipeline.analyses.interventions import candidate_latents, plan_curve, plan_interventions
-from pipeline.extraction.activations import RowOptions, pad_documents, plan_batches
+from pipeline.analyses.causality import Causality, causality_batches, without_name
+from pipeline.analyses.interventions import plan_curve, plan_interventions
+from pipeline.analyses.latent_sets import causality_latents
+from pipeline.extraction.activations import RowOptions, plan_batches
 from pipeline.models.decoder import SplitDecoder
+from pipeline.models.padding import pad_tokens
 from pipeline.models.pair import ModelPair
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.schema import BASE, CHAT, Flag, Ownership
 
 PARTS = ("lower", "encode", "edit", "upper", "head")
-"""Parts that are timed on their own; the rest is the KL and bookkeeping."""
+"""Parts that are timed separately. The rest is the KL and bookkeeping."""
 
 
 class Case(NamedTuple):
@@ -45,7 +48,7 @@ class Case(NamedTuple):
     latents: int = 1024
     k: int = 16
     chosen: int = 64
-    """Latents in the candidate set: decides the points of the curve."""
+    """Latents in the candidate set. They set the number of points of the curve."""
     dialogues: int = 64
     tokens: int = 96
     """Mean length of a dialogue."""
@@ -66,17 +69,17 @@ class Reading(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Analysis against the halves alone."""
+        """Time of the analysis over that of the halves."""
         return self.analysis / self.halves
 
     @property
     def ratio_with_logits(self) -> float:
-        """Analysis against halves and logits."""
+        """Time of the analysis over that of halves and logits."""
         return self.analysis / (self.halves + self.logits)
 
 
 def make_pair(case: Case) -> ModelPair:
-    """Two random Gemma-2 models, the second a little off the first."""
+    """Two random Gemma-2 models; the second is the first with a little noise."""
     config = Gemma2Config(
         hidden_size=case.dim,
         intermediate_size=case.dim * 8 // 3,
@@ -100,7 +103,7 @@ def make_pair(case: Case) -> ModelPair:
 
 
 def make_dialogues(case: Case) -> dict[str, list[Any]]:
-    """Token rows: half of every dialogue is the assistant's."""
+    """Token rows in which the second half of every dialogue is the assistant's."""
     generator = np.random.default_rng(0)
     lengths = generator.integers(case.tokens // 2, case.tokens * 3 // 2, case.dialogues)
     flags = [np.where(np.arange(n) < n // 2, int(Flag.USER), int(Flag.ASSISTANT)).astype(np.int32) for n in lengths]
@@ -124,20 +127,19 @@ def make_analysis(case: Case, pair: ModelPair, dialogues: dict[str, list[Any]]) 
     with torch.no_grad():
         crosscoder.W_dec_FMD.normal_().div_(case.dim**0.5)
         crosscoder.W_enc_FMD.normal_().div_(case.dim**0.5)
-        padded = pad_documents(*(dialogues[name][:8] for name in ("input_ids", "flags")))
-        x_BMD = pair.activations(padded.ids_BT, padded.mask_BT).flatten(0, 1).float()
+        x_BMD = pair.activations(*pad_tokens(dialogues["input_ids"][:8])).flatten(0, 1).float()
         score_BF = torch.einsum("BMD,FMD->BF", x_BMD, crosscoder.W_enc_FMD)
         crosscoder.threshold.fill_(float(score_BF.quantile(1 - case.k / case.latents)) if score_BF.numel() < 1e7 else 2)
-    chosen = candidate_latents(table)
+    chosen = causality_latents(table)
     return Causality(crosscoder, (*plan_interventions(chosen, with_mean_difference=True), *plan_curve(chosen)))
 
 
 def read(case: Case) -> Reading:
-    """Yardsticks and analysis in turn, `repeats` times."""
+    """References and analysis in turn, `repeats` times."""
     pair, dialogues = make_pair(case), make_dialogues(case)
     analysis = make_analysis(case, pair, dialogues)
-    own = {Edit(i.kind, i.latents) for i in analysis.interventions if i.latents or i.kind not in ("replace", "add")}
-    num_edits = len(own)  # `base` is one run of an upper half like the others
+    edits = {without_name(i) for i in analysis.interventions if i.latents or i.kind not in ("replace", "add")}
+    num_edits = len(edits)  # `base` is one run of an upper half like the others
     mean_D = torch.randn(case.dim)
     parts: dict[str, float] = defaultdict(float)
 
@@ -157,8 +159,8 @@ def read(case: Case) -> Reading:
 
 
 def _halves(case: Case, pair: ModelPair, dialogues: dict[str, list[Any]], num_edits: int) -> None:
-    for ids, flags in _batches(case, dialogues):
-        padded = pad_documents(ids, flags)
+    for ids, _ in _batches(case, dialogues):
+        padded = pad_tokens(ids)
         for model in (BASE, CHAT):
             h_BTD = pair.lower(model, padded.ids_BT, padded.mask_BT)
         for _ in range(num_edits):
@@ -185,7 +187,7 @@ def _seconds(work: Callable[[], None]) -> float:
 
 
 class _timed:  # noqa: N801 (used as a function)
-    """Adds the processor time of the named parts up for the length of the block."""
+    """Sums the processor time of the named parts during the block."""
 
     def __init__(self, parts: dict[str, float], pair: ModelPair, analysis: Causality) -> None:
         editor = analysis._editor
@@ -212,7 +214,7 @@ class _timed:  # noqa: N801 (used as a function)
 
 
 def print_reading(case: Case, reading: Reading) -> None:
-    """The ratios and where the analysis spends its time."""
+    """Print the ratios, and where the analysis spends its time."""
     print(f"{platform.machine()}, torch {torch.__version__}, one thread, processor time; {case}")
     print(f"distinct edits                     {reading.num_edits}")
     print(f"halves alone                       {reading.halves:.2f} s")
@@ -227,7 +229,7 @@ def print_reading(case: Case, reading: Reading) -> None:
 
 
 def main() -> None:
-    """Read one case from the command line."""
+    """Measure the case of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in Case()._asdict().items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)

@@ -1,10 +1,10 @@
-"""What compressing a store of activations costs in bytes and in variance explained.
+"""The effect of compressing an activation store on bytes and on variance explained.
 
     python -m workloads.benchmarks.compression --root runs --store activations/0123456789abcdef --steps 600
 
-Packs a finished store (one that was made without compression) anew in each kind, trains the same crosscoder on each
-from the same seeds, and evaluates all of them on the validation rows of the original, so that a difference is what
-training on compressed rows did. The noise of the rows themselves is printed too. Readings are kept in store_notes.md.
+It repacks a finished, uncompressed store in each kind, trains the same crosscoder on each from the same seeds, and
+evaluates all of them on the validation rows of the original. So a difference comes from training on compressed rows.
+The noise of the rows themselves is printed too. Readings are kept in store_notes.md.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.numerics.moments import moments_of, variance_explained
+from pipeline.numerics.sparsities.batch_topk import BatchTopK
 from pipeline.numerics.trainer import CrosscoderSpec, CrosscoderTrainer
 from pipeline.schema import Split
 from pipeline.storage.activation_store import MANIFEST_NAME, ActivationStore, Manifest, Shard
@@ -46,8 +47,7 @@ def fve_of(store: ActivationStore, x_BMD: Tensor, settings: argparse.Namespace, 
         activation_dim=store.manifest.activation_dim,
         num_latents=settings.latents,
         num_steps=settings.steps,
-        kind="batch_topk",
-        k=settings.k,
+        sparsity=BatchTopK(k=settings.k),
         lr=settings.lr,
         lr_warmup_steps=settings.steps // 20,
         seed=seed,
@@ -65,7 +65,7 @@ def fve_of(store: ActivationStore, x_BMD: Tensor, settings: argparse.Namespace, 
 
 
 def main() -> None:
-    """Parses, measures, prints."""
+    """Measure and print the case of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, help="storage root")
     parser.add_argument("--store", required=True, help="folder of the activations below it")

@@ -1,22 +1,22 @@
-"""What one item of a worker pool costs the driver: processor time of this process per result, worker doing nothing.
+"""The driver's cost of one item of a worker pool: its processor time per result, with workers that do nothing.
 
 Run from the repository's root: `python -m workloads.benchmarks.driver_items`. A shard of a store is such an item, so
-the figure bounds how many shards one driver can follow (infra/SCALING.md). Half a minute on two cores.
+the figure limits how many shards one driver can handle (infra/SCALING.md). Half a minute on two cores.
 """
 
 import tempfile
 import time
 from pathlib import Path
 
-from pipeline.cluster import connect as cluster
+from pipeline.cluster.connect import connected
+from pipeline.cluster.pools import Pool, run_pool
 from pipeline.config.resources import ClusterSection, WorkersSection
-from pipeline.stages.base import Pool, run_pool
 
 _NUM_ITEMS = (20, 420, 1220)
 
 
 class Nothing:
-    """A worker whose results look like a shard's description."""
+    """A worker whose results have the size of a shard's description."""
 
     def __call__(self, item: dict[str, int]) -> dict[str, object]:
         """About 300 bytes."""
@@ -25,7 +25,7 @@ class Nothing:
 
 def main() -> None:
     """One line per number of items; the differences between lines are free of start-up."""
-    with tempfile.TemporaryDirectory() as folder, cluster.connected(ClusterSection(), Path(folder) / "ray.log"):
+    with tempfile.TemporaryDirectory() as folder, connected(ClusterSection(), Path(folder) / "ray.log"):
         for num_items in _NUM_ITEMS:
             pool = Pool("extraction", WorkersSection(workers=2), Nothing, (), uses_actors=True)
             wall, processor = time.monotonic(), time.process_time()

@@ -1,10 +1,10 @@
-"""Does the memory of driver and head grow over a run? Extraction of 1, 10, 100 and 400 shards of the same size.
+"""Memory of driver and head over a run: extraction of 1, 10, 100 and 400 shards of the same size.
 
 Run from the repository's root: `python -m workloads.benchmarks.driver_memory`. It builds a pair of small random models
-(two layers, D = 512), tokenises the tiny organism's documents and extracts them, each number of shards in a process of
-its own with a fresh Ray cluster. Printed per number of shards: bytes written, the driver's resident memory before and
-its peak during extraction, the most that the object store held, and, at a quarter, at half and at the end of the
-stage, the anonymous memory of the driver, of the head's service (GCS) and of the raylet. Five minutes on two cores.
+(two layers, D = 512), tokenises the tiny organism's documents and extracts them. Each number of shards has its own
+process with a fresh Ray cluster. It prints the bytes written, the driver's resident memory before and its peak during
+extraction, and the peak of the object store. At a quarter, at half and at the end of the stage it prints the anonymous
+memory of the driver, of the head's service (GCS) and of the raylet. Five minutes on two cores.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def line_of(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Build once, then measure every number of shards in its own process."""
+    """Build the inputs once, then measure each number of shards in its own process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, nargs="+", default=[1, 10, 100, 400])
     parser.add_argument("--shard-rows", type=int, default=1000)

@@ -1,16 +1,19 @@
-"""How long it takes to read both models' rows, beside a bare loop over perfect batches and a plain padded loop.
+"""Time to extract the rows of both models, compared with a bare loop over perfect batches and a padded loop.
 
     python -m workloads.benchmarks.extraction
     python -m workloads.benchmarks.extraction --device cuda --dtype bfloat16 --dim 2304 --layers 26 --layer 13 \
         --vocab 256000 --documents 4000 --tokens-per-batch 32768
 
-Contenders, in turn in one process, so that a drifting machine meets them all: `ours` is the extraction operator on both
-models, rows gathered and stored as bfloat16; `perfect` runs the same layers of both models on batches of as many tokens
-without any padding, each batch's documents all of the same length, and keeps nothing; `padded` is the usual loop,
-batches in the order of the documents, padded to the longest, full forwards with all hidden states; it takes as long as
-ten of ours, so it reads the first documents only and its time is scaled to the tokens of all.
-Then a model and its LoRA adapter: on one copy of the weights with the layers below the first adapted one run once
-(`prefix`), the same without that (`one copy`), and as two models with the adapter merged (`two copies`).
+The contenders take turns in one process, so a change of the machine's speed affects all of them:
+
+- `ours` is the extraction of both models, with rows gathered and stored as bfloat16.
+- `perfect` runs the same layers on batches of as many tokens without padding: all documents of a batch have one length.
+  It keeps nothing.
+- `padded` is the usual loop: batches in the order of the documents, padded to the longest, and full forwards with all
+  hidden states. It is slow, so it reads the first documents only, and its time is scaled by tokens.
+
+Then a model and its LoRA adapter: on one copy of the weights, with the layers below the first adapted one run once
+(`prefix`); on one copy without that (`one copy`); as two models with the adapter merged (`two copies`).
 
 Documents have lognormal lengths (median 150, at most 1024). Ratios are medians over repeats of neighbouring readings.
 Readings with machine and date are kept in extraction_notes.md.
@@ -35,7 +38,7 @@ from pipeline.extraction.activations import ActivationRows, ExtractRows, RowOpti
 from pipeline.models.adapters import AdapterSwitch
 from pipeline.models.decoder import SplitDecoder
 from pipeline.models.pair import ModelPair
-from pipeline.models.prefix import count_unadapted_layers
+from pipeline.models.shared_layers import count_unadapted_layers
 from pipeline.schema import MODEL_NAMES
 
 MEDIAN_LENGTH, LENGTH_SIGMA, MAX_LENGTH = 150, 0.95, 1024
@@ -63,7 +66,7 @@ class Case(NamedTuple):
 
 
 def build_model(case: Case, seed: int) -> Any:
-    """A Gemma-2 model with random weights, whole."""
+    """A whole Gemma-2 model with random weights."""
     config = Gemma2Config(
         hidden_size=case.dim,
         intermediate_size=4 * case.dim,
@@ -80,13 +83,13 @@ def build_model(case: Case, seed: int) -> Any:
 
 
 def build_pair(case: Case) -> ModelPair:
-    """Two models without anything in common."""
+    """Two models that share no layer."""
     decoders = [SplitDecoder(build_model(case, seed), case.layer) for seed in range(len(MODEL_NAMES))]
     return ModelPair(decoders[0], decoders[1], None)
 
 
 def build_lora_pairs(case: Case) -> dict[str, ModelPair]:
-    """One model and its adapter in all layers but the first half of those up to L, as the three contenders."""
+    """The three contenders: one model, and its adapter in all layers except the first half of those up to L."""
     first = case.layer // 2
     config = peft.LoraConfig(
         r=LORA_RANK,
@@ -129,7 +132,7 @@ def build_documents(case: Case) -> dict[str, list[Any]]:
 
 
 def perfect_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[tuple[int, int]]:
-    """(documents, tokens of each) of our batches with every document as long as the batch's mean."""
+    """(documents, tokens of each) of our batches, if every document had the mean length of its batch."""
     plan = plan_batches(lengths, tokens_per_batch)
     means = [(len(batch), sum(lengths[i] for i in batch) / len(batch)) for batch in plan.batches]
     shapes = [(count, max(1, round(mean))) for count, mean in means]
@@ -144,7 +147,7 @@ def run_ours(pair: ModelPair, case: Case, documents: dict[str, list[Any]]) -> Ac
 
 @torch.no_grad()
 def run_perfect(pair: ModelPair, shapes: Sequence[tuple[int, int]], ids_N: Tensor) -> None:
-    """The layers up to L of both models and nothing else, stopped by a hook."""
+    """Run only the layers up to L of both models; a hook stops each forward pass."""
     for decoder in pair.decoders:
         with _stopping(decoder):
             for count, length in shapes:
@@ -156,7 +159,7 @@ def run_perfect(pair: ModelPair, shapes: Sequence[tuple[int, int]], ids_N: Tenso
 
 @torch.no_grad()
 def run_padded(pair: ModelPair, case: Case, documents: dict[str, list[Any]]) -> Tensor:
-    """x_BMD, bfloat16, of the first documents, by full forwards of padded batches in their order."""
+    """x_BMD, bfloat16, of the first documents, from full forward passes of padded batches in their order."""
     kept = []
     read = documents["input_ids"][: case.padded_documents]
     for start in range(0, len(read), PADDED_BATCH):
@@ -174,12 +177,12 @@ def run_padded(pair: ModelPair, case: Case, documents: dict[str, list[Any]]) -> 
 
 
 class _StopError(Exception):
-    """Ends a forward."""
+    """Ends a forward pass."""
 
 
 @contextmanager
 def _stopping(decoder: SplitDecoder) -> Iterator[None]:
-    """A forward of the decoder's body ends after layer L within the block."""
+    """During the block, a forward pass of the decoder ends after layer L."""
 
     def stop(*_arguments: Any) -> None:
         raise _StopError
@@ -196,14 +199,14 @@ class Reading(NamedTuple):
 
     seconds: float
     cpu_seconds: float
-    """Of all threads; with one thread, on a busy machine, the fairer number."""
+    """Processor time of all threads. With one thread on a busy machine, this is the fairer number."""
 
 
 Readings = Mapping[str, Sequence[Reading]]
 
 
 def timed(run: Callable[[], Any], device: str) -> Reading:
-    """What one call took."""
+    """The time of one call."""
     started, cpu_started = time.perf_counter(), time.process_time()
     run()
     if device == "cuda":
@@ -212,7 +215,7 @@ def timed(run: Callable[[], Any], device: str) -> Reading:
 
 
 def compare_loops(case: Case) -> None:
-    """Ours, perfect batches and the padded loop."""
+    """Compare ours, perfect batches and the padded loop."""
     pair, documents = build_pair(case), build_documents(case)
     lengths = [len(row) for row in documents["input_ids"]]
     shapes = perfect_batches(lengths, case.tokens_per_batch)
@@ -236,7 +239,7 @@ def compare_loops(case: Case) -> None:
 
 
 def compare_lora(case: Case) -> None:
-    """A model and its adapter: with the prefix run once, on one copy without that, on two copies."""
+    """Compare a model and its adapter with a shared prefix, on one copy without it, and on two copies."""
     pairs, documents = build_lora_pairs(case), build_documents(case)
     tokens = sum(len(row) for row in documents["input_ids"])
     contenders = {name: partial(run_ours, own, case, documents) for name, own in pairs.items()}
@@ -252,7 +255,7 @@ def compare_lora(case: Case) -> None:
 
 
 def measure(contenders: Mapping[str, Callable[[], Any]], repeats: Mapping[str, int], device: str) -> Readings:
-    """Every call; in each round the contenders that have repeats left take turns."""
+    """All readings. In each round, the contenders that have repeats left take turns."""
     readings: dict[str, list[Reading]] = {name: [] for name in contenders}
     for number in range(max(repeats.values())):
         for name, contender in contenders.items():
@@ -267,7 +270,7 @@ def measure(contenders: Mapping[str, Callable[[], Any]], repeats: Mapping[str, i
 
 
 def show(readings: Readings, tokens: int) -> None:
-    """One line per contender."""
+    """Print one line per contender."""
     for name, own in readings.items():
         seconds = [reading.seconds for reading in own]
         cpu_seconds = statistics.median(reading.cpu_seconds for reading in own)
@@ -279,7 +282,7 @@ def show(readings: Readings, tokens: int) -> None:
 
 
 def show_ratio(readings: Readings, name: str, other: str) -> None:
-    """The median over rounds in which both took part."""
+    """Print the median ratio over the rounds in which both took part."""
     pairs = list(zip(readings[name], readings[other], strict=False))
     ratios = [own.seconds / its.seconds for own, its in pairs]
     by_cpu = statistics.median(own.cpu_seconds / its.cpu_seconds for own, its in pairs)
@@ -310,7 +313,7 @@ def parse() -> Case:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and print the case of the command line."""
     print(f"torch {torch.__version__}, {platform.machine()}, python {platform.python_version()}, {time.strftime('%F')}")
     case = parse()
     torch.set_num_threads(case.threads)

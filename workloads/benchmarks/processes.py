@@ -1,8 +1,8 @@
-"""What the processes of a run take: processor time and resident memory of this process and all its descendants.
+"""Processor time and resident memory of this process and all its descendants, by role.
 
 A local Ray cluster is a tree below the process that started it, so its raylet, its head service (GCS) and its workers
-are found in /proc by their parents. Shared pages of the object store count in every process that maps them; anonymous
-memory alone is what a leak would raise, so that is what is kept. Linux only.
+are found in /proc by their parents. Only anonymous memory is recorded: a leak raises it, and shared pages of the object
+store, which count in every process that maps them, do not. Linux only.
 """
 
 import os
@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 ROLES = ("driver", "raylet", "gcs", "workers", "helpers")
-"""Of processes: this one; Ray's own two; what runs the pipeline's code; agents (environments, logs, dashboard)."""
+"""Roles: this process; Ray's raylet and GCS; processes that run our code; agents (environments, logs, dashboard)."""
 
 
 class Sample(NamedTuple):
-    """One look at all processes."""
+    """Memory of all processes at one time."""
 
     time: float
     memory_bytes: dict[str, int]
@@ -32,7 +32,7 @@ class _Process(NamedTuple):
 
 
 def _read(pid: int) -> _Process | None:
-    """A process's line of /proc, or None where it has ended."""
+    """The entry of a process in /proc, or None if it has ended."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
         command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
@@ -43,7 +43,7 @@ def _read(pid: int) -> _Process | None:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """Resident memory that belongs to no file and no shared segment; 0 where the process has ended."""
+    """Resident memory that belongs to no file and no shared segment, in bytes; 0 if the process has ended."""
     try:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("RssAnon:"):
@@ -54,7 +54,7 @@ def anonymous_bytes(pid: int) -> int:
 
 
 def _role(name: str) -> str:
-    """By the command line: Ray's workers call themselves ray::something."""
+    """The role, from the command line: Ray's workers are named ray::something."""
     program = name.split(" ", 1)[0].rsplit("/", 1)[-1]
     if program in ("raylet", "gcs_server"):
         return {"raylet": "raylet", "gcs_server": "gcs"}[program]
@@ -80,7 +80,7 @@ def descendants(root: int) -> dict[int, _Process]:
 class Watch:
     """Samples this process's tree in a thread until the end of the block.
 
-    A worker that ends between two samples loses at most one interval of processor time.
+    If a worker ends between two samples, at most one interval of its processor time is missing.
     """
 
     def __init__(self, interval: float = 0.5) -> None:

@@ -1,12 +1,12 @@
-"""What Latent Scaling of all latents costs, beside encoding the same rows once; and that its memory knows no rows.
+"""The cost of Latent Scaling of all latents, compared with encoding the same rows once, and its memory.
 
     python -m workloads.benchmarks.scaling                       # F=8192, D=256, 64 active latents, 16,384 rows
     python -m workloads.benchmarks.scaling --rows 16384,131072   # peak memory at 1x and 8x the rows
 
-Each number of rows is measured in a process of its own, by turns of encoding, decoding and adding one batch, so that a
-busy machine slows all of them alike; with --threads 1 processor time is the fairest number. Latent Scaling is all that
-lies between the codes of a batch and the table with the intervals of all ratios. Readings with machine and date are
-kept in scaling_notes.md.
+Each number of rows is measured in its own process. Encoding, decoding and adding a batch take turns, so a busy machine
+slows all of them alike. With --threads 1, processor time is the fairest number. Latent Scaling here means everything
+between the codes of a batch and the table with the intervals of all ratios. The memory must not grow with the rows.
+Readings with machine and date are kept in scaling_notes.md.
 """
 
 import argparse
@@ -51,13 +51,13 @@ class Reading(NamedTuple):
     cpu_seconds: dict[str, float]
     """The same in processor time, all threads."""
     peak_bytes: int
-    """Above what the process held before the first batch."""
+    """Peak memory above what the process held before the first batch."""
     active: float
     """Mean active latents per row."""
 
 
 def make_crosscoder(case: Case) -> Crosscoder:
-    """A random BatchTopK dictionary that reads with its decoder."""
+    """A random BatchTopK dictionary whose encoder is its decoder."""
     crosscoder = Crosscoder(case.latents, 2, case.dim, activation="batch_topk", k=case.k)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -82,7 +82,7 @@ def make_rows(case: Case, crosscoder: Crosscoder, num_rows: int, seed: int) -> T
 
 
 class Clock:
-    """Wall-clock and processor time, added up by part."""
+    """Sums wall-clock and processor time by part."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -98,7 +98,7 @@ class Clock:
 
 
 def measure(case: Case) -> Reading:
-    """Time of each part over all rows, batch by batch; batches are made and thrown away between the clocks."""
+    """Time of each part over all rows, batch by batch. Making the batches is not timed."""
     torch.set_num_threads(case.threads)
     crosscoder = make_crosscoder(case)
     analysis = LatentScaling(crosscoder, num_groups=case.groups, num_resamples=case.resamples)
@@ -143,7 +143,7 @@ def in_own_process(case: Case) -> Reading:
 
 
 def print_reading(case: Case, reading: Reading) -> None:
-    """The parts of one case and the ratio that is promised."""
+    """Print the parts of one case, and the ratio of Latent Scaling to encoding."""
     size = f"D={case.dim} F={case.latents} rows={case.rows} active={reading.active:.1f}"
     print(f"\n{size} groups={case.groups} resamples={case.resamples} threads={case.threads}")
     for name, value in reading.seconds.items():
@@ -170,7 +170,7 @@ def parse() -> list[Case]:
 
 
 def main() -> None:
-    """Measures and prints every case."""
+    """Measure and print every case."""
     print(f"torch {torch.__version__}, {platform.machine()}, python {platform.python_version()}, {time.strftime('%F')}")
     for case in parse():
         print_reading(case, in_own_process(case))

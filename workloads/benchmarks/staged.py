@@ -1,7 +1,7 @@
-"""What benchmarks need to run the pipeline's real stages: a random pair, a corpus, a run file and a context.
+"""Inputs with which benchmarks run the pipeline's real stages: a random pair, a corpus, a run file and a context.
 
-The models are random Gemma-2 models of any size with the tiny organism's tokenizer, the corpus its documents, repeated
-with a number so that no two are equal. `stage_of` opens one stage of a run file, to be run within a started cluster.
+The models are random Gemma-2 models of any size with the tiny organism's tokenizer. The corpus holds its documents,
+repeated with a number so that no two are equal. `stage_of` gives one stage of a run file, to run in a started cluster.
 """
 
 import json
@@ -11,20 +11,19 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from pipeline.config.run_file import RunConfig, load
-from pipeline.run.flow import Group, build_flow
-from pipeline.stages.base import Context, Step
+from pipeline.organisms.build import build, spec_of
+from pipeline.run.flow import AnyStep, Group, build_flow
+from pipeline.run.runner import Unlogged
+from pipeline.stages.step import StageContext
 from pipeline.storage.filesystem import Storage
 from pipeline.terminal import SilentReporter
 
 
 def build_inputs(folder: Path, *, width: int, layers: int = 2, copies: int = 12) -> None:
     """Two random models, and `copies` of the organism's documents, in a folder."""
-    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
-
-    from pipeline.organisms.build import build, spec_of
-
     build(folder / "organism", spec_of("tiny"), lambda *_: None)
     tokenizer = AutoTokenizer.from_pretrained(folder / "organism" / "chat")
     config = Gemma2Config(
@@ -62,20 +61,13 @@ def write_run_file(folder: Path, name: str, settings: Mapping[str, Any]) -> Path
     return path
 
 
-class Unwatched:
-    """Curves of steps that nobody watches."""
-
-    def points(self, step: object, points: object) -> None:
-        """Drop them."""
-
-
 class Stage(NamedTuple):
-    """One stage of a run, ready to go."""
+    """One stage of a run, with everything that it needs."""
 
     config: RunConfig
     group: Group
-    step: Step
-    context: Context
+    step: AnyStep
+    context: StageContext
 
     def run(self) -> None:
         """Make the artifact."""
@@ -85,8 +77,8 @@ class Stage(NamedTuple):
 def stage_of(path: Path, name: str) -> Stage:
     """The stage of this name in a run file."""
     config = load(path)
-    context = Context(
-        Storage(config.storage.root), config.resources, SilentReporter(), Unwatched(), config.name, log_every_steps=4
+    context = StageContext(
+        Storage(config.storage.root), config.resources, SilentReporter(), Unlogged(), config.name, log_every_steps=4
     )
-    group = next(group for group in build_flow(config) if group.steps[0].key.stage == name)
+    group = next(group for group in build_flow(config).groups if group.steps[0].key.stage == name)
     return Stage(config, group, group.steps[0], context)

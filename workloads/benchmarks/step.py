@@ -1,13 +1,13 @@
-"""How long one training step takes, beside a dense reference trainer and the encoder's matrix product alone.
+"""Time of one training step, compared with a dense reference trainer and with the encoder's matrix product alone.
 
     python -m workloads.benchmarks.step --dim 512 --latents 16384 --k 64 --rows 1024
     python -m workloads.benchmarks.step --device cuda --precision bfloat16 --dim 2304 --latents 73728 --k 100 \
         --rows 2048,4096,8192
 
-Every contender runs in a process of its own, so that each has its own peak memory. The reference is the textbook step
-written from the formulas: scores of all codes, flattened top k, dense decode, autograd's dense gradients, clipping and
-Adam without fusion. Activations are sums of planted directions, so codes are as sparse as in training. Readings with
-machine and date are kept in step_notes.md.
+Each contender runs in its own process, so each has its own peak memory. The reference follows the formulas directly:
+scores of all codes, flattened top k, dense decode, autograd's dense gradients, clipping and unfused Adam. Activations
+are sums of planted directions, so codes are as sparse as in training. Readings with machine and date are kept in
+step_notes.md.
 """
 
 import argparse
@@ -24,11 +24,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.numerics.sparsities.batch_topk import BatchTopK
+from pipeline.numerics.sparsities.l1 import L1
 from pipeline.numerics.trainer import CrosscoderSpec, CrosscoderTrainer
 
 MIB = 1 << 20
 PARTS = ("encoder product", "collect", "decode", "value_gradients", "weight_gradients", "latent_sums", "adam")
-"""Parts of our step that are timed on their own; the rest is the exact selection, losses and bookkeeping."""
+"""Parts of our step that are timed separately. The rest is the exact selection, losses and bookkeeping."""
 
 
 class Case(NamedTuple):
@@ -54,11 +56,11 @@ class Reading(NamedTuple):
     best_seconds: float
     mean_seconds: float
     cpu_seconds: float
-    """Median processor time per step, all threads; on a busy machine with one thread the fairest number."""
+    """Median processor time per step, all threads. With one thread on a busy machine, this is the fairest number."""
     peak_bytes: int
-    """Above what the process held before the trainer existed: parameters, gradients, Adam and a step's work."""
+    """Peak memory above that before the trainer existed: parameters, gradients, Adam and the memory of a step."""
     parts: dict[str, float]
-    """Mean seconds per step of named parts; empty where nothing is split."""
+    """Mean seconds per step of named parts; empty for contenders that are not split."""
 
 
 def make_rows(case: Case, seed: int) -> Tensor:
@@ -75,7 +77,7 @@ def make_rows(case: Case, seed: int) -> Tensor:
 
 
 class DenseReference:
-    """The step as the formulas say it, with autograd: the yardstick."""
+    """The reference: the step as the formulas write it, with autograd."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -110,7 +112,7 @@ class DenseReference:
 
 
 class Timer:
-    """Adds up the time of wrapped calls, with CUDA events where there is a GPU."""
+    """Sums the time of wrapped calls, with CUDA events if there is a GPU."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -180,13 +182,13 @@ def memory(case: Case) -> int:
 
 
 def synchronize(case: Case) -> None:
-    """Waits for the GPU."""
+    """Wait for the GPU."""
     if case.device == "cuda":
         torch.cuda.synchronize()
 
 
 def run_encoder(case: Case) -> Reading:
-    """x W_enc + b_enc alone, into memory that exists."""
+    """Only x W_enc + b_enc, into preallocated memory."""
     dtype = torch.bfloat16 if case.precision == "bfloat16" else torch.float32
     W_FN = torch.randn(case.latents, case.models * case.dim, device=case.device, dtype=dtype)
     bias_F, out_BF = W_FN.new_zeros(case.latents), W_FN.new_empty(case.rows, case.latents)
@@ -219,15 +221,13 @@ def run_ours(case: Case) -> Reading:
 
 
 def spec_of(case: Case) -> CrosscoderSpec:
-    """What `run_ours` trains; no latent dies within a benchmark."""
+    """The settings that `run_ours` trains. No latent dies within a benchmark."""
     return CrosscoderSpec(
         num_models=case.models,
         activation_dim=case.dim,
         num_latents=case.latents,
         num_steps=10_000,
-        kind=case.kind,
-        k=case.k,
-        mu=0.04 if case.kind == "l1" else 0.0,
+        sparsity=L1(mu=0.04) if case.kind == "l1" else BatchTopK(k=case.k),
         precision=case.precision,
         lr_warmup_steps=0,
     )
@@ -296,7 +296,7 @@ def parse() -> list[Case]:
 
 
 def main() -> None:
-    """Measures and prints every case."""
+    """Measure and print every case."""
     print(f"torch {torch.__version__}, {platform.machine()}, python {platform.python_version()}, {time.strftime('%F')}")
     runners = {"encoder": run_encoder, "dense": run_dense, "ours": run_ours}
     for case in parse():

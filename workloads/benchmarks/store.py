@@ -1,13 +1,13 @@
-"""How fast the activation store is written and read, beside raw safetensors files in the same run.
+"""Speed of writing and reading the activation store, compared with raw safetensors files in the same run.
 
     python -m workloads.benchmarks.store --shards 8 --rows 25000 --dim 512
     python -m workloads.benchmarks.store --compression none,lossless,int8 --threads 2
 
-GB are those of the activations as bfloat16, whatever their form on disk. Raw writing is safetensors' save_file: no
-checksum, nothing forced to the disk. Raw reading maps a shard, permutes its rows and converts batches to float32: no
-checksum, one shard at a time. Ours write with SHA-256 and fsync, and mix the rows of four shards; the first epoch
-compares checksums. Contenders take turns within a round, so what the machine does to one it does to the others; the
-medians and their ratios are printed. Files lie in the cache throughout. Readings are kept in store_notes.md.
+GB count the activations as bfloat16, whatever their form on disk. Raw writing is save_file of safetensors, without
+checksum or fsync. Raw reading maps a shard, permutes its rows and converts batches to float32, without checksum, one
+shard at a time. Ours writes with SHA-256 and fsync, and mixes the rows of four shards; the first epoch compares
+checksums. Contenders take turns within a round, so a change of the machine's speed affects all of them. It prints
+medians and their ratios. Files stay in the page cache. Readings are kept in store_notes.md.
 """
 
 import argparse
@@ -45,12 +45,12 @@ class Case(NamedTuple):
 
     @property
     def gigabytes(self) -> float:
-        """Of all activations as bfloat16."""
+        """Size of all activations as bfloat16, in bytes."""
         return 2e-9 * self.shards * self.rows * self.models * self.dim
 
 
 def make_rows(case: Case, seed: int) -> Rows:
-    """Rows whose coordinates differ in scale, as those of a residual stream do."""
+    """Rows whose coordinates differ in scale, as in a residual stream."""
     generator = torch.Generator().manual_seed(seed)
     scale_D = torch.randn(case.dim, generator=generator).exp()
     x_BMD = torch.randn(case.rows, case.models, case.dim, generator=generator).mul_(scale_D).to(torch.bfloat16)
@@ -60,14 +60,14 @@ def make_rows(case: Case, seed: int) -> Rows:
 
 
 def write_raw(folder: Path, shards: list[Rows]) -> None:
-    """Plain files."""
+    """Write plain files."""
     for number, rows in enumerate(shards):
         columns = zip((column.name for column in SHARD_TENSORS), rows, strict=True)
         save_file(dict(columns), folder / f"{number}.safetensors")
 
 
 def write_store(storage: Storage, folder: str, shards: list[Rows], compression: str) -> None:
-    """A store as the activations stage leaves it."""
+    """A store like the one that the activations stage writes."""
     described = []
     for number, rows in enumerate(shards):
         name = f"{Split.TRAIN}-{number:05d}.safetensors"
@@ -79,7 +79,7 @@ def write_store(storage: Storage, folder: str, shards: list[Rows], compression: 
 
 
 def read_raw(folder: Path, case: Case) -> None:
-    """Every row once as float32 batches, permuted within its shard."""
+    """Read every row once as float32 batches, permuted within its shard."""
     for number in range(case.shards):
         x_BMD: Tensor = load_file(folder / f"{number}.safetensors")["x"]
         order = torch.randperm(case.rows)
@@ -88,7 +88,7 @@ def read_raw(folder: Path, case: Case) -> None:
 
 
 def read_store(store: ActivationStore, case: Case, epoch: int, *, num_ranks: int = 1) -> None:
-    """Every row once as float32 batches, by the ranks in turn."""
+    """Read every row once as float32 batches, by the ranks in turn."""
     steps = case.shards * case.rows // case.batch
     options = ReadOptions(dtype=torch.float32, num_threads=case.threads)
     for rank in range(num_ranks):
@@ -98,7 +98,7 @@ def read_store(store: ActivationStore, case: Case, epoch: int, *, num_ranks: int
 
 
 class Clock:
-    """Seconds and processor seconds of every contender, one of each a round."""
+    """Seconds and processor seconds of every contender, one reading per round."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = defaultdict(list)
@@ -123,7 +123,7 @@ class Clock:
 
 
 def measure(case: Case, folder: Path) -> None:
-    """All contenders, round after round; prints the two tables and the sizes."""
+    """Measure all contenders, round by round, and print the two tables and the sizes."""
     shards = [make_rows(case, seed) for seed in range(case.shards)]
     storage, clock = Storage(str(folder)), Clock()
     raw = folder / "raw"
@@ -153,14 +153,14 @@ def measure(case: Case, folder: Path) -> None:
 
 
 def describe(shards: list[Rows]) -> None:
-    """What the stage adds to writing: finiteness, moments, norms."""
+    """The work that the stage adds to writing: finiteness, moments, norms."""
     for rows in shards:
         require_finite(rows, "")
         summarise(rows.x_BMD)
 
 
 def print_memory(case: Case, folder: Path) -> None:
-    """Memory of a process that writes and reads ten shards, and then a hundred: it must not grow."""
+    """Print the memory of a process that writes and reads ten shards, then a hundred. It must not grow."""
     rows = make_rows(case._replace(rows=max(case.batch, case.rows // 5)), 0)
     small = case._replace(rows=len(rows.x_BMD))
     storage = Storage(str(folder))
@@ -172,7 +172,7 @@ def print_memory(case: Case, folder: Path) -> None:
 
 
 def main() -> None:
-    """Parses, measures, prints."""
+    """Measure and print the case of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--rows", type=int, default=25_000, help="of one shard")

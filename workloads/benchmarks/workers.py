@@ -1,13 +1,13 @@
-"""Two workers of one thread each against one: extraction and training through the pipeline's own stages.
+"""Two workers of one thread each against one: extraction and training with the pipeline's own stages.
 
     python -m workloads.benchmarks.workers                         # both parts, three rounds, about 20 minutes
     python -m workloads.benchmarks.workers --parts training --repeats 5
 
-Builds random pairs (extraction: D=256, 8 layers; training: D=512, F=8192), runs the stages on fresh local Ray clusters
-of two CPUs by turns, each contender once per round, and prints medians: throughput without start-up (by the workers'
-own clocks), wall clock with it, the start-up of Ray, of the Ray Data pool and of Ray Train, and who took the processor
-time. Beside them the yardstick: the same code in bare processes without Ray and without exchange, one and two at once;
-two of them are the most that this machine's cores give. Readings with machine and date are kept in workers_notes.md.
+It builds random pairs (extraction: D=256, 8 layers; training: D=512, F=8192) and runs the stages on fresh local Ray
+clusters of two CPUs, each contender once per round. It prints medians: throughput without start-up (by the clocks of
+the workers), wall clock with start-up, the start-up of Ray, of the Ray Data pool and of Ray Train, and the processor
+time by role. For reference it runs the same code in bare processes without Ray and without exchange, one and two at
+once; two of them show the most that the cores can give. Readings with machine and date are kept in workers_notes.md.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from workloads.benchmarks.staged import build_inputs, write_run_file
 
 
 class Case(NamedTuple):
-    """Sizes; the defaults take about twenty seconds a contender."""
+    """Sizes. With the defaults a contender takes about twenty seconds."""
 
     extraction_width: int = 256
     layers: int = 8
@@ -42,7 +42,7 @@ class Case(NamedTuple):
     stored_rows: int = 16_384
     bare_seconds: float = 10.0
     copies: int = 12
-    """Of the organism's documents: enough for both."""
+    """Copies of the organism's documents, enough for both parts."""
 
 
 class Contender(NamedTuple):
@@ -50,13 +50,13 @@ class Contender(NamedTuple):
 
     name: str
     function: str
-    """Of workers_contenders."""
+    """Function of workers_contenders."""
     file: str
-    """Of the run files."""
+    """Name of the run file."""
     processes: int = 1
     arguments: dict[str, Any] = {}  # noqa: RUF012 (never changed)
     adds_up: bool = True
-    """Whether the rates of the processes add up; latent ranks work on the same rows."""
+    """Whether the rates of the processes are summed. Latent ranks work on the same rows, so theirs are not."""
 
 
 def contenders(case: Case, only: Sequence[str] | None = None) -> dict[str, list[Contender]]:
@@ -121,7 +121,7 @@ def prepare(folder: Path, case: Case, parts: Sequence[str]) -> dict[str, Path]:
 
 
 def in_process(function: str, path: Path, arguments: dict[str, Any], processes: int = 1) -> list[dict[str, Any]]:
-    """What a function of workers_contenders returns in fresh processes; those that wait start together."""
+    """The results of a function of workers_contenders in fresh processes. Those that wait start together."""
     call = f"contenders.{function}(Path({str(path)!r}), **{arguments!r})"
     code = (
         "import json; from pathlib import Path; from workloads.benchmarks import workers_contenders as contenders; "
@@ -148,7 +148,7 @@ def in_process(function: str, path: Path, arguments: dict[str, Any], processes: 
 def read_until(
     process: "subprocess.Popen[str]", beginnings: tuple[str, ...], results: dict[int, dict[str, Any]], number: int
 ) -> None:
-    """Read a contender's lines up to one that begins so; its result goes into `results`."""
+    """Read a contender's lines up to one with this beginning, and put its result into `results`."""
     assert process.stdout is not None and process.stderr is not None
     for line in process.stdout:
         if line.startswith("result "):
@@ -172,7 +172,7 @@ def run(
     say: Callable[[str], None] = print,
     only: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Every reading by part and contender, of all or of those named `only`; printed at the end of every part."""
+    """All readings by part and contender, or those named `only`, printed at the end of every part."""
     readings: dict[str, dict[str, list[dict[str, Any]]]] = {}
     with tempfile.TemporaryDirectory(prefix="crossray-workers-") as name:
         files = prepare(Path(name), case, parts)
@@ -192,7 +192,7 @@ def middle(readings: Sequence[dict[str, Any]], name: str) -> float:
 
 
 def ratio(readings: dict[str, list[dict[str, Any]]], name: str, to: str) -> float:
-    """Median over the rounds of a contender's rate by another's of the same round."""
+    """Median over the rounds of one contender's rate divided by another's in the same round."""
     pairs = zip(readings[name], readings[to], strict=True)
     return median(own["rate"] / other["rate"] for own, other in pairs)
 
@@ -219,7 +219,7 @@ def table(part: str, readings: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def main() -> None:
-    """Parse, measure, print."""
+    """Measure and print the cases of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=("extraction", "training"), default=["extraction", "training"])
     parser.add_argument("--repeats", type=int, default=3)

@@ -1,25 +1,27 @@
-"""The contenders of the workers benchmark, each run in a process of its own: `workers.py` starts them.
+"""The contenders of the workers benchmark, each run in its own process by `workers.py`.
 
-Two are the pipeline's own stages on a fresh local Ray cluster of two CPUs. Their throughput is taken where the work is
-done, so that start-up is not in it: shards by the extraction worker's own clock, training steps by the time stamps of
-the curve. The others are the same code without Ray and without any exchange, for a fixed time: what the machine gives
-to one process, and to two at once.
+Two are the pipeline's own stages on a fresh local Ray cluster of two CPUs. Their throughput excludes the start-up:
+shards are timed by the clock of the extraction worker, training steps by the time stamps of the curve. The others run
+the same code without Ray and without exchange for a fixed time, to show what the machine gives to one process and to
+two at once.
 """
 
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.cluster import connect as cluster
-from pipeline.config.data import ActivationsSection
-from pipeline.stages import activations, crosscoder
+from pipeline.cluster.connect import connected
+from pipeline.stages import activations
+from pipeline.stages.catalogue import ActivationsInputs, FittedCrosscoderInputs
+from pipeline.stages.crosscoder_spec import spec_of
 from pipeline.stages.extractor import Extractor
+from pipeline.stages.finished_crosscoder import CURVES_NAME
 from pipeline.stages.tokens import INDEX_NAME
 from pipeline.storage.activation_store import ActivationStore
 from pipeline.storage.row_order import ReadOptions, TrainingRows
@@ -28,27 +30,27 @@ from workloads.benchmarks.processes import Watch
 from workloads.benchmarks.staged import Stage, stage_of
 
 _TIMES = "times"
-"""Folder of the storage root where workers leave their clocks."""
+"""Folder of the storage root in which workers write their times."""
 
 
 class TimedShard(activations.ExtractShard):
-    """The extraction worker, and when it was built and busy."""
+    """The extraction worker, which also records when it was built and when it was busy."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.built = time.time()
 
-    def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
+    def __call__(self, planned: activations.PlannedShard) -> activations.ShardDescription:
         """A shard, its times beside it."""
         began = time.time()
-        description = super().__call__(item)
+        description = super().__call__(planned)
         times = {"worker": f"{id(self)}-{self.built}", "built": self.built, "began": began, "ended": time.time()}
-        self.storage.write_json(f"{_TIMES}/{item['name']}.json", {**times, "tokens": description["num_tokens"]})
+        self.storage.write_json(f"{_TIMES}/{planned.name}.json", {**times, "tokens": description.num_tokens})
         return description
 
 
 def own_rates(shards: list[dict[str, Any]]) -> dict[str, float]:
-    """Tokens per second of every worker together, each from the end of its first shard to the end of its last.
+    """Tokens per second of all workers together, each from the end of its first shard to the end of its last.
 
     The first shard of a worker holds the loading of the models and their check. Idle time between shards counts.
     """
@@ -72,23 +74,23 @@ def curve_rate(curve: list[dict[str, float]], batch_rows: int) -> dict[str, floa
 
 
 def run_stage(path: Path, name: str, after: Callable[[Stage, float], dict[str, float]]) -> dict[str, Any]:
-    """One stage on a fresh cluster; its seconds and processor time by role, and what `after` finds."""
+    """Run one stage on a fresh cluster; its seconds, its processor time by role, and the result of `after`."""
     for module in ("ray.data", "ray.train.torch"):
-        import_module(module)  # seconds that are no part of the cluster's start
+        import_module(module)  # imported first, so that its seconds do not count as start of the cluster
     stage = stage_of(path, name)
     began = time.time()
-    with cluster.connected(stage.config.resources.cluster, path.with_suffix(".log")):
-        connected = time.time()
+    with connected(stage.config.resources.cluster, path.with_suffix(".log")):
+        started = time.time()
         with Watch() as watch:
             stage.run()
         ended = time.time()
-        found = {"ray_init": connected - began, "wall": ended - connected, **after(stage, connected)}
-    stage.context.storage.delete(stage.step.key.folder)
+        found = {"ray_init": started - began, "wall": ended - started, **after(stage, started)}
+    stage.context.storage.delete(stage.step.folder)
     return {**found, "cpu": watch.cpu_seconds()}
 
 
 def run_extraction(path: Path) -> dict[str, Any]:
-    """The activations stage; `pool` is the time from its call until the first worker is built."""
+    """Run the activations stage; `pool` is the time from its call until the first worker is built."""
 
     def after(stage: Stage, called: float) -> dict[str, float]:
         storage = stage.context.storage
@@ -100,39 +102,40 @@ def run_extraction(path: Path) -> dict[str, Any]:
         return {**own_rates(shards), "pool": built - called, "first_shard": first_shards - called, "items": tokens}
 
     activations.ExtractShard = TimedShard  # type: ignore[misc]
-    return run_stage(path, activations.NAME, after)
+    return run_stage(path, ActivationsInputs.NAME, after)
 
 
 def run_training(path: Path) -> dict[str, Any]:
-    """The crosscoder stage; `pool` is the time from its call until the first step begins."""
+    """Run the crosscoder stage; `pool` is the time from its call until the first step begins."""
 
     def after(stage: Stage, called: float) -> dict[str, float]:
-        curve = read_table(stage.context.storage, f"{stage.step.key.folder}/{crosscoder.CURVES_NAME}").to_pylist()
+        curve = read_table(stage.context.storage, f"{stage.step.folder}/{CURVES_NAME}").to_pylist()
         training = stage.config.training
         found = curve_rate(curve, training.batch_rows)
         return {"rate": found["rate"], "pool": found["first_step"] - called, "items": training.num_rows}
 
-    return run_stage(path, crosscoder.NAME, after)
+    return run_stage(path, FittedCrosscoderInputs.NAME, after)
 
 
 def wait_for_start() -> None:
-    """Tell the benchmark that everything is loaded, and wait until all contenders are."""
+    """Report that everything is loaded, and wait until all contenders are ready."""
     print("ready", flush=True)
     sys.stdin.readline()
 
 
 def bare_extraction(path: Path, seconds: float) -> dict[str, Any]:
-    """The extraction worker's own code in this process."""
+    """Run the code of the extraction worker in this process."""
     torch.set_num_threads(1)
-    stage = stage_of(path, activations.NAME)
-    section, tokens = stage.step.section, stage.step.inputs["tokens"].key.folder
-    assert isinstance(section, ActivationsSection)
+    stage = stage_of(path, ActivationsInputs.NAME)
+    inputs = stage.step.inputs
+    assert isinstance(inputs, ActivationsInputs)
+    section, tokens = inputs.section, inputs.tokens.folder
     index = read_table(stage.context.storage, f"{tokens}/{INDEX_NAME}")
     extractor = Extractor(
         stage.context.storage,
         tokens,
         section=section,
-        loading=stage.step.extra["loading"],
+        loading=inputs.loading,
         corpora=sorted(set(index["corpus"].to_pylist())),
         max_rejected=0,
     )
@@ -143,31 +146,35 @@ def bare_extraction(path: Path, seconds: float) -> dict[str, Any]:
     began, done, number = time.monotonic(), 0, 0
     while time.monotonic() - began < seconds:
         number += 1
-        done += worker(plan[number % len(plan)])["num_tokens"]
+        done += worker(plan[number % len(plan)]).num_tokens
     seconds = time.monotonic() - began
     stage.context.storage.delete(worker.folder)
     return {"rate": done / seconds}
 
 
 def bare_training(path: Path, seconds: float, *, rows_share: int = 1, latents_share: int = 1) -> dict[str, Any]:
-    """The training loop's own code in this process, on a share of the rows of a batch or of the latents."""
+    """Run the training loop in this process, on a share of the rows of a batch or of the latents."""
     from dataclasses import replace
 
+    from pipeline.numerics.sparsities.batch_topk import BatchTopK
     from pipeline.numerics.trainer import CrosscoderTrainer
 
     torch.set_num_threads(1)
-    stage = stage_of(path, crosscoder.NAME)
-    store = ActivationStore(stage.context.storage, stage.step.inputs["activations"].key.folder)
+    stage = stage_of(path, FittedCrosscoderInputs.NAME)
+    inputs = stage.step.inputs
+    assert isinstance(inputs, FittedCrosscoderInputs)
+    store = ActivationStore(stage.context.storage, inputs.activations.folder)
     training = stage.config.training
-    spec = crosscoder.spec_of(
-        stage.step.section,  # type: ignore[arg-type]
+    spec = spec_of(
+        inputs.section,
         training,
         stage.config.resources.training,
         num_models=store.manifest.num_models,
         activation_dim=store.manifest.activation_dim,
     )
     # Half the latents keep half the pairs, as the ranks of a mesh do together.
-    spec = replace(spec, num_latents=spec.num_latents // latents_share, k=max(1, (spec.k or 1) // latents_share))
+    sparsity = BatchTopK(k=max(1, (spec.sparsity.k or 1) // latents_share))
+    spec = replace(spec, num_latents=spec.num_latents // latents_share, sparsity=sparsity)
     rows = TrainingRows(
         store,
         seed=0,
@@ -192,7 +199,7 @@ def bare_training(path: Path, seconds: float, *, rows_share: int = 1, latents_sh
 
 def make_stages(path: Path, names: list[str]) -> dict[str, Any]:
     """What the measured stage reads; no contender."""
-    with cluster.connected(stage_of(path, names[0]).config.resources.cluster, path.with_suffix(".log")):
+    with connected(stage_of(path, names[0]).config.resources.cluster, path.with_suffix(".log")):
         for name in names:
             stage_of(path, name).run()
     return {}

@@ -1,12 +1,10 @@
 """The seam between the mathematics of a training step and the code that makes it fast on one kind of device.
 
-Four operations carry a sparse step beside the encoder's matrix product: collect candidate pairs from the
-pre-activations, decode, gradients of the kept values, gradients of a weight matrix. `reference` states them
-in plain torch and is the oracle of every test; `cpu` and `triton` are fast. `choose_kernels` picks
-once, at construction of the trainer or crosscoder, and the choice has a name that is logged; nothing falls back in
-silence.
+Beside the encoder's matrix product a sparse step needs five operations: collect candidate pairs from pre-activations,
+decode, gradients of the kept values, gradients of a weight matrix, sums per latent. `reference` states them in plain
+torch and every test compares with it; `cpu` and `triton` are fast. choose.py picks one.
 
-What a kernel does not do: select exactly (selection.py), know of losses, or talk to other ranks.
+Kernels do not select exactly (selection.py), know no losses, and do not exchange anything between ranks.
 
 Shapes: B rows, N = M * D flattened activation width, F latents (of this rank), P active (row, latent) pairs.
 All matrices are contiguous with one latent or one row per line: x_BN, W_FN, preact_BF.
@@ -52,7 +50,7 @@ class Kernels(Protocol):
                 which never counts as reaching the floor.
             weight_F: code weight w_j >= 0, same dtype as the codes to return (float32 or float64).
             floor: a score >= 0. Every pair with preact > 0 and v >= floor must be returned; pairs slightly below the
-                floor may be returned too (rounding), the caller sorts that out. With floor = 0 exactly the pairs with
+                floor may be returned too (rounding), which the caller drops. With floor = 0 exactly the pairs with
                 preact > 0 and weight > 0 are returned.
 
         Returns:
@@ -106,29 +104,3 @@ def latent_order(codes: SparseCodes, rows_P: Tensor | None = None) -> LatentOrde
     latents_P, order_P = codes.latents_P.to(torch.int32).sort(stable=True)
     bounds = torch.arange(codes.num_latents + 1, dtype=torch.int32, device=rows.device)
     return LatentOrder(order_P, pick(rows, order_P), torch.searchsorted(latents_P, bounds))
-
-
-def choose_kernels(device: torch.device, name: str = "auto") -> Kernels:
-    """The backend for a device: "auto" takes cpu on CPU and triton on CUDA; or one of reference, cpu, triton by name.
-
-    Raises ValueError for an unknown name, or for a backend that cannot run on the device.
-    """
-    if name == "auto":
-        name = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")
-    if name == "reference":
-        from pipeline.numerics.kernels.reference import ReferenceKernels
-
-        return ReferenceKernels()
-    if name == "cpu":
-        if device.type != "cpu":
-            raise ValueError(
-                f"expected a CPU device for kernels 'cpu', got device {str(device)!r}: set kernels to auto"
-            )
-        from pipeline.numerics.kernels.cpu import CpuKernels
-
-        return CpuKernels()
-    if name == "triton":
-        from pipeline.numerics.kernels.triton import TritonKernels
-
-        return TritonKernels()
-    raise ValueError(f"expected kernels auto, reference, cpu or triton, got {name!r}: use one of these names")

@@ -3,7 +3,7 @@
 Measured on two cores at D=512, M=2, F=16384, 64 pairs per row, 1024 rows (workloads/benchmarks/step_notes.md): decode
 and value gradients take a few percent of the encoder's matrix product. The weight gradients use torch's CSR product
 because it writes into memory that exists already: fresh pages for F x N numbers cost more than the arithmetic.
-float32 and float64; no bfloat16. An object holds no memory between calls, so threads may share it.
+float32 and float64; no bfloat16. Nothing is kept between calls, so threads may share an object.
 
 Shapes: B rows, N = M * D flattened activation width, F latents, P active (row, latent) pairs.
 """
@@ -25,7 +25,7 @@ _WARNING_FILTERS = threading.Lock()
 
 
 class CpuKernels:
-    """Fast CPU backend; implements kernels.Kernels."""
+    """Fast CPU backend; implements base.Kernels."""
 
     dense_cutoff = 0.1
 
@@ -40,7 +40,7 @@ class CpuKernels:
             _csr(torch.tensor([0, 0]), torch.empty(0, dtype=torch.int64), torch.empty(0), 1)
 
     def collect(self, preact_BF: Tensor, weight_F: Tensor, floor: float) -> SparseCodes:
-        """Pairs with preact above floor / weight, a hair lowered so that rounding never loses a pair."""
+        """Pairs with preact above floor / weight, lowered by a few roundings so that none is lost."""
         preact = preact_BF.to(weight_F.dtype)
         num_latents = preact.shape[1]
         eps = torch.finfo(weight_F.dtype).eps

@@ -1,7 +1,7 @@
 """The kernels in plain torch, on any device: the oracle that the fast backends are tested against.
 
-Each method is the formula of its docstring in base.py, written for reading. It materialises P x N numbers where the
-fast backends do not, so it is for tests, small problems and devices that have no backend of their own.
+Each method is the formula of its docstring in base.py, written for reading. It builds P x N numbers where the fast
+backends do not, so it is for tests, small problems and devices without a backend of their own.
 
 Shapes: B rows, N = M * D flattened activation width, F latents, P active (row, latent) pairs.
 """
@@ -14,7 +14,7 @@ from pipeline.numerics.kernels.base import LatentOrder
 
 
 class ReferenceKernels:
-    """Plain torch; implements kernels.Kernels."""
+    """Plain torch; implements base.Kernels."""
 
     name = "reference"
     dense_cutoff = 0.05

@@ -41,7 +41,7 @@ PAIRS_PER_SUM = 128
 
 
 class TritonKernels:
-    """CUDA backend; implements kernels.Kernels. float32, float64 and bfloat16; float32 sums, float64 for float64."""
+    """CUDA backend; implements base.Kernels. float32, float64 and bfloat16; float32 sums, float64 for float64."""
 
     name = "triton"
     dense_cutoff = 0.01

@@ -1,116 +1,47 @@
-"""What every stage shares: the step it is asked for, the surroundings it works in, and a pool of Ray Data workers.
+"""A pool of Ray Data workers that each get independent items, and single tasks beside it.
 
-A step is planned without touching anything; a stage receives the missing steps of its group and publishes each of them.
+A worker is a plain class: built once per process, then called with one item at a time. Lost processes are replaced and
+their items repeated. What a user must correct (a CrossrayError) arrives at the driver as itself, once.
 """
 
 import pickle
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
-from pipeline.cluster import connect as cluster
-from pipeline.config.resources import ResourcesSection, WorkersSection
-from pipeline.config.section import Section
-from pipeline.errors import ArtifactError, CrossrayError, first_line
-from pipeline.storage.artifacts import ArtifactKey, Record, read_record, write_record
-from pipeline.storage.filesystem import Storage
-from pipeline.terminal import Progress, Reporter
-from pipeline.tracking.tracker import Point
+from pipeline.cluster.connect import check_fits, pool_size, request, set_worker_threads, worker_cpus
+from pipeline.config.resources import WorkersSection
+from pipeline.errors import CrossrayError, first_line
 
+# Ray is imported where it is used: importing it writes to the terminal, unless connect.connected has diverted it.
 if TYPE_CHECKING:
     import ray.data
 
-
-@dataclass(frozen=True)
-class Step:
-    """One artifact that a run needs."""
-
-    name: str
-    """What the user reads: `crosscoder batch_topk`."""
-    key: ArtifactKey
-    """Its identity and folder."""
-    section: Section
-    """The settings it is made from."""
-    inputs: Mapping[str, "Step"] = field(default_factory=dict)
-    """The steps whose artifacts it reads."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """Plain values beyond the section, such as the shared training section of a crosscoder."""
+Item = TypeVar("Item", contravariant=True)
+Result = TypeVar("Result", covariant=True)
 
 
-class Live(Protocol):
-    """Values of a step that is still being made, for whoever watches the run."""
-
-    def points(self, step: Step, points: Sequence[Point]) -> None:
-        """Values of curves, in order, each once."""
-        ...
-
-
-@dataclass(frozen=True)
-class Context:
-    """The surroundings of a stage: how, never what."""
-
-    storage: Storage
-    resources: ResourcesSection
-    reporter: Reporter
-    live: Live
-    run_name: str
-    log_every_steps: int
-
-    def record_of(self, step: Step) -> Record:
-        """The record of an input, which must be complete by now."""
-        record = read_record(self.storage, step.key)
-        if record is None:
-            raise ArtifactError(
-                f"{self.storage.url(step.key.folder)}: expected the finished artifact of {step.name}, got none; "
-                "run again"
-            )
-        return record
-
-    def finish(
-        self, step: Step, counts: Mapping[str, Any], seconds: float, files: Sequence[str] | None = None
-    ) -> Record:
-        """Publish a step's record: from here on it is complete."""
-        return write_record(
-            self.storage,
-            step.key,
-            name=step.name,
-            counts=counts,
-            seconds=seconds,
-            run_name=self.run_name,
-            files=files,
-        )
-
-
-class StageFunction(Protocol):
-    """Makes the artifacts of the missing steps of one group."""
-
-    def __call__(self, steps: Sequence[Step], context: Context) -> None:
-        """Publish every step; raise if one cannot be made."""
-        ...
-
-
-class Pool(NamedTuple):
-    """How a stage spreads independent items over Ray Data workers."""
+class Pool(NamedTuple, Generic[Item, Result]):
+    """How independent items are spread over Ray Data workers."""
 
     name: str
     """Section name under `resources`, for errors."""
     section: WorkersSection
-    worker: type
-    """Class whose objects are built once per process and called with one item, returning a plain dict."""
+    worker: Callable[..., Callable[[Item], Result]]
+    """Class whose objects are built once per process and called with one item. Items and results are pickled."""
     arguments: tuple[Any, ...]
     """Constructor arguments."""
     uses_actors: bool = False
-    """Actors own their process, as a GPU or a large model wants it. Without, Ray's idle processes are used again: they
-    have torch imported already, which saves seconds per stage."""
+    """Whether each worker owns its process, as a GPU or a large model needs it. Without, Ray's idle processes are used
+    again: they have torch imported already, which saves seconds per stage."""
     min_workers: int | None = None
     """Of actors: how many are started at once; the others follow while work is waiting. None starts all."""
     logical_cpus: float | None = None
     """What each worker asks of the cluster, where that differs from the CPUs (threads) that it uses."""
 
 
-def run_pool(pool: Pool, items: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def run_pool(pool: Pool[Item, Result], items: Sequence[Item]) -> Iterator[Result]:
     """Results of `pool.worker(item)` in the order in which they are ready.
 
     Lost processes are replaced and their items repeated by Ray Data, each at most `max_retries` times, so a worker must
@@ -120,7 +51,8 @@ def run_pool(pool: Pool, items: Sequence[Mapping[str, Any]]) -> Iterator[dict[st
 
     try:
         for row in pool_dataset(pool, items).iter_rows():
-            yield result_of(row)
+            result: Result = result_of(row)
+            yield result
     except ray.exceptions.RayError as error:
         lost = find_lost_process(error)
         if lost is None:
@@ -132,21 +64,21 @@ def run_pool(pool: Pool, items: Sequence[Mapping[str, Any]]) -> Iterator[dict[st
         ) from error
 
 
-def pool_dataset(pool: Pool, items: Sequence[Mapping[str, Any]]) -> "ray.data.Dataset":
+def pool_dataset(pool: Pool[Item, Result], items: Sequence[Item]) -> "ray.data.Dataset":
     """A lazy Ray Data set of one row per item; `result_of` opens a row."""
     import ray.data
 
-    num_workers = cluster.pool_size(pool.section, len(items))
+    num_workers = pool_size(pool.section, len(items))
     first_workers = min(pool.min_workers or num_workers, num_workers)
     cpus = pool.section.cpus
     logical_cpus = pool.logical_cpus or cpus
-    cluster.check_fits(pool.name, cluster.request(pool.section, logical_cpus), first_workers)
-    # Items and results travel as bytes: Ray would otherwise give every nested field an Arrow type, and arrays would
-    # come back as lists.
-    packed = [{"item": pickle.dumps(dict(item))} for item in items]
+    check_fits(pool.name, request(pool.section, logical_cpus), first_workers)
+    # Items and results travel as bytes: Ray would otherwise give every nested field an Arrow type, and turn arrays
+    # into lists.
+    packed = [{"item": pickle.dumps(item)} for item in items]
     dataset = ray.data.from_items(packed, override_num_blocks=len(items))
     common: dict[str, Any] = {"batch_size": 1, "batch_format": "numpy"}
-    common |= {"num_cpus": cluster.worker_cpus(logical_cpus), "resources": pool.section.custom or None}
+    common |= {"num_cpus": worker_cpus(logical_cpus), "resources": pool.section.custom or None}
     if pool.uses_actors or pool.section.gpus > 0:
         return dataset.map_batches(
             _OneByOne,
@@ -177,14 +109,14 @@ def result_of(row: Mapping[str, Any]) -> Any:
 
 
 class _OneByOne:
-    """Adapts a worker to Ray Data's batches of one.
+    """Calls a worker with each item of a Ray Data batch.
 
     A CrossrayError (also one of the constructor) is returned rather than raised: Ray Data would wrap it, lose it in
     pickling and retry what cannot succeed.
     """
 
-    def __init__(self, worker: type, arguments: tuple[Any, ...], cpus: float) -> None:
-        cluster.set_worker_threads(cpus)
+    def __init__(self, worker: Callable[..., Any], arguments: tuple[Any, ...], cpus: float) -> None:
+        set_worker_threads(cpus)
         self._make = (worker, arguments)
         self._worker: Callable[[Any], Any] | None = None
 
@@ -202,11 +134,11 @@ class _OneByOne:
 
 
 _built: dict[str, _OneByOne] = {}
-"""In a reused process: the worker of the pool at hand, by the pool's token; the one before is dropped."""
+"""In a reused process: the worker of the present pool, by the pool's token; the former one is dropped."""
 
 
 def _in_reused_process(
-    batch: Mapping[str, Any], *, token: str, worker: type, arguments: tuple[Any, ...], cpus: float
+    batch: Mapping[str, Any], *, token: str, worker: Callable[..., Any], arguments: tuple[Any, ...], cpus: float
 ) -> dict[str, list[Any]]:
     if token not in _built:
         _built.clear()
@@ -232,7 +164,7 @@ def find_fault(error: BaseException) -> CrossrayError | None:
 
 
 def find_lost_process(error: BaseException) -> str | None:
-    """What Ray says of the process whose loss ended a pool, or None where the error is another one."""
+    """Ray's message about the process whose loss ended a pool; None where the error is another one."""
     import ray
 
     lost = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
@@ -255,8 +187,3 @@ def run_task(function: Callable[..., Any], *arguments: Any, num_cpus: float) -> 
         if fault is None:
             raise
         raise fault from None
-
-
-def shown(context: Context, progress: Progress, done: int, note: str = "") -> None:
-    """Report how far a stage is."""
-    context.reporter.progress(progress.update(done, note))

@@ -3,15 +3,15 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from pipeline.analyses.activation_statistics import ActivationStatistics
 from pipeline.analyses.rows import analyse
-from pipeline.analyses.templates import Templates
 from pipeline.errors import InputError
 from pipeline.schema import Flag, latent_corpus_columns
 
 
 def test_every_column_equals_a_loop_over_dense_codes(make_world: Callable) -> None:
     world = make_world()
-    analysis = Templates(num_latents=12, corpora=("web", "chat"))
+    analysis = ActivationStatistics(num_latents=12, corpora=("web", "chat"))
     sums = analyse({"t": analysis}, world.batches(17))["t"]
     table = analysis.table(sums)
     code = world.batch().codes.to_dense().double()
@@ -38,14 +38,14 @@ def test_every_column_equals_a_loop_over_dense_codes(make_world: Callable) -> No
 
 def test_a_latent_that_fires_twice_in_a_document_counts_it_once(batch_of: Callable) -> None:
     code = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0], [4.0, 0.0]])
-    analysis = Templates(num_latents=2, corpora=("web",))
+    analysis = ActivationStatistics(num_latents=2, corpora=("web",))
     sums = analyse({"t": analysis}, [batch_of(code, torch.tensor([7, 7, 7, 8]))])["t"]
     assert analysis.table(sums)["num_documents"].tolist() == [2, 1]
 
 
 def test_an_unknown_corpus_is_refused(make_world: Callable) -> None:
-    analysis = Templates(num_latents=12, corpora=("web",))
+    analysis = ActivationStatistics(num_latents=12, corpora=("web",))
     with pytest.raises(InputError, match="got up to 1"):
         analysis.update(analysis.start(), make_world().batch())
     with pytest.raises(InputError, match="at least one"):
-        Templates(num_latents=12, corpora=())
+        ActivationStatistics(num_latents=12, corpora=())

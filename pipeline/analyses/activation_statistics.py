@@ -1,7 +1,7 @@
 """Where a latent fires: how often, how strongly, in how many documents, and on whose tokens.
 
-Shares are of the latent's summed activation, so that a latent that is weakly on everywhere and strong on template
-tokens counts as a template latent (more than half; arXiv 2504.02922, section 4). A token has one role among template,
+Shares are of the latent's summed activation, so that a latent that is weak everywhere and strong on template tokens
+counts as a template latent (more than half; arXiv 2504.02922, section 4). A token has one role among template,
 user and assistant, or none in plain text; BOS is counted on its own and is a template token too. Documents are counted
 exactly, which needs batches of whole documents.
 
@@ -14,14 +14,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pipeline.analyses.rows import RowBatch, Sums, document_index, merge_sums, require_rows, sum_by_latent
+from pipeline.analyses.rows import RowBatch, Sums, check_codes, document_index, merge_sums, require_rows, sum_by_latent
 from pipeline.errors import InputError
 from pipeline.schema import Flag, latent_corpus_columns
 
 _ROLES = {"template": Flag.TEMPLATE, "user": Flag.USER, "assistant": Flag.ASSISTANT, "bos": Flag.BOS}
 
 
-class Templates:
+class ActivationStatistics:
     """Row analysis: frequency (also per corpus), documents, largest (also per corpus) and mean activation, shares."""
 
     def __init__(self, *, num_latents: int, corpora: Sequence[str]) -> None:
@@ -43,10 +43,7 @@ class Templates:
     def update(self, sums: Sums, batch: RowBatch) -> None:
         """Adds a batch of whole documents."""
         codes, num_corpora = batch.codes, len(self.corpora)
-        if codes.num_latents != self.num_latents:
-            raise InputError(
-                f"expected {self.num_latents} latents, got {codes.num_latents}: start the analysis for this crosscoder"
-            )
+        check_codes(codes, self.num_latents)
         corpus_B = batch.corpus_B.long()
         if len(corpus_B) and not 0 <= int(corpus_B.min()) <= int(corpus_B.max()) < num_corpora:
             raise InputError(
@@ -73,7 +70,7 @@ class Templates:
     def table(self, sums: Sums) -> pd.DataFrame:
         """One row per latent; shares and mean_activation are NaN where it never fires."""
         num_rows = int(sums["num_rows"].sum())
-        require_rows(num_rows, "templates")
+        require_rows(num_rows, "activation statistics")
         count_F, total_F = sums["count"].sum(0), sums["sum"]
         frequency_CF = sums["count"].double() / sums["num_rows"][:, None]
         per_corpus = [value for pair in zip(frequency_CF, sums["max"], strict=True) for value in pair]

@@ -1,8 +1,7 @@
-"""What a latent costs (its code weight), and the kinds of sparsity.
+"""What a latent costs: its code weight, a function of the decoder norms alone.
 
 The code weight w_j turns a code f_ij into the score v_ij = f_ij w_j that BatchTopK compares and the L1 penalty sums
-(arXiv 2504.02922, section 2). It is a function of the decoder norms alone; the penalty's gradient passes through it,
-the selection's does not. Nothing here looks at rows.
+(arXiv 2504.02922, section 2). The penalty's gradient passes through it, the selection's does not. Rows play no part.
 
 Shapes: M models, D width, F latents, N = M * D.
 """
@@ -10,18 +9,10 @@ Shapes: M models, D width, F latents, N = M * D.
 import torch
 from torch import Tensor
 
-KINDS = ("l1", "batch_topk", "topk", "jumprelu")
-"""How training keeps codes sparse."""
-CODE_WEIGHTS = ("crosscoder", "sae", "mixed", "none", "decoupled")
-"""sum of the models' decoder norms; norm of all together; sae + 0.1 crosscoder; 1; per model."""
+from pipeline.numerics.settings import CODE_WEIGHTS, check_choice
+
 MIXED_SHARE = 0.1
 """Share of the crosscoder weight in `mixed`."""
-
-
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raises ValueError that names the choices if value is none of them."""
-    if value not in allowed:
-        raise ValueError(f"expected {name} to be one of {', '.join(allowed)}, got {value!r}: use one of these names")
 
 
 def decoder_norms(W_dec_FMD: Tensor) -> Tensor:

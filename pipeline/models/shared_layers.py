@@ -1,8 +1,8 @@
 """How many leading layers two models have in common: run once, and kept in memory once.
 
 Two cases. One model with an adapter that can be turned off: the layers below the first adapted one. Two checkpoints:
-the leading layers whose tensors are equal byte by byte, together with everything that runs before them. In both, any
-doubt (another config, other replaced tokens, an adapted embedding) means that nothing is shared.
+the leading layers whose tensors are equal byte by byte, together with everything that runs before them. Nothing is
+shared in doubtful cases (another config, other replaced tokens, an adapted embedding).
 
 Which modules run before the layers is observed on a forward of one token, so that no architecture is named here.
 """

@@ -1,0 +1,154 @@
+"""Rows as a sparsity sees them: the global batch of a training step, and a block of rows at inference.
+
+Both offer what a sparsity is made of: codes from pre-activations, and the exact selections of selection.py. The batch
+hides blocks, ranks and dead latents: pre-activations exist for one block of rows at a time, and with every block the
+strongest dead latents of its rows are gathered on the way.
+
+Shapes: B rows, M models, F latents of this rank, P pairs, K dead latents per row.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.numerics.code_weight import decoder_norms
+from pipeline.numerics.codes import SparseCodes, concatenate
+from pipeline.numerics.kernels.base import Kernels
+from pipeline.numerics.parallel import Mesh
+from pipeline.numerics.parameters import Parameters
+from pipeline.numerics.selection import (
+    Selection,
+    is_enough,
+    select_batch,
+    select_batch_per_model,
+    top_codes_of_rows,
+    top_of_rows,
+)
+
+
+class DeadLatents(NamedTuple):
+    """Latents that explain the residual in the auxiliary loss."""
+
+    latents: Tensor
+    """int64: those of this rank."""
+    k: int
+    """How many of them per row, over all latent ranks."""
+
+
+@dataclass
+class TrainingBatch:
+    """The global batch of one step; this rank holds some of its rows and latents."""
+
+    blocks: Callable[[], Iterator[Tensor]]
+    """Pre-activations of this rank's rows, block by block; a block is valid until the next one."""
+    sample: Callable[[], Tensor]
+    """Pre-activations of a few rows."""
+    num_local_rows: int
+    parameters: Parameters
+    norm_FM: Tensor
+    """Decoder norms."""
+    weight_F: Tensor
+    """Code weights."""
+    is_decoupled: bool
+    """Whether every model has scores of its own, f_ij |d_j^m|."""
+    kernels: Kernels
+    mesh: Mesh
+    last_floor: float | None = None
+    """Guess of a floor from the last step."""
+    dead: DeadLatents | None = None
+    auxiliary: SparseCodes | None = None
+    """The strongest dead latents of every row, known after `encode`."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the global batch."""
+        return self.num_local_rows * self.mesh.data_size
+
+    def encode(self, sparsify: Callable[[Tensor], SparseCodes]) -> SparseCodes:
+        """What sparsify keeps of every block's pre-activations, as the codes of all rows of this rank."""
+        parts, auxiliary = [], []
+        for preact_BF in self.blocks():
+            if self.dead is not None:
+                auxiliary.append(self._strongest_dead(preact_BF, self.dead))
+            parts.append(sparsify(preact_BF))
+        self.auxiliary = concatenate(auxiliary) if auxiliary else None
+        return concatenate(parts)
+
+    def positive(self, preact_BF: Tensor) -> SparseCodes:
+        """Every positive pair of a block."""
+        return self.kernels.collect(preact_BF, torch.ones_like(self.weight_F), 0.0)
+
+    def top_of_rows(self, preact_BF: Tensor, k: int) -> SparseCodes:
+        """The k largest positive scores of every row of a block, over the latent ranks."""
+        return top_codes_of_rows(preact_BF, self.weight_F, k=k, mesh=self.mesh)
+
+    def collect(self, bound_F: Tensor, floor: float) -> SparseCodes:
+        """Every pair of all rows whose f_ij bound_j reaches the floor, and perhaps some just below it."""
+        return self.encode(lambda preact_BF: self.kernels.collect(preact_BF, bound_F, floor))
+
+    def floors(self, bound_F: Tensor, num_keep: int) -> Iterator[float]:
+        """Guesses, from high to low, of a floor above which num_keep scores lie; 0, the last, always suffices.
+
+        A guess can cost time, it never changes a selection. Equal on all ranks.
+        """
+        if self.last_floor:
+            yield self.last_floor
+        scores = (self.sample() * bound_F).flatten()
+        share = num_keep / (self.num_rows * len(bound_F) * self.mesh.latent_size)
+        place = min(scores.numel(), int(1.5 * share * scores.numel()) + 8)
+        estimate = scores.kthvalue(scores.numel() - place + 1).values.to(torch.float64).nan_to_num(0.0)
+        lowest = float(-self.mesh.max_(-estimate, "world"))
+        if lowest > 0:
+            yield lowest
+        yield 0.0
+
+    def is_enough(self, score_P: Tensor, num_keep: int, floor: float) -> bool:
+        """Whether candidates collected above floor hold the num_keep largest scores of the global batch."""
+        return is_enough(score_P, num_keep, floor=floor, mesh=self.mesh)
+
+    def largest(self, candidates: SparseCodes, score_PM: Tensor, num_keep: int) -> Selection:
+        """The num_keep largest scores of the global batch, per model where decoupled, else of the only column."""
+        if self.is_decoupled:
+            return select_batch_per_model(candidates, score_PM, num_keep=num_keep, mesh=self.mesh)
+        return select_batch(candidates, score_PM.squeeze(1), num_keep=num_keep, mesh=self.mesh)
+
+    def _strongest_dead(self, preact_BF: Tensor, dead: DeadLatents) -> SparseCodes:
+        preact_dead = preact_BF[:, dead.latents]
+        scores_BK, places_BK = top_of_rows(preact_dead * self.weight_F[dead.latents], dead.k, self.mesh)
+        rows_P, slots_P = (scores_BK > 0).nonzero(as_tuple=True)
+        places_P = places_BK[rows_P, slots_P]
+        offsets = torch.nn.functional.pad((scores_BK > 0).sum(1).cumsum(0), (1, 0))
+        return SparseCodes(preact_dead[rows_P, places_P], dead.latents[places_P], offsets, len(self.weight_F))
+
+
+class InferenceBlock(NamedTuple):
+    """Pre-activations of a block of rows, and what a crosscoder keeps for inference."""
+
+    preact_BF: Tensor
+    weight_F: Tensor
+    """Code weights."""
+    W_dec_FMD: Tensor
+    is_decoupled: bool
+    kernels: Kernels
+    k: int | None
+    threshold: Tensor
+    """float64, scalar, or [M] where decoupled scores are compared."""
+    jump_threshold_F: Tensor
+    """Threshold of every latent; empty where the sparsity has none."""
+
+    @property
+    def norm_FM(self) -> Tensor:  # noqa: N802 (shape letter)
+        """Decoder norms."""
+        return decoder_norms(self.W_dec_FMD)
+
+    def positive(self) -> SparseCodes:
+        """Every positive code."""
+        return self.kernels.collect(self.preact_BF, torch.ones_like(self.weight_F), 0.0)
+
+    def top_of_rows(self) -> SparseCodes:
+        """The k largest positive scores of every row."""
+        assert self.k is not None
+        return top_codes_of_rows(self.preact_BF, self.weight_F, k=self.k, mesh=Mesh())

@@ -1,0 +1,106 @@
+"""What enters fingerprints for files and models: the content of local ones, the revision of those elsewhere.
+
+A step's identity is its section of the run file (run/flow.py). Where a section names a path or a model, the functions
+here put what was found in place of the name, so that a changed file makes its steps stale and a moved one does not.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from pipeline.config.analyses import SteeringSection
+from pipeline.config.crosscoder import AdoptedCrosscoderSection
+from pipeline.config.data import CorpusSection, HubModel, OrganismModel
+from pipeline.errors import InputError
+from pipeline.storage.artifacts import digest_of_path
+from pipeline.text.files import as_input_error, expand_paths
+
+Identity = dict[str, Any]
+"""JSON that is hashed into a fingerprint; no stage reads it."""
+
+
+def file_identity(path: str, where: str) -> str:
+    """The content of a local file, or URL and version of one elsewhere."""
+    expand_paths([path], where)
+    with as_input_error(f"{where}: {path}"):
+        fs, inner = fsspec.core.url_to_fs(path)
+        if "file" in fs.protocol:
+            return f"sha256:{digest_of_path(Path(inner))}"
+        return f"{path}#{fs.ukey(inner)}"
+
+
+def corpus_identity(section: CorpusSection) -> Identity:
+    """The corpus section with the content of files in place of their paths, and without the tokens' weights."""
+    identity = section.model_dump(mode="json")
+    for source in identity["sources"]:
+        if "paths" in source:
+            where = f"corpus {source['name']!r}: paths"
+            source["paths"] = [file_identity(path, where) for path in expand_paths(source["paths"], where)]
+        del source["weight"]
+    return identity
+
+
+def model_identity(model: HubModel | OrganismModel, where: str) -> Identity:
+    """Content of a local model, id and revision of the hub's, replaced token ids, weight noise.
+
+    The organism's models are identified by the organism artifact among the step's inputs. Raises InputError where a
+    source that looks like a path is missing.
+    """
+    names = ("weight_noise", "weight_noise_seed")
+    identity: Identity = {name: getattr(model, name) for name in names} if model.weight_noise else {}
+    if isinstance(model, OrganismModel):
+        return {"organism": model.member, **identity}
+    sources = (("source", model.source, model.revision), ("adapter", model.adapter, model.adapter_revision))
+    for field, source, revision in sources:
+        if source is None:
+            continue
+        path = Path(source).expanduser()
+        if path.exists():
+            identity[field] = f"sha256:{digest_of_path(path)}"
+        elif source.startswith(("/", ".", "~")) or source.count("/") > 1:
+            raise InputError(
+                f"{where}.{field}: expected a hub id or an existing folder, got {source!r}; correct the path"
+            )
+        else:
+            identity[field] = source
+            identity[f"{field}_revision"] = revision
+    if model.token_replacements:
+        identity["token_replacements"] = sorted(model.token_replacements.items())
+    return identity
+
+
+def noise_between(base: Mapping[str, object], chat: Mapping[str, object]) -> float | None:
+    """The noise that is the only difference of two models (0 for equal ones), from their identities; else None."""
+    rest = {key: value for key, value in chat.items() if not key.startswith("weight_noise")}
+    noise = chat.get("weight_noise", 0.0)
+    return float(str(noise)) if rest == dict(base) else None
+
+
+def adopted_identity(section: AdoptedCrosscoderSection) -> Identity:
+    """Content of a local crosscoder, id and revision of the hub's; InputError where a path holds no weights."""
+    path = Path(section.source).expanduser()
+    identity: Identity = {"kind": section.kind, "activation_scale": section.activation_scale}
+    if path.exists():
+        from pipeline.checkpoints.published import find_files  # imports torch, which other runs can do without
+
+        try:
+            files = find_files(path, revision=section.revision)
+        except InputError as error:
+            raise InputError(f"crosscoder {section.name!r}: source: {error}") from error
+        return identity | {"source": [f"sha256:{digest_of_path(file)}" for file in files if file is not None]}
+    if section.source.startswith(("/", ".", "~")):
+        raise InputError(
+            f"crosscoder {section.name!r}: source: expected a hub id, an existing folder or a weights file, got "
+            f"{section.source!r}; correct the path"
+        )
+    return identity | {"source": section.source, "revision": section.revision}
+
+
+def steering_identity(section: SteeringSection) -> Identity:
+    """The steering section with the content of the file of prompts in place of its path."""
+    identity = section.model_dump(mode="json")
+    if section.prompts_path is not None:
+        identity["prompts_path"] = file_identity(section.prompts_path, "analyses.steering.prompts_path")
+    return identity

@@ -1,0 +1,32 @@
+"""From the settings of a run file to the plain numbers that a trainer takes."""
+
+from dataclasses import asdict
+
+from pipeline.config.crosscoder import CrosscoderSection, TrainingSection
+from pipeline.config.resources import TrainingResources
+from pipeline.errors import InputError
+from pipeline.numerics.trainer import CrosscoderSpec
+
+
+def spec_of(
+    section: CrosscoderSection,
+    training: TrainingSection,
+    resources: TrainingResources,
+    *,
+    num_models: int,
+    activation_dim: int,
+) -> CrosscoderSpec:
+    """The plain numbers of a crosscoder for activations of this shape; an InputError where they do not fit."""
+    try:
+        return CrosscoderSpec(
+            num_models=num_models,
+            activation_dim=activation_dim,
+            num_latents=section.num_latents or (section.expansion or 0) * activation_dim,
+            num_steps=training.num_steps,
+            precision=training.precision,
+            kernels=resources.kernels,
+            sparsity=section.sparsity.settings(),
+            **asdict(section.settings()),
+        )
+    except ValueError as error:
+        raise InputError(f"crosscoder {section.name!r}: {error}") from error

@@ -1,0 +1,36 @@
+"""A finished crosscoder of the storage, fitted or adopted: its weights, and its training curve where there is one."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import pyarrow as pa
+
+from pipeline.numerics.crosscoder import Crosscoder
+from pipeline.storage.filesystem import Storage
+from pipeline.storage.tables import read_table
+from pipeline.tracking.tracker import Point
+
+CURVES_NAME = "curves.parquet"
+
+
+@contextmanager
+def open_crosscoder(storage: Storage, folder: str) -> Iterator[Crosscoder]:
+    """The crosscoder of an artifact; its weights may be mapped from files that live as long as the block."""
+    with storage.local_folder(folder) as path:
+        yield Crosscoder.from_pretrained(path)
+
+
+def read_curve(storage: Storage, folder: str) -> pa.Table | None:
+    """The training curve: one row per logged step; None where the crosscoder was adopted."""
+    key = f"{folder}/{CURVES_NAME}"
+    return read_table(storage, key) if storage.exists(key) else None
+
+
+def curve_points(curve: Iterable[Mapping[str, float]]) -> list[Point]:
+    """The rows of a curve as points for the tracker."""
+    return [
+        Point(f"train/{name}", value, int(row["step"]), int(row["time_ms"]))
+        for row in curve
+        for name, value in row.items()
+        if name not in ("step", "time_ms")
+    ]

@@ -1,0 +1,110 @@
+"""The latent table of each crosscoder: fidelity, Latent Scaling, ownership, templates, twins and the verdict."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from pipeline.analyses.activation_statistics import ActivationStatistics
+from pipeline.analyses.controls import stated_error
+from pipeline.analyses.fidelity import Fidelity
+from pipeline.analyses.latent_scaling import LatentScaling
+from pipeline.analyses.ownership import ownership_table
+from pipeline.analyses.rows import RowAnalysis, Sums
+from pipeline.analyses.twins import Twins
+from pipeline.analyses.verdict import artifact_frac, latent_table, verdict_counts, with_twins
+from pipeline.config.analyses import LatentScalingSection
+from pipeline.numerics.crosscoder import Crosscoder
+from pipeline.numerics.recipes import reads_difference
+from pipeline.schema import LATENT_COLUMNS, TWIN_COLUMNS, Ownership, Verdict, latent_corpus_columns
+from pipeline.stages.catalogue import LatentsInputs
+from pipeline.stages.finished_crosscoder import open_crosscoder
+from pipeline.stages.row_pass import Measured
+from pipeline.stages.step import Step
+from pipeline.storage.filesystem import Storage
+from pipeline.storage.tables import arrow_schema, read_table, write_frame
+
+LATENTS_NAME = "latents.parquet"
+FIDELITY_NAME = "fidelity.json"
+TWINS_NAME = "twins.parquet"
+TWIN_SCHEMA = arrow_schema(TWIN_COLUMNS)
+
+
+class LatentsWork:
+    """One step: what it takes from the first pass over the rows, and its tables."""
+
+    def __init__(self, step: Step[LatentsInputs], measured: Measured) -> None:
+        self.step, self.context, self._started = step, measured.context, time.monotonic()
+        self._corpora = measured.store.manifest.corpora
+        self._analyses = verdict_analyses(measured.crosscoder, step.inputs.section, corpora=self._corpora)
+        self._analyses["twins"] = Twins(W_dec_FMD=measured.crosscoder.W_dec_FMD.detach())
+
+    def first_pass(self) -> Mapping[str, RowAnalysis]:
+        """The verdict's sums, and those of twins."""
+        return self._analyses
+
+    def publish(self, sums: Mapping[str, Sums]) -> None:
+        """Write the tables and the record."""
+        step, storage, folder = self.step, self.context.storage, self.step.folder
+        tables: dict[str, Any] = {name: analysis.table(sums[name]) for name, analysis in self._analyses.items()}
+        with open_crosscoder(storage, step.inputs.crosscoder.folder) as crosscoder:
+            table = with_twins(verdict_table(crosscoder, tables, step.inputs.section), tables["twins"])
+        schema = arrow_schema((*LATENT_COLUMNS, *latent_corpus_columns(self._corpora)))
+        write_frame(storage, f"{folder}/{LATENTS_NAME}", table, schema)
+        write_frame(storage, f"{folder}/{TWINS_NAME}", tables["twins"], TWIN_SCHEMA)
+        storage.write_json(f"{folder}/{FIDELITY_NAME}", tables["fidelity"])
+        counts = _counts(table) | {"num_twins": len(tables["twins"]), "fidelity": dict(tables["fidelity"])}
+        self.context.finish(step, counts, time.monotonic() - self._started)
+
+
+def read_latents(storage: Storage, step: Step[LatentsInputs]) -> pd.DataFrame:
+    """The finished latent table of a step."""
+    frame: pd.DataFrame = read_table(storage, f"{step.folder}/{LATENTS_NAME}").to_pandas()
+    return frame
+
+
+def verdict_analyses(
+    crosscoder: Crosscoder, section: LatentScalingSection, *, corpora: Sequence[str]
+) -> dict[str, RowAnalysis]:
+    """What the verdict takes from the rows, by name; `verdict_table` takes their tables."""
+    num_latents = crosscoder.num_latents
+    return {
+        "fidelity": Fidelity(
+            activation_dim=crosscoder.activation_dim,
+            num_latents=num_latents,
+            is_difference=reads_difference(crosscoder),
+        ),
+        "scaling": LatentScaling(
+            crosscoder,
+            num_groups=section.num_groups,
+            num_resamples=section.num_resamples,
+            seed=section.seed,
+            thresholds=(section.nu_eps_threshold, section.nu_r_threshold),
+        ),
+        "templates": ActivationStatistics(num_latents=num_latents, corpora=corpora),
+    }
+
+
+def verdict_table(crosscoder: Crosscoder, tables: Mapping[str, Any], section: LatentScalingSection) -> pd.DataFrame:
+    """The latent table, twins aside, from the tables of `verdict_analyses`."""
+    return latent_table(
+        ownership_table(W_enc_FMD=crosscoder.W_enc_FMD, W_dec_FMD=crosscoder.W_dec_FMD),
+        tables["scaling"],
+        tables["templates"],
+        nu_eps_threshold=section.nu_eps_threshold,
+        nu_r_threshold=section.nu_r_threshold,
+        min_documents=section.min_documents,
+    )
+
+
+def _counts(table: pd.DataFrame) -> dict[str, Any]:
+    is_specific = table["verdict"] == Verdict.CHAT_SPECIFIC
+    return {
+        **{f"num_{name.replace(' ', '_').replace('-', '_')}": n for name, n in verdict_counts(table).items()},
+        "num_latents": len(table),
+        "num_chat_only": int((table["ownership"] == Ownership.CHAT_ONLY).sum()),
+        "num_chat_specific_confident": int((is_specific & table["is_confident"]).sum()),
+        "artifact_frac": artifact_frac(table),
+        "stated_false_discovery_rate": stated_error(table).rate,
+    }
