@@ -1,21 +1,39 @@
-# demo: the whole path on a generated model pair.  test: the same install, all tests but the slowest.
-# test-rare: those.  check: format, lint, types.
+# demo: the whole path on a generated model pair.  test: all tests but the slowest.  test-rare: those.
+# test-bare: the numerics in an environment of torch and numpy.  check: format, lint, types.
+# lock: pins every package anew from pyproject.toml and constraints.txt.  golden: computes the golden numbers anew.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BARE := .venv-bare
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check -c requirements.lock
+TORCH := $(shell grep '^torch==' constraints.txt)
+UV := $(shell grep '^uv==' constraints.txt)
+# Each worker has a Ray cluster of its own, so there are two whatever the number of cores.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test test-rare check install browser services clean
+.PHONY: demo test test-rare test-bare check install lock golden browser services clean
 
 install: $(STAMP)
 
-# torch goes first and exactly pinned: a range would pull the CUDA packages where only a CPU build is wanted.
-$(STAMP): pyproject.toml constraints.txt
+# torch goes first and with pip, which takes a CPU build where pip is told of one. Everything else is pinned in the
+# lock, so nothing is resolved: uv installs it where there is one or pip finds one, and pip itself otherwise.
+$(STAMP): pyproject.toml constraints.txt requirements.lock
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a few minutes the first time)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hub,lora,spread,triton,test,check]'
+	@$(BIN)/python $(PIP_INSTALL) $(TORCH)
+	@PATH="$(abspath $(BIN)):$$PATH"; \
+	  if command -v uv >/dev/null || $(BIN)/python $(PIP_INSTALL) $(UV); \
+	  then install="uv pip install --quiet --python $(BIN)/python"; \
+	  else install="$(BIN)/python $(PIP_INSTALL)"; fi; \
+	  $$install --no-deps -r requirements.lock && $$install --no-deps -e .
 	@touch $(STAMP)
+
+# torch is left out because its build depends on the machine, and CUDA's libraries because they come with torch's.
+lock: install
+	@PATH="$(abspath $(BIN)):$$PATH" uv pip compile pyproject.toml --quiet --all-extras --universal --python-version 3.11 \
+	  --constraints constraints.txt --no-emit-package torch --no-emit-index-url --no-emit-find-links --no-annotate \
+	  --no-header --upgrade | grep -vE '^(nvidia|cuda)-' > requirements.lock
 
 demo: install
 	@$(BIN)/crossray run workloads/demo.yaml
@@ -36,10 +54,21 @@ services:
 	  echo "no Ceph here: the object store of the tests will be moto's"
 
 test: install browser
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 test-rare: install browser services
-	@$(BIN)/python -m pytest -m rare
+	@$(PYTEST) -m rare
+
+$(BARE)/.installed: constraints.txt requirements.lock
+	@test -x $(BARE)/bin/python || $(PYTHON) -m venv $(BARE)
+	@$(BARE)/bin/python $(PIP_INSTALL) $(TORCH) numpy
+	@touch $@
+
+test-bare: $(BARE)/.installed
+	@$(BARE)/bin/python -W error tests/bare.py
+
+golden: install
+	@$(BIN)/python -m tests.golden.regenerate
 
 check: install
 	@$(BIN)/ruff format --check .
@@ -47,4 +76,4 @@ check: install
 	@$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(BARE) runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,22 +1,30 @@
-"""Fixtures for the whole suite: one Ray cluster per session, an S3-compatible server, an MLflow server."""
+"""Fixtures for the whole suite: one Ray cluster per session, an S3-compatible server, an MLflow server.
 
+With `-n 2 --dist loadgroup` (`make test`) two processes share the files of the suite, each with its own of all these.
+"""
+
+import fcntl
 import json
 import os
 import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-import torch
 
+# One thread a process: as many processes as cores compute at a time, and sums have one order.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Read once, when huggingface_hub is first imported, so it is set before anything of ours is.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_TOKEN", "hf_nobodys-token-4711")  # looked for afterwards in everything that a run writes
 
+import torch
 from runs import Finished
 from servers import free_port, served
 
@@ -25,6 +33,25 @@ from pipeline.config.resources import ClusterSection
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when it is first imported
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files without Ray come first, so that what is quick to know is known first; the longest of the others follow.
+
+    A file stays on one process, which shares what its fixtures made; files that need the heavy services share one.
+    """
+    starts_ray = Counter(
+        item.path for item in items if item.get_closest_marker("ray") or _uses(item, "finished", "ray_cluster")
+    )
+    items.sort(key=lambda item: (bool(starts_ray[item.path]), -starts_ray[item.path]))
+    heavy = {item.path for item in items if _uses(item, "services")}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("services" if item.path in heavy else str(item.path)))
+
+
+def _uses(item: pytest.Item, *fixtures: str) -> bool:
+    return not set(fixtures).isdisjoint(getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")
@@ -96,8 +123,15 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One real local Ray cluster for the session, joined by every run of this process."""
-    with cluster.connected(ClusterSection(num_cpus=2), tmp_path_factory.mktemp("ray") / "ray.log"):
+    """One real local Ray cluster for the session, joined by every run of this process.
+
+    Nodes that start on one machine at the same moment now and then time out, so processes start theirs in turn.
+    """
+    folder = tmp_path_factory.mktemp("ray")
+    with ExitStack() as stack:
+        with (folder.parent.parent / "starting-ray").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            stack.enter_context(cluster.connected(ClusterSection(num_cpus=2), folder / "ray.log"))
         yield
 
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -171,7 +172,7 @@ def start(path: Path, **variables: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120.0) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
@@ -205,8 +206,31 @@ def command_line(pid: int) -> str:
         return ""
 
 
-def kill_worker(process: subprocess.Popen[str], name: str) -> None:
-    """SIGKILL one worker process whose title holds `name`."""
-    victims = [pid for pid in descendants(process.pid) if name in command_line(pid)]
-    assert victims, [command_line(pid)[:80] for pid in descendants(process.pid)]
-    os.kill(victims[0], signal.SIGKILL)
+def workers(name: str) -> set[int]:
+    """Processes below this one, so of the cluster that it started, whose title holds `name`."""
+    return {pid for pid in descendants(os.getpid()) if name in command_line(pid)}
+
+
+@contextmanager
+def killing(name: str, when: Callable[[], bool]) -> Iterator[None]:
+    """SIGKILL one worker process that began within the block and has this title, as soon as `when` holds.
+
+    On the cluster that this process has joined, so that no driver has to start. Fails where none was killed.
+    """
+    former, killed, is_over = workers(name), list[int](), threading.Event()
+
+    def kill_one() -> None:
+        while not killed and not is_over.wait(0.01):
+            victims = sorted(workers(name) - former) if when() else []
+            if victims:
+                os.kill(victims[0], signal.SIGKILL)
+                killed.append(victims[0])
+
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+    assert killed, f"the work ended before a {name} could be killed"

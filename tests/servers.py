@@ -1,5 +1,6 @@
 """Servers that tests start on loopback, each for the length of a block."""
 
+import os
 import socket
 import subprocess
 import time
@@ -10,11 +11,20 @@ from pathlib import Path
 
 import pytest
 
+_given: set[int] = set()
+
 
 def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
+    """A port without a listener, not given before, and not given by another test process."""
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    while True:
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            port = int(server.getsockname()[1])
+        if port // 2 % count == number and port not in _given:  # Linux gives odd ports only
+            _given.add(port)
+            return port
 
 
 @contextmanager

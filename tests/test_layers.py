@@ -3,9 +3,15 @@
 import ast
 import subprocess
 import sys
+import tomllib
+from functools import cache
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from setuptools import find_namespace_packages, find_packages
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pipeline"
@@ -44,7 +50,8 @@ sys.exit(f"loaded: {loaded}" if loaded else 0)
 """
 
 
-def imports_of(path: Path) -> set[str]:
+@cache
+def imports_of(path: Path) -> frozenset[str]:
     """Every module imported anywhere in a file, type checking aside."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -52,7 +59,7 @@ def imports_of(path: Path) -> set[str]:
             found |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
-    return found
+    return frozenset(found)
 
 
 @pytest.mark.parametrize(
@@ -139,3 +146,90 @@ def test_only_the_flow_and_the_rim_see_the_whole_configuration() -> None:
     rooms = {path.relative_to(PACKAGE).parts[0] for path in seeing}
     assert rooms <= {"cli.py", "run", "planning", "planted", "tracking", "cluster"}
     assert {path.name for path in seeing if path.parent.name in ("tracking", "cluster")} == {"run_log.py", "jobs.py"}
+
+
+def test_few_files_lie_outside_the_rooms_and_nothing_in_the_package_needs_a_workload() -> None:
+    assert len(list(PACKAGE.glob("*.py"))) <= 6
+    assert not [path for path in FILES if any(name.split(".")[0] == "workloads" for name in imports_of(path))]
+
+
+def test_the_wheel_holds_the_package_and_nothing_else() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = find_namespace_packages(str(ROOT), include=settings["packages"]["find"]["include"])
+    assert {name.split(".")[0] for name in found} == {"pipeline"}
+    assert set(find_packages(str(ROOT), include=["pipeline*"])) == {
+        ".".join(path.parent.relative_to(ROOT).parts) for path in FILES
+    }, "a folder without __init__.py"
+    for package, patterns in settings["package-data"].items():
+        assert all(list((ROOT / package.replace(".", "/")).glob(pattern)) for pattern in patterns), package
+
+
+LOADED_BY_OTHERS = {
+    "s3fs": "fsspec, for s3://",
+    "psycopg": "MLflow, for PostgreSQL",
+}
+"""Declared packages that no file imports, and who does."""
+IN_CHANGE = {"httpx2", "rich", "tenacity", "openai", "altair", "vl-convert-python"}
+"""The first leaves with the coming of the others."""
+
+
+def declared(*extras: str) -> dict[str, Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *(text for extra in extras for text in project["optional-dependencies"][extra])]
+    return {canonicalize_name(requirement.name): requirement for requirement in map(Requirement, asked)}
+
+
+RUNTIME = ("hub", "lora", "spread", "services", "triton")
+DEVELOPMENT = ("test", "check")
+
+
+def test_what_the_package_imports_is_declared_and_what_is_declared_is_imported() -> None:
+    tops = {name.split(".")[0] for path in FILES for name in imports_of(path)}
+    foreign = tops - set(sys.stdlib_module_names) - {"pipeline"}
+    names = packages_distributions()
+    missing = [
+        name for name in foreign if not {canonicalize_name(own) for own in names[name]} & set(declared(*RUNTIME))
+    ]
+    assert set(missing) <= IN_CHANGE, f"imported and not declared in pyproject.toml: {sorted(missing)}"
+    imported = {canonicalize_name(own) for name in foreign for own in names[name]}
+    assert not set(declared(*RUNTIME)) - imported - set(LOADED_BY_OTHERS) - IN_CHANGE
+    assert not set(LOADED_BY_OTHERS) & imported
+
+
+def pins(name: str) -> dict[str, set[str]]:
+    """Versions by package in a file of pins; a package may have one per Python version."""
+    found: dict[str, set[str]] = {}
+    for line in (ROOT / name).read_text().splitlines():
+        if line and not line.startswith("#"):
+            requirement = Requirement(line)
+            (specifier,) = requirement.specifier
+            assert specifier.operator == "==", line
+            found.setdefault(canonicalize_name(requirement.name), set()).add(specifier.version)
+    return found
+
+
+def test_everything_declared_is_pinned_in_the_lock_and_the_lock_has_no_torch() -> None:
+    locked, direct = pins("requirements.lock"), pins("constraints.txt")
+    asked = declared(*RUNTIME, *DEVELOPMENT)
+    assert set(asked) - {"torch"} <= set(locked)
+    assert "torch" not in locked and not [name for name in locked if name.startswith(("nvidia-", "cuda-"))]
+    for name, requirement in asked.items():
+        assert name in direct, f"constraints.txt lacks {name}"
+        versions = locked.get(name, direct[name])
+        assert versions == direct[name], f"{name}: `make lock`"
+        assert all(version in requirement.specifier for version in versions), name
+
+
+def test_the_lock_serves_both_versions_of_python() -> None:
+    """No package without a pin where the other version has one, and none with two."""
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    for version in ("3.11", "3.12"):
+        names = [
+            canonicalize_name(own.name)
+            for own in map(Requirement, lines)
+            if own.marker is None
+            or own.marker.evaluate({"python_version": version, "python_full_version": f"{version}.1"})
+        ]
+        assert len(names) == len(set(names))
+        assert set(declared(*RUNTIME, *DEVELOPMENT)) - {"torch"} <= set(names)
+    assert not [line for line in lines if "://" in line or line.startswith("-")], "a lock names no host"

@@ -19,7 +19,6 @@ CASE = causality.Case(
 )
 
 
-@pytest.mark.rare
 def test_the_analysis_is_read_beside_its_yardsticks(capsys: pytest.CaptureFixture[str]) -> None:
     reading = causality.read(CASE)
     assert min(reading.halves, reading.logits, reading.analysis) > 0

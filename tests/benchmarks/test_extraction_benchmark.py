@@ -24,7 +24,6 @@ CASE = extraction.Case(
 )
 
 
-@pytest.mark.rare
 def test_the_padded_loop_and_ours_read_the_same_rows() -> None:
     pair, documents = extraction.build_pair(CASE), extraction.build_documents(CASE)
     ours = extraction.run_ours(pair, CASE, documents)
@@ -34,7 +33,6 @@ def test_the_padded_loop_and_ours_read_the_same_rows() -> None:
     assert sum(count * length for count, length in shapes) == pytest.approx(sum(lengths), rel=0.01)
 
 
-@pytest.mark.rare
 def test_every_contender_is_timed_and_the_lora_pairs_agree(capsys: pytest.CaptureFixture[str]) -> None:
     case = CASE._replace(documents=4)
     documents = extraction.build_documents(case)

@@ -66,9 +66,7 @@ def test_a_worker_asks_for_cpus_that_no_node_has_yet_where_nodes_come_on_demand(
 
 def test_asks_of_two_stages_together_are_held_against_the_cluster_and_not_against_one_node(ray_cluster: None) -> None:
     cluster.check_total("training with resources.extraction", {"CPU": 2.0}, 4)
-    with pytest.raises(
-        InputError, match=r"at most the cluster's 2 CPUs, got 3 \(4 workers\); ask for less or start more"
-    ):
+    with pytest.raises(InputError, match=r"2 CPUs.* 3 \(4 workers\)"):
         cluster.check_total("training with resources.extraction", {"CPU": 3.0}, 4)
 
 

@@ -105,7 +105,7 @@ def test_pair_generates_with_the_chat_model_and_its_stop_tokens(saved_pairs: Cal
 def test_wrong_vectors_and_empty_prompts_are_input_errors(random_model: Callable[..., Any]) -> None:
     decoder = SplitDecoder(random_model("llama", seed=3), 2)
     assert generate(decoder, [], max_new_tokens=3, stop_ids=[]) == []
-    with pytest.raises(InputError, match=r"width 32, one or one per prompt \(1\), got shape \(16,\)"):
+    with pytest.raises(InputError, match=r"32.*\(1\).*\(16,\)"):
         generate(decoder, [[1]], max_new_tokens=3, stop_ids=[], steering=Steering(torch.zeros(16)))
     with pytest.raises(InputError, match="at least one token"):
         generate(decoder, [[1], []], max_new_tokens=3, stop_ids=[])

@@ -3,7 +3,6 @@
 import dataclasses
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +224,7 @@ def test_a_store_that_does_not_fit_is_refused_with_what_would(tmp_path: Path, mo
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_speed_is_measured_for_small_and_for_huge_sizes_in_seconds() -> None:
+def test_a_speed_is_measured_for_small_and_for_huge_sizes() -> None:
     small = CrosscoderSpec(num_models=2, activation_dim=32, num_latents=256, num_steps=10, sparsity=BatchTopK(k=8))
     huge = CrosscoderSpec(num_models=2, activation_dim=2304, num_latents=73_728, num_steps=10)
     flops = matmul_flops(1, side=256)
@@ -233,9 +232,7 @@ def test_a_speed_is_measured_for_small_and_for_huge_sizes_in_seconds() -> None:
     assert (
         0 < seconds < step_seconds(dataclasses.replace(small, sparsity=L1(mu=0.0)), 256, num_threads=1, flops=flops) * 9
     )
-    started = time.monotonic()
     assert step_seconds(huge, 2048, num_threads=1, flops=flops) > 100 * seconds
-    assert time.monotonic() - started < 60
 
 
 def test_every_architecture_has_a_shape_and_a_layer_that_can_be_timed() -> None:

@@ -60,17 +60,22 @@ def _as_list(text: str) -> str:
 
 @pytest.fixture(scope="session")
 def small(small_config: BenchmarkConfig) -> Benchmark:
-    storage = Storage(small_config.storage.root)
-    worlds, trials = jobs_of(small_config)
-    plant = Plant(storage, small_config.world, small_config.rows)
-    trial = Trial(storage, small_config.training, small_config.judge)
+    return made(small_config)
+
+
+def made(config: BenchmarkConfig) -> Benchmark:
+    """A benchmark run in this process, on one thread."""
+    storage = Storage(config.storage.root)
+    worlds, trials = jobs_of(config)
+    plant = Plant(storage, config.world, config.rows)
+    trial = Trial(storage, config.training, config.judge)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for job in worlds.values():
-            record_job(small_config, storage, job, plant(job.item))
+            record_job(config, storage, job, plant(job.item))
         for job in trials:
-            record_job(small_config, storage, job, trial(job.item))
+            record_job(config, storage, job, trial(job.item))
     finally:
         torch.set_num_threads(before)
-    return Benchmark(small_config, storage, worlds, trials, scored(small_config, storage, worlds, trials))
+    return Benchmark(config, storage, worlds, trials, scored(config, storage, worlds, trials))

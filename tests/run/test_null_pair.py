@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.rare]
 def test_an_empty_chat_only_set_goes_through_every_analysis(finished: Finished, tmp_path: Path) -> None:
     root = copied(finished, tmp_path, "organism", "corpus")
     models = {**TINY["models"], "chat": TINY["models"]["base"]}
-    crosscoders = [{**TINY["crosscoders"][1], "name": f"seed_{seed}", "seed": seed} for seed in range(5)]
+    crosscoders = [{**TINY["crosscoders"][1], "name": f"seed_{seed}", "seed": seed} for seed in range(3)]
     training = {"batch_rows": 256, "num_rows": 12_800}
     analyses = {**TINY["analyses"], "steering": {**TINY["analyses"]["steering"], "latents": [0]}}
     config = load(
@@ -35,9 +35,9 @@ def test_an_empty_chat_only_set_goes_through_every_analysis(finished: Finished, 
         assert controls.loc[Control.NULL_PAIR, "value"] == 0
         assert np.isnan(controls.loc[Control.STATED, "value"])  # no call, so no error to state
         assert np.isnan(controls.loc[Control.RANDOM, "value"])
-        assert len(controls) == 3 + 4  # the other four seeds
+        assert len(controls) == 3 + 2  # the other two seeds
         causality = pd.read_parquet(folders[f"causality {name}"] / "causality.parquet")
         assert causality[causality["intervention"] == "none"]["kl"].abs().max() < 1e-6
         assert (causality["num_latents"] <= 128).all()
-    assert "seed_4" in outcome.verdict
+    assert "seed_2" in outcome.verdict
     assert Path(outcome.report_path).stat().st_size > 10_000

@@ -157,7 +157,7 @@ def test_lost_processes_are_replaced_up_to_the_limit(ray_cluster: None, tmp_path
     section = ExtractionResources(workers=1, cpus=0.5, max_retries=2)
     pool = Pool("extraction", section, mortal(), (tmp_path, 2), uses_actors=uses_actors)
     assert sorted(result["number"] for result in run_pool(pool, items)) == list(range(8))
-    with pytest.raises(CrossrayError, match=r"resources.extraction: expected every item to end within max_retries=2"):
+    with pytest.raises(CrossrayError, match=r"resources.extraction: .*max_retries=2"):
         list(run_pool(pool._replace(arguments=(tmp_path, 99)), items))
 
 

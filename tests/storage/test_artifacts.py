@@ -56,7 +56,7 @@ def test_a_record_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
     write_record(storage, key, name="stage", counts={}, seconds=0.0, run_name="r")
     value = storage.read_json(f"{key.folder}/record.json")
     storage.write_json(f"{key.folder}/record.json", {**value, "schema_version": 99})
-    with pytest.raises(ArtifactError, match="expected an artifact of schema version 1, got version 99"):
+    with pytest.raises(ArtifactError, match=r"version 1.* 99"):
         read_record(storage, key)
     storage.write_json(f"{key.folder}/record.json", {"schema_version": 1})
     with pytest.raises(ArtifactError, match="not a complete record"):

@@ -115,7 +115,7 @@ def test_what_is_no_shard_is_named() -> None:
     text = json.dumps(header).encode()
     broken = len(text).to_bytes(8, "little") + text + bytes(800)
     for content in (b"", b"PK", b"\xff" * 64, data[:60], broken, data[:8] + b"[" + data[9:]):
-        with pytest.raises(ArtifactError, match="here: expected a shard of activations"):
+        with pytest.raises(ArtifactError, match="here: "):
             unpack_rows(as_tensor(content) if content else torch.empty(0, dtype=torch.uint8), "here")
 
 
