@@ -48,13 +48,7 @@ def latent_table(
     The columns per corpus of `statistics` follow. is_confident is true for a chat-specific latent or artifact if both
     intervals are on one side of their thresholds, or the one of nu_act_centred that judges it; else it is false.
     """
-    latents = ownership["latent"].to_numpy()
-    for name, other in (("Latent Scaling", scaling), ("activation statistics", statistics)):
-        if not np.array_equal(other["latent"].to_numpy(), latents):
-            raise InputError(
-                f"expected the same {len(latents)} latents in the {name} table, got {len(other)}: "
-                "join tables of one crosscoder"
-            )
+    _require_same_latents(ownership, {"Latent Scaling": scaling, "activation statistics": statistics})
     table = ownership.merge(statistics, on="latent", validate="1:1").merge(scaling, on="latent", validate="1:1")
     is_dead = table["frequency"].to_numpy() == 0
     is_chat_only = (table["ownership"] == Ownership.CHAT_ONLY).to_numpy()
@@ -90,6 +84,15 @@ def latent_table(
     table["twin_cosine"] = table["twin_divergence"] = np.nan
     fixed = [column.name for column in LATENT_COLUMNS]
     return table[fixed + [name for name in statistics.columns if name not in fixed]]
+
+
+def _require_same_latents(ownership: pd.DataFrame, others: dict[str, pd.DataFrame]) -> None:
+    for name, other in others.items():
+        if not np.array_equal(other["latent"].to_numpy(), ownership["latent"].to_numpy()):
+            raise InputError(
+                f"expected the same {len(ownership)} latents in the {name} table, got {len(other)}: join tables of one "
+                "crosscoder"
+            )
 
 
 def _reason(row: dict[Hashable, Any], thresholds: dict[str, float], min_documents: int) -> str:
