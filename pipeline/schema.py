@@ -1,7 +1,6 @@
 """Names, orders, dtypes and units of everything that crossray writes.
 
-One place decides what index 0 means, which bit marks a template token and which column holds Delta_norm; every other
-file imports it from here. Nothing in this file reads or writes; it needs the standard library alone.
+Every other file imports them from here. Nothing in this file reads or writes; it needs the standard library alone.
 
 Model order: 0 = base, 1 = chat. Delta_norm: 1 = chat-only, 0 = base-only.
 """
@@ -179,11 +178,14 @@ LATENT_COLUMNS = (
     Column("verdict", "string", "one of schema.Verdict.ALL"),
     Column("is_confident", "bool", "chat-specific or artifact with both intervals on one side of their thresholds"),
     Column("reason", "string", "the numbers that the verdict follows from, as a phrase"),
-    Column("delta_norm", "float64", f"relative decoder norm, {DELTA_NORM_ORIENTATION}"),
+    Column("delta_norm", "float64", f"relative decoder norm in comparable units, {DELTA_NORM_ORIENTATION}"),
+    Column("delta_norm_raw", "float64", "the same in units of raw activations; it follows the scales of the models"),
     Column("ownership", "string", "class by delta_norm alone: base-only, shared, chat-only, other"),
     Column("decoder_norm_base", "float64", "|d_j^base|"),
     Column("decoder_norm_chat", "float64", "|d_j^chat|"),
     Column("decoder_cosine", "float64", "cosine of d_j^base and d_j^chat; NaN where a norm is 0"),
+    Column("decoder_norm_base_raw", "float64", "|d_j^base| in units of raw activations"),
+    Column("decoder_norm_chat_raw", "float64", "|d_j^chat| in units of raw activations"),
     Column("encoder_norm_base", "float64", "|W_enc_j^base|"),
     Column("encoder_norm_chat", "float64", "|W_enc_j^chat|"),
     Column("frequency", "float64", "share of validation rows on which the latent fires, in [0, 1]"),
@@ -198,10 +200,7 @@ LATENT_COLUMNS = (
     *_interval_columns("nu_r", "beta(reconstruction, base) / beta(reconstruction, chat); high = latent decoupling"),
     *_interval_columns("nu_act", "beta(activation, base) / beta(activation, chat)"),
     *_interval_columns("nu_act_no_bias", "the same with the decoder's bias taken from the activations"),
-    *_interval_columns(
-        "nu_act_centred",
-        "nu_act of activations less their mean: cov(f, <d^chat, x^base>) / cov(f, <d^chat, x^chat>)",
-    ),
+    *_interval_columns("nu_act_centred", "cov(f, <d^chat, x^base>) / cov(f, <d^chat, x^chat>): no offset changes it"),
     Column(
         "artifact_probability",
         "float64",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.analyses.rows import RowBatch, Sums, check_batch, merge_sums, require_rows
+from pipeline.analyses.units import judged_decoder
 from pipeline.errors import InputError
 from pipeline.numerics.codes import SparseCodes
 from pipeline.numerics.crosscoder import Crosscoder
@@ -53,6 +54,7 @@ class LatentScaling:
         thresholds: tuple[float, float] = (DEFAULT_NU_EPS_THRESHOLD, DEFAULT_NU_R_THRESHOLD),
         direction_FD: Tensor | None = None,
         latents: Tensor | None = None,
+        rms_M: Tensor | None = None,
     ) -> None:
         """Settings beyond the sizes.
 
@@ -60,6 +62,7 @@ class LatentScaling:
             thresholds: nu_eps and nu_r from which on a latent is an artifact.
             direction_FD: u_j in place of the chat decoder's rows, one per latent (per one of `latents`).
             latents: measure these latents only, ascending and at least one; None takes all.
+            rms_M: root mean square of each model's rows, for a crosscoder fitted without normalisation (units.py).
         """
         shape = tuple(crosscoder.W_dec_FMD.shape)
         if shape[1] != 2:
@@ -79,9 +82,9 @@ class LatentScaling:
                 f"expected directions [{num_directions}, {shape[2]}], got {list(direction_FD.shape)}: give one per "
                 "latent"
             )
-        self.W_dec_FMD = crosscoder.W_dec_FMD.detach()[self.latents_F].float().cpu().clone()
-        self.b_dec_MD = crosscoder.b_dec_MD.detach().float().cpu().clone()
-        self.mean_MD, self.scale_M = crosscoder.mean_MD.cpu().clone(), crosscoder.scale_M.cpu().clone()
+        decoder = judged_decoder(crosscoder, rms_M)
+        self.W_dec_FMD, self.b_dec_MD = decoder.W_dec_FMD[self.latents_F], decoder.b_dec_MD
+        self.mean_MD, self.scale_M = decoder.mean_MD, decoder.scale_M
         self.is_decoupled = crosscoder.code_weight == "decoupled"
         self.direction_FD = self.W_dec_FMD[:, CHAT].contiguous() if direction_FD is None else direction_FD.float().cpu()
         self.num_groups, self.num_resamples, self.seed = num_groups, num_resamples, seed

@@ -12,13 +12,18 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pipeline.analyses.units import JudgedDecoder
 from pipeline.errors import InputError
 from pipeline.schema import BASE, CHAT, DELTA_NORM_RANGES, Ownership
 
 
 def delta_norm(W_dec_FMD: Tensor) -> Tensor:
     """Delta_norm per latent, float64 [F], 1 = chat-only; NaN where both decoder rows are 0."""
-    norm_FM = torch.linalg.vector_norm(W_dec_FMD.double(), dim=2)
+    return relative_norm(torch.linalg.vector_norm(W_dec_FMD.double(), dim=2))
+
+
+def relative_norm(norm_FM: Tensor) -> Tensor:
+    """Delta_norm from the decoder norms, [F]."""
     delta_norm_F: Tensor = 0.5 * ((norm_FM[:, CHAT] - norm_FM[:, BASE]) / norm_FM.amax(dim=1) + 1)
     return delta_norm_F
 
@@ -31,17 +36,19 @@ def classify(delta_norm_F: Tensor) -> np.ndarray[tuple[int], np.dtype[np.object_
     return classes_F
 
 
-def ownership_table(*, W_enc_FMD: Tensor, W_dec_FMD: Tensor) -> pd.DataFrame:
-    """latent, delta_norm, ownership, decoder norms and cosine, encoder norms: one row per latent."""
+def ownership_table(decoder: JudgedDecoder) -> pd.DataFrame:
+    """latent, delta_norm, ownership, decoder norms and cosine, encoder norms, in comparable and raw units."""
+    W_enc_FMD, W_dec_FMD = decoder.W_enc_FMD, decoder.W_dec_FMD
     if W_dec_FMD.dim() != 3 or W_dec_FMD.shape[1] != 2 or W_enc_FMD.shape != W_dec_FMD.shape:
         raise InputError(
             f"expected encoder and decoder [latents, 2, width], got {tuple(W_enc_FMD.shape)} and "
             f"{tuple(W_dec_FMD.shape)}: ownership compares one base with one chat model"
         )
-    W_enc_FMD, W_dec_FMD = W_enc_FMD.detach().double().cpu(), W_dec_FMD.detach().double().cpu()
+    W_enc_FMD, W_dec_FMD = W_enc_FMD.double(), W_dec_FMD.double()
     decoder_norm_FM, encoder_norm_FM = W_dec_FMD.norm(dim=2), W_enc_FMD.norm(dim=2)
     dot_F = (W_dec_FMD[:, BASE] * W_dec_FMD[:, CHAT]).sum(1)
     delta_norm_F = delta_norm(W_dec_FMD)
+    raw_norm_FM = decoder.raw_decoder_norm_FM.double()
     return pd.DataFrame(
         {
             "latent": np.arange(len(W_dec_FMD), dtype=np.int32),
@@ -52,6 +59,9 @@ def ownership_table(*, W_enc_FMD: Tensor, W_dec_FMD: Tensor) -> pd.DataFrame:
             "decoder_cosine": (dot_F / decoder_norm_FM.prod(dim=1)).clamp(-1, 1).numpy(),
             "encoder_norm_base": encoder_norm_FM[:, BASE].numpy(),
             "encoder_norm_chat": encoder_norm_FM[:, CHAT].numpy(),
+            "delta_norm_raw": relative_norm(raw_norm_FM).numpy(),
+            "decoder_norm_base_raw": raw_norm_FM[:, BASE].numpy(),
+            "decoder_norm_chat_raw": raw_norm_FM[:, CHAT].numpy(),
         }
     )
 

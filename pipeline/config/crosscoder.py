@@ -110,6 +110,10 @@ class _NamedCrosscoder(Section):
     """Size F of the dictionary; give this or expansion."""
     expansion: PositiveInt | None = None
     """F as a multiple of the activation width (32 in the paper)."""
+    normalisation: Literal["per_model", "none"] = "per_model"
+    """per_model: each model's rows with mean 0 and root mean square sqrt(width), so that a model whose residual stream
+    is larger does not look as if its concepts were new. none: raw activations, as the paper's runs; the verdict is
+    drawn in comparable units all the same."""
 
 
 if TYPE_CHECKING:

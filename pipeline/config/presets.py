@@ -1,4 +1,4 @@
-"""Presets: the rows to drop, norm caps and token replacements that a family of models needs.
+"""Presets: the rows to drop and token replacements that a family of models needs.
 
 A preset gives the default of a few keys. A key that the run file names wins. Fingerprints cover the resulting values,
 never the name of the preset. Sources: arXiv 2504.02922 and its code for Gemma 2, Llama 3 and Qwen 2.5; the chat
@@ -10,13 +10,10 @@ from typing import Any, Literal
 
 PresetName = Literal["gemma-2", "gemma-3", "llama-3.1", "llama-3.2", "qwen-2.5", "qwen-3"]
 
-_SINK_NORM_CAP = 10.0
-"""Attention sinks other than BOS have norms above a hundred medians, other rows below ten."""
-
 _GEMMA: Mapping[str, Any] = {"activations": {"drop_first_tokens": 0, "drop_bos": True}}
 _LLAMA_3: Mapping[str, Any] = {
     # BOS and the default system prompt with its dates, which all dialogues share.
-    "activations": {"drop_first_tokens": 25, "drop_bos": True, "norm_cap": _SINK_NORM_CAP},
+    "activations": {"drop_first_tokens": 25, "drop_bos": True},
     # The base model never saw start_header_id, end_header_id and eot_id, so it reads plain tokens instead.
     "models": {"base": {"token_replacements": {128006: 1432, 128007: 827, 128009: 827}}},
 }
@@ -27,9 +24,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "llama-3.1": _LLAMA_3,
     "llama-3.2": _LLAMA_3,
     # 21: the default system prompt.
-    "qwen-2.5": {"activations": {"drop_first_tokens": 21, "drop_bos": True, "norm_cap": _SINK_NORM_CAP}},
+    "qwen-2.5": {"activations": {"drop_first_tokens": 21, "drop_bos": True}},
     # No default system prompt and no BOS: the first token is the attention sink.
-    "qwen-3": {"activations": {"drop_first_tokens": 1, "drop_bos": True, "norm_cap": _SINK_NORM_CAP}},
+    "qwen-3": {"activations": {"drop_first_tokens": 1, "drop_bos": True}},
 }
 
 

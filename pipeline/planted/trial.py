@@ -18,6 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from pipeline.analyses.rows import analyse
+from pipeline.analyses.units import judged_decoder
 from pipeline.cluster.connect import Board
 from pipeline.config.analyses import LatentScalingSection
 from pipeline.config.crosscoder import CrosscoderSection, TrainingSection
@@ -29,7 +30,7 @@ from pipeline.numerics.trainer import CrosscoderTrainer
 from pipeline.planted.settings import RowsSection, WorldSection
 from pipeline.planted.world import World
 from pipeline.schema import CHAT, LATENT_COLUMNS, Column, Ownership, Split, Verdict, latent_corpus_columns
-from pipeline.stages.crosscoder_spec import spec_of
+from pipeline.stages.crosscoder_spec import normalisation_of, spec_of
 from pipeline.stages.latents import verdict_analyses, verdict_table
 from pipeline.stages.row_pass import batches, shard_rows
 from pipeline.storage.activation_store import MANIFEST_NAME, ActivationStore, Manifest, Shard, StoredMoments
@@ -139,7 +140,9 @@ class Trial:
             num_models=store.manifest.num_models,
             activation_dim=store.manifest.activation_dim,
         )
-        trainer = CrosscoderTrainer(dataclasses.replace(spec, seed=recipe.seed + seed))
+        trainer = CrosscoderTrainer(
+            dataclasses.replace(spec, seed=recipe.seed + seed), normalisation=normalisation_of(recipe, store.manifest)
+        )
         rows = TrainingRows(store, seed=self.training.shuffle_seed + seed, batch_rows=self.training.batch_rows)
         trainer.initialise(next(rows.batches(0, 1)).float())
         for step, x_BMD in enumerate(rows.batches(0, spec.num_steps), 1):
@@ -153,11 +156,12 @@ def judged(
     crosscoder: Crosscoder, store: ActivationStore, judge: LatentScalingSection
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     """The latent table and the fidelity on the validation rows, as a run makes them."""
-    analyses = verdict_analyses(crosscoder, judge, corpora=(CORPUS,))
+    rms_M = store.manifest.training_moments().variance_M().sqrt()
+    analyses = verdict_analyses(crosscoder, judge, corpora=(CORPUS,), rms_M=rms_M)
     shards = store.manifest.of_split(Split.VALIDATION)
     sums = analyse(analyses, (batch for shard in shards for batch in batches(crosscoder, shard_rows(store, shard))))
     tables: dict[str, Any] = {name: analysis.table(sums[name]) for name, analysis in analyses.items()}
-    return verdict_table(crosscoder, tables, judge), tables["fidelity"]
+    return verdict_table(judged_decoder(crosscoder, rms_M), tables, judge), tables["fidelity"]
 
 
 def read_truth(storage: Storage, folder: str) -> tuple[Tensor, list[str]]:

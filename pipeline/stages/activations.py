@@ -71,6 +71,10 @@ class ShardDescription:
     """Quarantined documents: schema.QUARANTINE_COLUMNS by name."""
 
 
+_SIMILAR_SCALES = 1.25
+"""Ratios of the models' scales within this factor are not worth a remark; fine-tuning alone changes little more."""
+
+
 def run(steps: Sequence[Step[ActivationsInputs]], context: StageContext) -> None:
     """Make the missing shards, then the manifest."""
     (step,) = steps
@@ -80,7 +84,9 @@ def run(steps: Sequence[Step[ActivationsInputs]], context: StageContext) -> None
     described = _with_rows(described)
     manifest = _manifest(step, context, described)
     context.storage.write_json(f"{step.folder}/{MANIFEST_NAME}", manifest.to_json())
-    counts = {**_counts(described), "num_rejected_documents": len(rejected)}
+    counts = {**_counts(described), **_scales(manifest), "num_rejected_documents": len(rejected)}
+    for line in _remarks(counts, step.inputs.section.norm_cap):
+        context.reporter.message(line)
     context.finish(step, counts, time.monotonic() - started, files=[MANIFEST_NAME, REJECTED_NAME])
 
 
@@ -239,6 +245,31 @@ def _merged_moments(storage: Storage, folder: str, names: Sequence[str]) -> Stor
         total = own if total is None else total.merge(own)
     assert total is not None, "a split has at least one shard"
     return StoredMoments.of(total)
+
+
+def _scales(manifest: Manifest) -> dict[str, float]:
+    """Root mean square of either model's rows around their mean, and how much larger the chat model's is."""
+    rms = dict(zip(MODEL_NAMES, manifest.training_moments().variance_M().sqrt().tolist(), strict=True))
+    ratio = rms["chat"] / rms["base"] if rms["base"] > 0 else float("nan")
+    return {**{f"rms_{name}": value for name, value in rms.items()}, "scale_ratio": ratio}
+
+
+def _remarks(counts: dict[str, Any], norm_cap: float | None) -> list[str]:
+    """What a user should know of the rows: how many sinks were left out, and whether the models' scales differ."""
+    remarks = []
+    num_sinks = counts["num_rows_above_norm_cap"]
+    if num_sinks:
+        share = num_sinks / (counts["num_rows"] + num_sinks)
+        remarks.append(
+            f"activations: {num_sinks:,} rows ({share:.2%}) left out as attention sinks, whose norm is above "
+            f"{norm_cap:g} times the median of their document (activations.norm_cap)"
+        )
+    if not 1 / _SIMILAR_SCALES <= counts["scale_ratio"] <= _SIMILAR_SCALES:
+        remarks.append(
+            f"activations: the chat model's rows are {counts['scale_ratio']:.3g} times as large as the base model's; "
+            "verdicts are drawn in units in which both are equally large"
+        )
+    return remarks
 
 
 def _counts(described: Sequence[ShardDescription]) -> dict[str, Any]:

@@ -106,7 +106,7 @@ class LatentsInputs(StageInputs):
     """The latent table: Latent Scaling, ownership and verdict."""
 
     NAME = "latents"
-    VERSION = 4
+    VERSION = 5
     READS = ("crosscoder", "activations")
     section: LatentScalingSection
     crosscoder: CrosscoderStep

@@ -13,7 +13,7 @@ from pipeline.analyses import controls
 from pipeline.analyses.latent_scaling import LatentScaling
 from pipeline.analyses.ownership import chat_only_latents, delta_norm
 from pipeline.analyses.rows import RowAnalysis, Sums
-from pipeline.numerics.crosscoder import Crosscoder
+from pipeline.analyses.units import judged_decoder
 from pipeline.schema import CHAT, CONTROL_COLUMNS, SEED_COLUMNS, Verdict
 from pipeline.stages.catalogue import ControlsInputs, LatentsInputs
 from pipeline.stages.finished_crosscoder import open_crosscoder
@@ -33,7 +33,7 @@ class ControlsWork:
 
     def __init__(self, step: Step[ControlsInputs], measured: Measured) -> None:
         self.step, self.context = step, measured.context
-        self._random = random_scaling(step.inputs, measured.crosscoder)
+        self._random = random_scaling(step.inputs, measured)
 
     def first_pass(self) -> Mapping[str, RowAnalysis]:
         """Latent Scaling with random directions; nothing where no latent is chat-only."""
@@ -46,19 +46,22 @@ class ControlsWork:
         publish_controls(self.step, random, self.context, started)
 
 
-def random_scaling(inputs: ControlsInputs, crosscoder: Crosscoder) -> LatentScaling | None:
+def random_scaling(inputs: ControlsInputs, measured: Measured) -> LatentScaling | None:
     """Latent Scaling of the chat-only latents with random directions; None where there is no such latent."""
     scaling = inputs.latents.inputs.section
-    chosen = chat_only_latents(delta_norm(crosscoder.W_dec_FMD.detach())).sort().values
+    rms_M = measured.store.manifest.training_moments().variance_M().sqrt()
+    W_dec_FMD = judged_decoder(measured.crosscoder, rms_M).W_dec_FMD
+    chosen = chat_only_latents(delta_norm(W_dec_FMD)).sort().values
     if not len(chosen):
         return None
     return LatentScaling(
-        crosscoder,
+        measured.crosscoder,
         num_groups=scaling.num_groups,
         num_resamples=scaling.num_resamples,
         seed=scaling.seed,
-        direction_FD=controls.random_directions(crosscoder.W_dec_FMD[chosen, CHAT], seed=inputs.section.seed),
+        direction_FD=controls.random_directions(W_dec_FMD[chosen, CHAT], seed=inputs.section.seed),
         latents=chosen,
+        rms_M=rms_M,
     )
 
 

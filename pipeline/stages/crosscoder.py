@@ -17,7 +17,7 @@ from pipeline.cluster.pools import find_fault
 from pipeline.config.resources import TrainingResources
 from pipeline.errors import CrossrayError
 from pipeline.stages.catalogue import FittedCrosscoderInputs
-from pipeline.stages.crosscoder_spec import spec_of
+from pipeline.stages.crosscoder_spec import normalisation_of, spec_of
 from pipeline.stages.step import StageContext, Step
 from pipeline.stages.stream import open_stream, place, publish_rejected, stream_config
 from pipeline.stages.training import CurvePoints, Fit, StepsDone, TrainingJob, train_loop
@@ -99,7 +99,8 @@ def _fits(steps: Sequence[Step[FittedCrosscoderInputs]], context: StageContext) 
             num_models=manifest.num_models,
             activation_dim=manifest.activation_dim,
         )
-        fits.append(Fit(step.inputs.section.name, step.folder, spec))
+        section = step.inputs.section
+        fits.append(Fit(section.name, step.folder, spec, normalisation_of(section, manifest)))
     return tuple(fits)
 
 

@@ -2,10 +2,23 @@
 
 from dataclasses import asdict
 
+from pipeline.analyses.units import per_model_normalisation
 from pipeline.config.crosscoder import CrosscoderSection, TrainingSection
 from pipeline.config.resources import TrainingResources
 from pipeline.errors import InputError
+from pipeline.numerics.crosscoder import Normalisation
 from pipeline.numerics.trainer import CrosscoderSpec
+from pipeline.storage.activation_store import Manifest
+
+
+def normalisation_of(section: CrosscoderSection, manifest: Manifest) -> Normalisation | None:
+    """What the crosscoder's rows are normalised with, from the store's moments; None where they stay raw."""
+    if section.normalisation == "none":
+        return None
+    try:
+        return per_model_normalisation(manifest.training_moments())
+    except ValueError as error:
+        raise InputError(f"crosscoder {section.name!r}: normalisation: {error}") from error
 
 
 def spec_of(

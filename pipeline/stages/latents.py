@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
+from torch import Tensor
 
 from pipeline.analyses.activation_statistics import ActivationStatistics
 from pipeline.analyses.controls import stated_error
@@ -13,6 +14,7 @@ from pipeline.analyses.latent_scaling import LatentScaling
 from pipeline.analyses.ownership import ownership_table
 from pipeline.analyses.rows import RowAnalysis, Sums
 from pipeline.analyses.twins import Twins
+from pipeline.analyses.units import JudgedDecoder, judged_decoder
 from pipeline.analyses.verdict import artifact_frac, latent_table, verdict_counts, with_twins
 from pipeline.config.analyses import LatentScalingSection
 from pipeline.numerics.crosscoder import Crosscoder
@@ -37,8 +39,10 @@ class LatentsWork:
     def __init__(self, step: Step[LatentsInputs], measured: Measured) -> None:
         self.step, self.context, self._started = step, measured.context, time.monotonic()
         self._corpora = measured.store.manifest.corpora
-        self._analyses = verdict_analyses(measured.crosscoder, step.inputs.section, corpora=self._corpora)
-        self._analyses["twins"] = Twins(W_dec_FMD=measured.crosscoder.W_dec_FMD.detach())
+        self._rms_M = measured.store.manifest.training_moments().variance_M().sqrt()
+        crosscoder, section = measured.crosscoder, step.inputs.section
+        self._analyses = verdict_analyses(crosscoder, section, corpora=self._corpora, rms_M=self._rms_M)
+        self._analyses["twins"] = Twins(W_dec_FMD=judged_decoder(crosscoder, self._rms_M).W_dec_FMD)
 
     def first_pass(self) -> Mapping[str, RowAnalysis]:
         """The verdict's sums, and those of twins."""
@@ -49,7 +53,8 @@ class LatentsWork:
         step, storage, folder = self.step, self.context.storage, self.step.folder
         tables: dict[str, Any] = {name: analysis.table(sums[name]) for name, analysis in self._analyses.items()}
         with open_crosscoder(storage, step.inputs.crosscoder.folder) as crosscoder:
-            table = with_twins(verdict_table(crosscoder, tables, step.inputs.section), tables["twins"])
+            decoder = judged_decoder(crosscoder, self._rms_M)
+        table = with_twins(verdict_table(decoder, tables, step.inputs.section), tables["twins"])
         schema = arrow_schema((*LATENT_COLUMNS, *latent_corpus_columns(self._corpora)))
         write_frame(storage, f"{folder}/{LATENTS_NAME}", table, schema)
         write_frame(storage, f"{folder}/{TWINS_NAME}", tables["twins"], TWIN_SCHEMA)
@@ -65,9 +70,12 @@ def read_latents(storage: Storage, step: Step[LatentsInputs]) -> pd.DataFrame:
 
 
 def verdict_analyses(
-    crosscoder: Crosscoder, section: LatentScalingSection, *, corpora: Sequence[str]
+    crosscoder: Crosscoder, section: LatentScalingSection, *, corpora: Sequence[str], rms_M: Tensor
 ) -> dict[str, RowAnalysis]:
-    """What the verdict takes from the rows, by name; `verdict_table` takes their tables."""
+    """What the verdict takes from the rows, by name; `verdict_table` takes their tables.
+
+    rms_M is the root mean square of each model's rows (units.py).
+    """
     num_latents = crosscoder.num_latents
     return {
         "fidelity": Fidelity(
@@ -81,15 +89,16 @@ def verdict_analyses(
             num_resamples=section.num_resamples,
             seed=section.seed,
             thresholds=(section.nu_eps_threshold, section.nu_r_threshold),
+            rms_M=rms_M,
         ),
         "templates": ActivationStatistics(num_latents=num_latents, corpora=corpora),
     }
 
 
-def verdict_table(crosscoder: Crosscoder, tables: Mapping[str, Any], section: LatentScalingSection) -> pd.DataFrame:
+def verdict_table(decoder: JudgedDecoder, tables: Mapping[str, Any], section: LatentScalingSection) -> pd.DataFrame:
     """The latent table, twins aside, from the tables of `verdict_analyses`."""
     return latent_table(
-        ownership_table(W_enc_FMD=crosscoder.W_enc_FMD, W_dec_FMD=crosscoder.W_dec_FMD),
+        ownership_table(decoder),
         tables["scaling"],
         tables["templates"],
         nu_eps_threshold=section.nu_eps_threshold,

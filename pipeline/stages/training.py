@@ -22,6 +22,7 @@ from pipeline.cluster.connect import Board, local_cpus, set_worker_threads, time
 from pipeline.config.crosscoder import TrainingSection
 from pipeline.config.resources import TrainingResources
 from pipeline.errors import CrossrayError, InputError
+from pipeline.numerics.crosscoder import Normalisation
 from pipeline.numerics.parallel import Mesh, make_mesh
 from pipeline.numerics.trainer import CrosscoderSpec, CrosscoderTrainer
 from pipeline.schema import TABLE_METADATA
@@ -42,6 +43,8 @@ class Fit(NamedTuple):
     folder: str
     """Of its artifact."""
     spec: CrosscoderSpec
+    normalisation: Normalisation | None
+    """Of the rows, in the models' order; None fits raw activations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +101,9 @@ def _train(job: TrainingJob) -> list[dict[str, Any]]:
     device = str(ray.train.torch.get_device())
     rows = open_rows(job.storage, job.activations_folder, job.training, stream=job.stream, mesh=mesh, device=device)
     with _as_input_errors(job, first_step=None):
-        trainers = [CrosscoderTrainer(fit.spec, device=device, mesh=mesh) for fit in job.fits]
+        trainers = [
+            CrosscoderTrainer(fit.spec, device=device, mesh=mesh, normalisation=fit.normalisation) for fit in job.fits
+        ]
     log = _Log(job, is_first=world.get_world_rank() == 0)
     first_step = _restore(trainers, rows, log)
     if first_step == 0:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.errors import ArtifactError
 from pipeline.numerics.moments import Moments
+from pipeline.schema import Split
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.shards import LOSSLESS, NONE, OpenShard, Rows, open_shard, require_finite, unpack_rows
 
@@ -93,6 +94,11 @@ class Manifest:
             compression=value["compression"],
             moments=moments,
         )
+
+    def training_moments(self) -> Moments:
+        """Moments of the training rows; of the validation rows where no training rows are kept (stream mode)."""
+        kept = next(split for split in (Split.TRAIN, Split.VALIDATION) if self.num_rows(split))
+        return self.moments[kept].moments()
 
     def of_split(self, split: str) -> tuple[Shard, ...]:
         """The shards of one split, in order."""

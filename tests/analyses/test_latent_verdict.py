@@ -9,6 +9,7 @@ from pipeline.analyses.latent_sets import latents_with
 from pipeline.analyses.ownership import ownership_table
 from pipeline.analyses.rows import analyse, row_batch
 from pipeline.analyses.twins import Twins
+from pipeline.analyses.units import judged_decoder
 from pipeline.analyses.verdict import artifact_frac, latent_table, verdict_counts, with_twins
 from pipeline.errors import InputError
 from pipeline.numerics.crosscoder import Crosscoder
@@ -41,7 +42,8 @@ def _tables() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     ownership = pd.DataFrame({"latent": latent, "ownership": [case[0] for case in CASES]})
     ownership["delta_norm"] = np.where(ownership["ownership"] == Ownership.CHAT_ONLY, 0.9 + latent / 1000, 0.5)
     names = ("decoder_norm_base", "decoder_norm_chat", "decoder_cosine", "encoder_norm_base", "encoder_norm_chat")
-    ownership[list(names)] = 1.0
+    raw = ("delta_norm_raw", "decoder_norm_base_raw", "decoder_norm_chat_raw")
+    ownership[[*names, *raw]] = 1.0
     scaling = pd.DataFrame({"latent": latent})
     for name, values in (("nu_eps", [case[1] for case in CASES]), ("nu_r", [case[2] for case in CASES])):
         scaling[[name, f"{name}_low", f"{name}_high"]] = np.array(values)
@@ -212,7 +214,7 @@ def test_planted_concepts_get_the_verdict_that_made_them() -> None:
     }
     sums = analyse(analyses, [row_batch(crosscoder, rows)])
     tables = {name: analysis.table(sums[name]) for name, analysis in analyses.items()}
-    ownership = ownership_table(W_enc_FMD=crosscoder.W_enc_FMD, W_dec_FMD=crosscoder.W_dec_FMD)
+    ownership = ownership_table(judged_decoder(crosscoder))
     table = latent_table(ownership, tables["scaling"], tables["templates"])
     table = with_twins(table, tables["twins"])
     expected = ["chat-specific", "shrinkage artifact", "decoupling artifact", "base-only", "shared", "dead"]

@@ -16,6 +16,7 @@ from pipeline.analyses.ownership import chat_only_latents, delta_norm, ownership
 from pipeline.analyses.planted import MeanDifference, Planted
 from pipeline.analyses.rows import analyse
 from pipeline.analyses.twins import Twins
+from pipeline.analyses.units import judged_decoder
 from pipeline.analyses.verdict import latent_table, verdict_counts, with_twins
 from pipeline.schema import LATENT_COLUMNS, Verdict
 
@@ -40,7 +41,7 @@ def test_a_pair_without_a_difference_gives_shared_and_dead_latents_and_no_number
     }
     sums = analyse(analyses, world.batches())
     tables = {name: analyses[name].table(sums[name]) for name in ("fidelity", "scaling", "templates", "twins")}
-    ownership = ownership_table(W_enc_FMD=crosscoder.W_enc_FMD, W_dec_FMD=crosscoder.W_dec_FMD)
+    ownership = ownership_table(judged_decoder(crosscoder))
     table = with_twins(latent_table(ownership, tables["scaling"], tables["templates"]), tables["twins"])
 
     assert not len(chat_only_latents(delta_norm(crosscoder.W_dec_FMD.detach())))

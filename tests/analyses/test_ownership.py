@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pipeline.analyses.ownership import chat_only_latents, delta_norm, ownership_table
+from pipeline.analyses.units import JudgedDecoder
 from pipeline.errors import InputError
 from pipeline.schema import Ownership
 
@@ -15,6 +16,14 @@ def _decoder() -> torch.Tensor:
     return torch.tensor([base, chat]).transpose(0, 1).contiguous()
 
 
+def _judged(W_dec_FMD: torch.Tensor, *, W_enc_FMD: torch.Tensor | None = None) -> JudgedDecoder:
+    shape = W_dec_FMD.shape[1:]
+    W_enc_FMD = W_dec_FMD if W_enc_FMD is None else W_enc_FMD
+    return JudgedDecoder(
+        W_enc_FMD, W_dec_FMD, torch.zeros(shape), torch.zeros(shape), torch.ones(shape[0]), W_dec_FMD.norm(dim=2)
+    )
+
+
 def test_delta_norm_is_one_for_chat_only_and_zero_for_base_only() -> None:
     values = delta_norm(_decoder()).tolist()
     assert values[:5] == pytest.approx([1, 0, 0.5, 0.5, 0.5 * (3 / 4 + 1)])
@@ -22,7 +31,7 @@ def test_delta_norm_is_one_for_chat_only_and_zero_for_base_only() -> None:
 
 
 def test_classes_norms_and_cosines() -> None:
-    table = ownership_table(W_enc_FMD=2 * _decoder(), W_dec_FMD=_decoder())
+    table = ownership_table(_judged(_decoder(), W_enc_FMD=2 * _decoder()))
     assert table["ownership"].tolist() == [
         Ownership.CHAT_ONLY,
         Ownership.BASE_ONLY,
@@ -43,7 +52,7 @@ def test_class_ends_lie_where_the_paper_puts_them(ratio: float, expected: str) -
     """With |d^base| = ratio |d^chat|, Delta_norm = 1 - ratio / 2: the ends 0.9 and 0.6 are ratios 0.2 and 0.8."""
     decoder = torch.tensor([[[ratio], [1.0]], [[1.0], [ratio]]])
     mirrored = {"chat-only": "base-only"}.get(expected, expected)
-    assert ownership_table(W_enc_FMD=decoder, W_dec_FMD=decoder)["ownership"].tolist() == [expected, mirrored]
+    assert ownership_table(_judged(decoder))["ownership"].tolist() == [expected, mirrored]
 
 
 def test_chat_only_latents_are_sorted_and_may_be_none() -> None:
@@ -54,4 +63,4 @@ def test_chat_only_latents_are_sorted_and_may_be_none() -> None:
 
 def test_one_model_has_no_owner() -> None:
     with pytest.raises(InputError, match="one base with one chat"):
-        ownership_table(W_enc_FMD=torch.zeros(3, 1, 2), W_dec_FMD=torch.zeros(3, 1, 2))
+        ownership_table(_judged(torch.zeros(3, 1, 2)))
