@@ -1,6 +1,7 @@
 """The stream's plan and a rank's reading of it: every document once an epoch, every row once, also after a resume."""
 
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,7 +146,10 @@ def test_a_resumed_stream_makes_only_what_is_left() -> None:
     assert min(blocks.made) == min(state["pending"][:, 0].tolist())
 
 
-STREAMED = {"activations": {"layer": 2, "rows_per_shard": 2000, "mode": "stream"}, "tracking": {"kind": "none"}}
+STREAMED = {
+    "activations": {"layer": 2, "rows_per_shard": 2000, "mode": "stream"},
+    "tracking": {"kind": "none", "log_every_steps": 10},
+}
 
 
 def curves(root: Path) -> dict[str, pd.DataFrame]:
@@ -198,13 +202,16 @@ def test_a_killed_streamed_run_goes_on(ray_cluster: None, finished: Finished, tm
     path = run_file(tmp_path, str(root), training=training, crosscoders=TINY["crosscoders"][1:], **STREAMED)
 
     def is_under_way() -> bool:
-        return any(root.glob("training/*/step-*/state.pt"))
+        """A checkpoint after the first is written, so that the first is known to Ray Train."""
+        return any(path.parent.name > "step-000000020" for path in root.glob("training/*/step-*/state.pt"))
 
+    killed_at = float("inf")
     if victim == "driver":
         process = start(path)
         wait_for(is_under_way, process, seconds=300)
         process.kill()
         process.wait()
+        killed_at = time.time()
         assert not list(root.glob("crosscoder/*/record.json"))
         make(load(path), "activations", "crosscoder")
     else:
@@ -212,5 +219,6 @@ def test_a_killed_streamed_run_goes_on(ray_cluster: None, finished: Finished, tm
             make(load(path), "activations", "crosscoder")
     assert len(curves(root)) == 1
     for frame in curves(root).values():
-        assert frame["step"].tolist() == list(range(20, 301, 20))
+        assert frame["step"].tolist() == list(range(10, 301, 10))
+        assert frame["time_ms"].iloc[0] < 1000 * killed_at  # continued, not begun again
         assert frame["loss"].tail(10).mean() < frame["loss"].head(10).mean()
