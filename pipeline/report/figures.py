@@ -65,7 +65,7 @@ def vega_runtime() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script of about 0.9 MB, from vl-convert's own copy."""
     import vl_convert
 
-    script: str = vl_convert.javascript_bundle("")
+    script: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     return script
 
 
