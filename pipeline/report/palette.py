@@ -100,7 +100,7 @@ THEME: dict[str, Any] = {
         "domainColor": "var(--muted)",
         "tickColor": "var(--muted)",
     },
-    "axisX": {"titlePadding": 8},
+    "axisX": {"titlePadding": 8, "titleAnchor": "end"},
     "axisQuantitative": {"tickCount": 5},
     # The title of a y axis stands above it and reads from left to right.
     "axisY": {
