@@ -72,7 +72,7 @@ def continued_from(run: LayerStreams, layer: int, h_BTD: Tensor, mask_BT: Tensor
 def rerounded_hidden(decoder: SplitDecoder, ids_BT: Tensor, mask_BT: Tensor, *, seed: int = 0) -> Tensor:
     """hidden_BTD after the final norm, with every layer's output moved by one rounding step of the model's dtype.
 
-    Each number is multiplied by 1 + eps or 1 - eps at random (eps of the dtype, 2^-7 in bfloat16). It stands for what
+    Each number is multiplied by 1 + eps or 1 - eps, at random (eps of the dtype, 2^-7 in bfloat16). It stands for what
     another order of operations, another batch or another scale of the weights would round differently. The same seed
     and shapes give the same signs on every device.
     """
@@ -89,9 +89,13 @@ def _rerounded(decoder: SplitDecoder, seed: int) -> Iterator[None]:
 
     def move(_module: Any, _args: Any, output: Any) -> Any:
         hidden_BTD = hidden_of(output)
-        sign = torch.randint(0, 2, hidden_BTD.shape, generator=generator, dtype=torch.int8).to(hidden_BTD.device)
-        eps = torch.finfo(hidden_BTD.dtype).eps
-        moved_BTD = hidden_BTD + hidden_BTD * (eps * (2 * sign - 1)).to(hidden_BTD.dtype)
+        # A sign per position times a sign per dimension: a fresh one for every number takes longer than the layer.
+        sign_BT, sign_D = (
+            (torch.randint(0, 2, shape, generator=generator) * 2 - 1).to(hidden_BTD)
+            for shape in (hidden_BTD.shape[:2], hidden_BTD.shape[2:])
+        )
+        step_BTD = torch.finfo(hidden_BTD.dtype).eps * sign_BT[..., None] * sign_D
+        moved_BTD = hidden_BTD + hidden_BTD * step_BTD
         return (moved_BTD, *output[1:]) if isinstance(output, tuple) else moved_BTD
 
     handles = [layer.register_forward_hook(move) for layer in decoder.layers]
