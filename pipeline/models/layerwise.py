@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.models.decoder import SplitDecoder, hidden_of
+from pipeline.models.decoder import SplitDecoder
+from pipeline.models.stand_ins import hidden_of
 
 
 class LayerStreams(NamedTuple):
