@@ -171,7 +171,8 @@ def _reason(table: pd.DataFrame, beyond: "pd.Series[bool]", dtype: str) -> str:
         )
     which = {ALL: "", ASSISTANT: "assistant "}.get(row["tokens"], f"{row['tokens']}: ")
     return (
-        f"KL(chat || base) is {row['kl']:.3g} nats per token [{row['kl_low']:.3g}, {row['kl_high']:.3g}] on {which}{on}"
-        f", where rounding in {dtype} explains {row['kl_floor']:.2g}; the most likely token differs at "
+        f"The two models differ by {row['kl']:.3g} nats per token [{row['kl_low']:.3g}, {row['kl_high']:.3g}], "
+        f"KL(chat || base) on {which}{on}, where rounding in {dtype} explains {row['kl_floor']:.2g}; the most likely "
+        f"token differs at "
         f"{row['disagreement']:.1%} [{row['disagreement_low']:.1%}, {row['disagreement_high']:.1%}]."
     )

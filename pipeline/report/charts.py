@@ -103,6 +103,7 @@ _SHORT_VERDICT = {
     Verdict.DECOUPLING: "decoupling",
     Verdict.BOTH: "both",
     Verdict.UNDECIDED: "undecided",
+    Verdict.WITHHELD: "withheld",
 }
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from pipeline.report import formatting as fmt
 from pipeline.report.controls import control_rows, control_sentences
 from pipeline.report.data import CrosscoderReport, ReportData
-from pipeline.report.headlines import does_sentences
+from pipeline.report.headlines import cannot_tell, does_sentences
 from pipeline.report.latents import explanations
 from pipeline.report.summary import VerdictCounts, verdict_counts
 
@@ -56,6 +56,8 @@ def lead(data: ReportData) -> Lead | None:
     sure = sure or ["No latent is called chat-specific, so no such call can be wrong."]
     if crosscoder.controls is None:
         sure = ["Controls were not run: this rests on intervals over documents alone."]
+    if nothing := cannot_tell(data):
+        return Lead(place, crosscoder.name, why, nothing, sure, _does(crosscoder))
     return Lead(place, crosscoder.name, why, _new(counts), sure, _does(crosscoder))
 
 

@@ -50,6 +50,7 @@ VERDICT_ROLES = {
     Verdict.DECOUPLING: "decoupling",
     Verdict.BOTH: "both",
     Verdict.UNDECIDED: "undecided",
+    Verdict.WITHHELD: "undecided",
     Verdict.BASE_ONLY: "base-only",
     Verdict.SHARED: "plain",
     Verdict.OTHER: "plain",

@@ -14,7 +14,7 @@ from pipeline.numerics.proportions import Interval, wilson_interval
 from pipeline.report.data import CrosscoderReport
 from pipeline.schema import CHAT, MODEL_NAMES, Verdict
 
-CHAT_ONLY_VERDICTS = (Verdict.CHAT_SPECIFIC, Verdict.SHRINKAGE, Verdict.DECOUPLING, Verdict.BOTH, Verdict.UNDECIDED)
+CHAT_ONLY_VERDICTS = (Verdict.CHAT_SPECIFIC, *Verdict.ARTIFACTS, Verdict.UNDECIDED, Verdict.WITHHELD)
 """Verdicts of a latent that Delta_norm alone calls chat-only, in the order of bars and tables."""
 
 CANDIDATE_SPECIFIC = "chat-specific latent"
