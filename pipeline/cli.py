@@ -124,7 +124,7 @@ def _quieten() -> None:
 
 def _plan(parsed: argparse.Namespace) -> int:
     from pipeline.planning.estimate import estimate_text
-    from pipeline.run.runner import inspect
+    from pipeline.run.runner import inspect, notes
     from pipeline.storage.filesystem import Storage
 
     config = _config(parsed)
@@ -136,6 +136,8 @@ def _plan(parsed: argparse.Namespace) -> int:
         print(f"  {state.state:<8}{state.step.name:<{width}}  {state.step.key.folder}")
         for line in state.drift:
             print(f"  {'':<8}{'':<{width}}    {line}")
+    for line in notes(config, storage):
+        print(line)
     print(estimate_text(config, states, storage, gpu=parsed.gpu))
     return 0
 

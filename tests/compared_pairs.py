@@ -99,8 +99,8 @@ def fine_tuned(original: Any, *, num_steps: int = 8, lr: float = 3e-3) -> Any:
     return made.eval().requires_grad_(False)
 
 
-def pair_of(base: Any, chat: Any, *, layer: int = 3) -> ModelPair:
-    """Cut after `layer` layers. The same object twice is one decoder, as loading gives."""
+def pair_of(base: Any, chat: Any, *, layer: int = 2) -> ModelPair:
+    """Cut after layer `layer`, from 0. The same object twice is one decoder, as loading gives."""
     chat_decoder = SplitDecoder(chat, layer)
     return ModelPair(chat_decoder if base is chat else SplitDecoder(base, layer), chat_decoder, None)
 

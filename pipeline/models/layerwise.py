@@ -5,7 +5,7 @@ adapter on or off), are cut at other layers, so that one forward gives the strea
 start anywhere. Nothing is loaded again and no architecture is named.
 
 Layers are counted as the field does: layer l is the output of decoder layer l, from 0 (`hidden_states[l + 1]` of
-transformers). `at_layer` is the one place that knows how SplitDecoder counts.
+transformers).
 
 Shapes: B documents, T positions, D width.
 """
@@ -37,7 +37,7 @@ def at_layer(decoder: SplitDecoder, layer: int) -> SplitDecoder:
     """The same model cut after decoder layer `layer` (from 0); shares everything with `decoder`."""
     assert 0 <= layer < decoder.num_layers, f"layer {layer} of {decoder.num_layers}"
     view = copy.copy(decoder)
-    view.layer = layer + 1
+    view.layer = layer
     return view
 
 

@@ -38,7 +38,7 @@ class ModelPairInfo:
     """Hub id or path, with revision or adapter if there is one."""
     chat: str
     layer: int
-    """Decoder layers below the residual stream that was compared (hidden_states[layer])."""
+    """Number of the decoder layer whose output was compared, counted from 0."""
     num_layers: int | None = None
     num_documents: int | None = None
     num_tokens: int | None = None

@@ -45,7 +45,8 @@ def verdict_text(data: ReportData) -> str:
     What the models themselves say stands above it: on the first line where they cannot be told apart.
     """
     models = data.models
-    depth = f"layer {models.layer}" + (f" of {models.num_layers}" if models.num_layers is not None else "")
+    of = f" (of {models.num_layers}, counted from 0)" if models.num_layers is not None else ""
+    depth = f"layer {models.layer}{of}"
     lines = [f"{data.run_name}: {models.base} (base) against {models.chat} (chat), {depth}"]
     if nothing := cannot_tell(data):
         lines.insert(0, nothing)

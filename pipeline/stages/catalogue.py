@@ -68,7 +68,7 @@ class ActivationsInputs(StageInputs):
     """Residual-stream rows of both models after layer L."""
 
     NAME = "activations"
-    VERSION = 3
+    VERSION = 4
     READS = ("organism", "tokens")
     section: ActivationsSection
     organism: Step[OrganismInputs] | None

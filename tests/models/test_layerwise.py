@@ -58,7 +58,7 @@ def test_every_layer_and_every_continuation_equal_plain_forwards(architecture: s
     base, chat = model(architecture, seed=0), model(architecture, seed=1)
     documents, ids, mask = _padded(side)
     layers = range(NUM_LAYERS)
-    runs = [layer_streams(SplitDecoder(own, 2), ids, mask, layers) for own in (base, chat)]
+    runs = [layer_streams(SplitDecoder(own, 1), ids, mask, layers) for own in (base, chat)]
     for row, document in enumerate(documents):
         kept = mask[row] == 1
         base_seen, base_hidden = _plain(base, document)
@@ -74,7 +74,7 @@ def test_every_layer_and_every_continuation_equal_plain_forwards(architecture: s
 
 
 def test_a_models_own_stream_put_back_at_any_layer_changes_nothing() -> None:
-    decoder = SplitDecoder(model("qwen3"), 2)
+    decoder = SplitDecoder(model("qwen3"), 1)
     _, ids, mask = _padded("right")
     run = layer_streams(decoder, ids, mask, (0, 3, 5))
     for place, layer in enumerate((0, 3, 5)):
@@ -82,7 +82,7 @@ def test_a_models_own_stream_put_back_at_any_layer_changes_nothing() -> None:
 
 
 def test_views_share_the_model_and_leave_the_cut_where_it_was() -> None:
-    decoder = SplitDecoder(model("llama"), 2)
+    decoder = SplitDecoder(model("llama"), 1)
     _, ids, mask = _padded("right")
     before = decoder.lower(ids, mask)
     view = at_layer(decoder, 4)
@@ -95,7 +95,7 @@ def test_views_share_the_model_and_leave_the_cut_where_it_was() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rerounding_moves_a_model_by_about_its_dtypes_precision(dtype: torch.dtype) -> None:
-    decoder = SplitDecoder(model("llama").to(dtype), 2)
+    decoder = SplitDecoder(model("llama").to(dtype), 1)
     _, ids, mask = _padded("right")
     plain = layer_streams(decoder, ids, mask, ()).hidden_BTD[mask == 1]
     moved = rerounded_hidden(decoder, ids, mask)[mask == 1]
@@ -116,7 +116,7 @@ def test_an_adapter_on_one_copy_of_the_weights_is_off_for_base(
     torch.manual_seed(0)
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).save_pretrained(tmp_path)
-    options = LoadOptions(layer=2, dtype="float32")
+    options = LoadOptions(layer=1, dtype="float32")
     pair = ModelPair.load(ModelSpec(folder), ModelSpec(folder, adapter=str(tmp_path)), options)
     _, ids, mask = _padded("right")
     with torch.no_grad():

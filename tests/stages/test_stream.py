@@ -145,7 +145,7 @@ def test_a_resumed_stream_makes_only_what_is_left() -> None:
     assert min(blocks.made) == min(state["pending"][:, 0].tolist())
 
 
-STREAMED = {"activations": {"layer": 2, "rows_per_shard": 2000, "mode": "stream"}, "tracking": {"kind": "none"}}
+STREAMED = {"activations": {"layer": 1, "rows_per_shard": 2000, "mode": "stream"}, "tracking": {"kind": "none"}}
 
 
 def curves(root: Path) -> dict[str, pd.DataFrame]:
