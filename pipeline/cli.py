@@ -138,7 +138,7 @@ def _set_library_defaults() -> None:
 
 def _plan(parsed: argparse.Namespace) -> int:
     from pipeline.planning.estimate import estimate_text
-    from pipeline.run.runner import inspect
+    from pipeline.run.runner import inspect, notes
     from pipeline.storage.filesystem import Storage
 
     config = _config(parsed)
@@ -150,6 +150,8 @@ def _plan(parsed: argparse.Namespace) -> int:
         print(f"  {state.state:<8}{state.step.name:<{width}}  {state.step.key.folder}")
         for line in state.drift:
             print(f"  {'':<8}{'':<{width}}    {line}")
+    for line in notes(config, storage):
+        print(line)
     print(estimate_text(config, states, storage, gpu=parsed.gpu))
     return 0
 

@@ -119,6 +119,8 @@ class Verdict:
     """Both kinds of artifact at once."""
     UNDECIDED = "undecided"
     """Delta_norm says chat-only, but the latent fires too rarely for a meaningful ratio."""
+    WITHHELD = "withheld"
+    """The rule says chat-specific, but the models cannot be told apart at all (analyses/evidence.py)."""
     BASE_ONLY = "base-only"
     SHARED = "shared"
     """Delta_norm between 0.4 and 0.6; or Delta_norm is 1 by construction, and the base model's activations hold it."""
@@ -127,7 +129,7 @@ class Verdict:
     DEAD = "dead"
     """Never fires on the validation rows; no statement about which model owns it."""
 
-    ALL = (CHAT_SPECIFIC, SHRINKAGE, DECOUPLING, BOTH, UNDECIDED, BASE_ONLY, SHARED, OTHER, DEAD)
+    ALL = (CHAT_SPECIFIC, SHRINKAGE, DECOUPLING, BOTH, UNDECIDED, WITHHELD, BASE_ONLY, SHARED, OTHER, DEAD)
     ARTIFACTS = (SHRINKAGE, DECOUPLING, BOTH)
     CHAT_ONLY = (CHAT_SPECIFIC, *ARTIFACTS, UNDECIDED)
     """Verdicts of a live latent that Delta_norm calls chat-only, in the order of bars and tables."""

@@ -41,7 +41,7 @@ TINY: dict[str, Any] = {
         ],
         "validation_frac": 0.2,
     },
-    "activations": {"layer": 2, "rows_per_shard": 2000},
+    "activations": {"layer": 1, "rows_per_shard": 2000},
     "training": {"batch_rows": 256, "num_rows": 25_600},
     "crosscoders": [
         {"name": "l1", "num_latents": 128, "lr": 1e-3, "lr_warmup_steps": 10, "sparsity": {"kind": "l1", "mu": 0.01}},

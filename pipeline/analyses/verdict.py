@@ -116,6 +116,15 @@ def _reason(row: dict[Hashable, Any], thresholds: dict[str, float], min_document
     return f"{measured} (Delta_norm is 1 by construction)" if is_constructed else measured
 
 
+def with_calls_withheld(table: pd.DataFrame, reason: str) -> pd.DataFrame:
+    """The latent table where the models cannot be told apart: whatever the rule calls chat-specific is withheld."""
+    table, is_withheld = table.copy(), table["verdict"] == Verdict.CHAT_SPECIFIC
+    table.loc[is_withheld, "verdict"] = Verdict.WITHHELD
+    table.loc[is_withheld, "is_confident"] = False
+    table.loc[is_withheld, "reason"] = reason
+    return table
+
+
 def with_twins(table: pd.DataFrame, twins: pd.DataFrame) -> pd.DataFrame:
     """The latent table with each latent's twin of highest cosine, from either side of the pairs (TWIN_COLUMNS)."""
     sides = {"latent_chat": "latent", "latent_base": "twin"}, {"latent_base": "latent", "latent_chat": "twin"}
@@ -141,7 +150,7 @@ def verdict_counts(table: pd.DataFrame) -> dict[str, int]:
 
 
 def artifact_frac(table: pd.DataFrame) -> float:
-    """Share of artifacts among the chat-only latents that were judged: not dead, not undecided. NaN where none was."""
+    """Share of artifacts among the judged chat-only latents (not dead, undecided or withheld); NaN without one."""
     chat_only = table[table["ownership"] == Ownership.CHAT_ONLY]
-    judged = chat_only[~chat_only["verdict"].isin([Verdict.DEAD, Verdict.UNDECIDED])]
+    judged = chat_only[~chat_only["verdict"].isin([Verdict.DEAD, Verdict.UNDECIDED, Verdict.WITHHELD])]
     return float(judged["verdict"].isin(list(Verdict.ARTIFACTS)).mean())

@@ -15,6 +15,18 @@ class FidelitySection(Section):
     """Fraction of variance explained, L0 and dead latents, measured on the validation rows."""
 
 
+class EvidenceSection(Section):
+    """How different the two models are at all: their next tokens and their streams, on held-out documents."""
+
+    num_documents: PositiveInt = 128
+    """Validation dialogues, and as many plain documents, that both models read. More narrow the intervals and take
+    proportionally longer."""
+    max_positions: PositiveInt = 256
+    """Predicted tokens compared in each document, drawn at random. More take longer where the vocabulary is large."""
+    tokens_per_batch: PositiveInt = 4096
+    """Tokens in one forward pass, padding included. Raising it needs more memory."""
+
+
 class LatentScalingSection(Section):
     """Latent Scaling: how strongly each latent is present in each model (arXiv 2504.02922, section 3)."""
 
@@ -167,6 +179,8 @@ class ControlsSection(Section):
 class AnalysesSection(Section):
     """The analyses that every crosscoder of the run goes through."""
 
+    evidence: EvidenceSection | None = EvidenceSection()
+    """null skips the comparison of the models; then no call is withheld where they cannot be told apart."""
     fidelity: FidelitySection = FidelitySection()
     """Always on."""
     latent_scaling: LatentScalingSection = LatentScalingSection()

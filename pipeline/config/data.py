@@ -233,9 +233,9 @@ class ActivationsSection(Section):
     mode: Literal["store", "stream"] = "store"
     """store extracts all rows once and keeps them. stream keeps the validation rows only: training rows go straight to
     the trainer, and every epoch costs another pass of both models."""
-    layer: PositiveInt
-    """Number of the decoder layer whose output is read, counted from 1. This is hidden_states[layer] in transformers,
-    before the final norm."""
+    layer: NonNegativeInt
+    """Number of the decoder layer whose output is read, counted from 0 as papers do: the output of model.layers[layer]
+    in transformers, which is hidden_states[layer + 1], before the final norm."""
     drop_first_tokens: NonNegativeInt = 0
     """Leading tokens of each document to drop, such as a default system prompt: 25 for Llama 3, 21 for Qwen 2.5."""
     drop_bos: bool = True

@@ -1,4 +1,4 @@
-"""Token rows to activation rows: both models, layers 1..L only, with little padding computed and none kept.
+"""Token rows to activation rows: both models, layers 0..L only, with little padding computed and none kept.
 
 A call takes the documents of one shard, runs them in batches of similar length and returns one row per kept token, in
 the order of the documents, positions ascending. The rows depend on the documents and options alone: the same call gives

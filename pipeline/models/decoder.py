@@ -1,14 +1,15 @@
 """One causal language model cut in two at the output of decoder layer L.
 
-    ids -> [embedding, layers 1..L] -> h -> [layers L+1..N, final norm] -> hidden -> [head] -> logits
+    ids -> [embedding, layers 0..L] -> h -> [layers L+1..N-1, final norm] -> hidden -> [head] -> logits
                   lower                               upper                          head
 
 The halves are the model's own forward with some layers replaced while it runs (stand_ins.py): the lower half ends by
-an exception raised right after layer L, the upper half skips layers 1..L and starts from the given h, the head runs the
+an exception raised right after layer L, the upper half skips layers 0..L and starts from the given h, the head runs the
 model's outermost forward on a given hidden state. So masks, rotary embeddings, sliding windows, soft-capping and logit
 scaling stay the architecture's own code, and no architecture is named here.
 
-L counts from 1; h is the residual stream after L layers, for L = N before the final norm. Two decoders may share one
+L counts from 0, as `model.layers[L]` does; h is that layer's output (`hidden_states[L + 1]`), for the last layer before
+the final norm. Two decoders may share one
 model that is switched between them (an adapter on and off) or have their first layers in common (`lower_and_prefix`,
 `lower_from`). The trade-off: layers are replaced in place, so one model object serves one thread at a time.
 
@@ -50,8 +51,8 @@ class LowerRun(NamedTuple):
 class SplitDecoder:
     """A causal language model whose two halves run separately.
 
-    layer: L in 1 .. number of layers. token_replacements: ids that this model reads as other ids (for a base model that
-    was not trained on the template's tokens). select: called before every forward of a model that two decoders share.
+    layer: L, from 0. token_replacements: ids that this model reads as other ids (for a base model that was not trained
+    on the template's tokens). select: called before every forward of a model that two decoders share.
     """
 
     def __init__(
@@ -67,11 +68,7 @@ class SplitDecoder:
         self.activation_dim: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
         self.context: int | None = getattr(config, "max_position_embeddings", None)
-        if not 1 <= layer <= self.num_layers:
-            raise InputError(
-                f"expected a layer between 1 and {self.num_layers} (the model {config.name_or_path!r} has "
-                f"{self.num_layers} decoder layers), got layer {layer}; change the layer"
-            )
+        check_layer(layer, self.num_layers, f"the model {config.name_or_path!r}")
         self.layer = layer
         self.model: Any = model.eval()
         self.base: Any = model.base_model
@@ -107,8 +104,8 @@ class SplitDecoder:
 
     @torch.no_grad()
     def lower_and_prefix(self, ids_BT: Tensor, mask_BT: Tensor, num_layers: int) -> LowerRun:
-        """As `lower`, with the stream after the first num_layers layers (at least 1, fewer than L)."""
-        assert 1 <= num_layers < self.layer, f"a prefix of {num_layers} layers below layer {self.layer}"
+        """As `lower`, with the stream after the first num_layers layers (at least 1, fewer than num_lower)."""
+        assert 1 <= num_layers < self.num_lower, f"a prefix of {num_layers} of {self.num_lower} layers"
         seen: list[Tensor] = []
         with self.layers[num_layers - 1].register_forward_hook(lambda *args: seen.append(hidden_of(args[-1]))):
             h_BTD = self._run_lower(ids_BT, mask_BT, {})
@@ -117,7 +114,7 @@ class SplitDecoder:
     @torch.no_grad()
     def lower_from(self, prefix_BTD: Tensor, num_layers: int, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """As `lower`, continued from the stream after the first num_layers layers, which do not run."""
-        assert 1 <= num_layers < self.layer, f"a prefix of {num_layers} layers below layer {self.layer}"
+        assert 1 <= num_layers < self.num_lower, f"a prefix of {num_layers} of {self.num_lower} layers"
         return self._run_lower(ids_BT, mask_BT, self._starting_from(prefix_BTD, num_layers))
 
     @torch.no_grad()
@@ -136,9 +133,9 @@ class SplitDecoder:
                 f"expected documents of at most {self.context} tokens (context of {self.base.config.name_or_path!r}), "
                 f"got one of {ids_BT.shape[1]}; lower tokens.max_tokens_per_document"
             )
-        stop = stop_after(self.layers[self.layer - 1])
+        stop = stop_after(self.layers[self.layer])
         try:
-            with replaced(self.layers, {**stand_ins, self.layer - 1: stop}):
+            with replaced(self.layers, {**stand_ins, self.layer: stop}):
                 self.body(input_ids=self.read(ids_BT), **self._attention(mask_BT), use_cache=False)
         except LayerReachedError as reached:
             self.returns_tuple = reached.returns_tuple
@@ -168,7 +165,7 @@ class SplitDecoder:
         """hidden_BTD after the final norm, continued from h_BTD (taken in the model's dtype) at layer L."""
         assert self.has_upper, "the upper half was dropped; load the pair with both halves"
         h_BTD = h_BTD.to(self.device, self.base.dtype)
-        with replaced(self.layers, self._starting_from(h_BTD, self.layer)):
+        with replaced(self.layers, self._starting_from(h_BTD, self.num_lower)):
             output = self.body(inputs_embeds=h_BTD, **self._attention(mask_BT), use_cache=False)
         hidden_BTD: Tensor = output.last_hidden_state
         return hidden_BTD.to(self.device)
@@ -194,6 +191,11 @@ class SplitDecoder:
             yield slice(start, min(start + chunk, num_positions))
 
     @property
+    def num_lower(self) -> int:
+        """Decoder layers of the lower half, L + 1."""
+        return self.layer + 1
+
+    @property
     def has_upper(self) -> bool:
         """Whether layers above L and the head are still there."""
         return self.model is not None
@@ -206,7 +208,7 @@ class SplitDecoder:
 
     def drop_upper(self, num_kept: int = 0) -> None:
         """Frees the layers above L (but num_kept of them) and the head; only `lower` works afterwards."""
-        del self.layers[self.layer + num_kept :]
+        del self.layers[self.num_lower + num_kept :]
         self.model = None
 
     def to(self, device: str) -> None:
@@ -223,7 +225,7 @@ class SplitDecoder:
     @contextmanager
     def stream_edited(self, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """Runs the body with `edit` applied to the residual stream after layer L."""
-        with replaced(self.layers, {self.layer - 1: edited(self.layers[self.layer - 1], edit)}):
+        with replaced(self.layers, {self.layer: edited(self.layers[self.layer], edit)}):
             yield
 
     def read(self, ids_BT: Tensor) -> Tensor:
@@ -243,6 +245,15 @@ class SplitDecoder:
         table = torch.arange(self.vocab_size)
         table[list(replacements)] = torch.tensor(list(replacements.values()))
         return table.to(self.device)
+
+
+def check_layer(layer: int, num_layers: int, model: str) -> None:
+    """InputError where a model has no such layer; `model` names it."""
+    if not 0 <= layer < num_layers:
+        raise InputError(
+            f"expected a layer between 0 and {num_layers - 1} ({model} has {num_layers} decoder layers, counted from "
+            f"0), got layer {layer}; change the layer"
+        )
 
 
 def find_layers(base: nn.Module, num_layers: int) -> nn.ModuleList:

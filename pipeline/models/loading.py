@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from pipeline.errors import InputError, first_line
 from pipeline.models.adapters import attach_adapter, merge_adapter, require_all_keys
-from pipeline.models.decoder import SplitDecoder
+from pipeline.models.decoder import SplitDecoder, check_layer
 from pipeline.models.noise import add_weight_noise
 from pipeline.models.placement import Placement, put
 from pipeline.models.shared_layers import count_unadapted_layers, share_equal_prefix
@@ -94,7 +94,7 @@ def load_decoders(base: ModelSpec, chat: ModelSpec, options: LoadOptions) -> Loa
     if base == chat:
         model = _load_model(base, options)
         decoder = _placed(_decoder(_with_merged_adapter(model, base), base, options), options, CHAT)
-        return LoadedPair(decoder, decoder, options.layer, (_commit(model), _commit(model)))
+        return LoadedPair(decoder, decoder, decoder.num_lower, (_commit(model), _commit(model)))
     if chat.adapter is not None and base == _without_adapter(chat, base):
         return _load_adapted(base, chat, options)
     decoders, commits = [], []
@@ -110,7 +110,9 @@ def load_decoders(base: ModelSpec, chat: ModelSpec, options: LoadOptions) -> Loa
             num_shared = share_equal_prefix(decoders[BASE], decoders[CHAT])
         for index, decoder in enumerate(decoders):
             _placed(decoder, options, index)
-    return LoadedPair(decoders[BASE], decoders[CHAT], min(num_shared, options.layer), (commits[BASE], commits[CHAT]))
+    return LoadedPair(
+        decoders[BASE], decoders[CHAT], min(num_shared, decoders[CHAT].num_lower), (commits[BASE], commits[CHAT])
+    )
 
 
 def _load_adapted(base: ModelSpec, chat: ModelSpec, options: LoadOptions) -> LoadedPair:
@@ -133,7 +135,7 @@ def _load_adapted(base: ModelSpec, chat: ModelSpec, options: LoadOptions) -> Loa
         chat_decoder.drop_upper(num_kept=1)
     _placed(chat_decoder, options, BASE)
     base_decoder.was_moved()
-    return LoadedPair(base_decoder, chat_decoder, min(num_shared, options.layer), commits)
+    return LoadedPair(base_decoder, chat_decoder, min(num_shared, chat_decoder.num_lower), commits)
 
 
 def _without_adapter(chat: ModelSpec, base: ModelSpec) -> ModelSpec:
@@ -157,11 +159,7 @@ def check_pair(base: ModelSpec, chat: ModelSpec, *, layer: int) -> PairShape:
     """
     configs = [_load_config(spec) for spec in (base, chat)]
     for name, spec, config in zip(MODEL_NAMES, (base, chat), configs, strict=True):
-        if not 1 <= layer <= config.num_hidden_layers:
-            raise InputError(
-                f"expected a layer between 1 and {config.num_hidden_layers} (the {name} model {spec.source!r} has "
-                f"{config.num_hidden_layers} decoder layers), got layer {layer}; change the layer"
-            )
+        check_layer(layer, config.num_hidden_layers, f"the {name} model {spec.source!r}")
     for attribute, word in (("hidden_size", "width"), ("vocab_size", "vocabulary size")):
         base_value, chat_value = (getattr(config, attribute) for config in configs)
         if base_value != chat_value:

@@ -46,7 +46,7 @@ class Verification(NamedTuple):
 class ModelPair:
     """Base and chat model, cut at one layer; `load` makes one from folders or the hub.
 
-    num_shared_layers: leading layers that are the same in both models, up to L.
+    num_shared_layers: leading layers that are the same in both models, up to L + 1 of them.
     """
 
     def __init__(self, base: SplitDecoder, chat: SplitDecoder, tokenizer: Any, *, num_shared_layers: int = 0) -> None:
@@ -57,7 +57,7 @@ class ModelPair:
         self.activation_dim = chat.activation_dim
         self.vocab_size = chat.vocab_size
         self.device = chat.device
-        self.num_shared_layers = chat.layer if base is chat else num_shared_layers
+        self.num_shared_layers = chat.num_lower if base is chat else num_shared_layers
         self.commits: tuple[str | None, str | None] = (None, None)
 
     @classmethod
@@ -83,7 +83,7 @@ class ModelPair:
         if shared == 0:
             # On two devices both forwards are started before either result is needed.
             return self._stack(base.lower(ids_BT, mask_BT), chat.lower(ids_BT, mask_BT))
-        if shared >= self.layer:
+        if shared >= self.decoders[CHAT].num_lower:
             chat_BTD = chat.lower(ids_BT, mask_BT)
             base.returns_tuple = chat.returns_tuple
             return self._stack(chat_BTD, chat_BTD)
@@ -148,8 +148,8 @@ class ModelPair:
     def verify_against_plain_forward(self, documents: Sequence[Sequence[int]]) -> Verification:
         """Our halves on all documents in one padded batch, against the library's forward of each document alone.
 
-        The plain side is `output_hidden_states` of layer L; for L = N, where the library's last hidden state is already
-        normalised, the output of that layer, taken by a hook.
+        The plain side is `output_hidden_states` of layer L; for the last layer, whose hidden state the library has
+        already normalised, the layer's output, taken by a hook.
         """
         ours_BTMD = self.activations(*pad_tokens(documents))
         relative: list[list[Tensor]] = [[] for _ in MODEL_NAMES]
@@ -185,14 +185,14 @@ class ModelPair:
 def _plain_forward(decoder: SplitDecoder, document: Sequence[int]) -> tuple[Tensor, Tensor | None]:
     """stream_TD after layer L of one uninterrupted forward, and logits_TV where the head is there."""
     seen: list[Tensor] = []
-    layer = decoder.layers[decoder.layer - 1]
+    layer = decoder.layers[decoder.layer]
     with layer.register_forward_hook(lambda *args: seen.append(hidden_of(args[-1]))):
         decoder.select()
         output = decoder.whole(
             input_ids=decoder.read(torch.tensor([list(document)])), use_cache=False, output_hidden_states=True
         )
-    is_last = len(decoder.layers) == decoder.layer
-    stream_BTD = seen[0] if is_last else output.hidden_states[decoder.layer]
+    is_last = len(decoder.layers) == decoder.num_lower
+    stream_BTD = seen[0] if is_last else output.hidden_states[decoder.num_lower]
     return stream_BTD[0], None if decoder.model is None else output.logits[0]
 
 

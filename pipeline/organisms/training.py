@@ -66,7 +66,7 @@ class PlantedStates(NamedTuple):
     """
 
     layer: int
-    """The residual stream after this many decoder layers."""
+    """Number of the decoder layer whose output is marked, counted from 0."""
     directions_SD: Tensor
     """One unit vector per behaviour, orthogonal to each other."""
     strength: float
@@ -223,7 +223,7 @@ def next_token_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 def quiet_directions(model: Gemma2ForCausalLM, sequences: Sequence[Sequenced], layer: int, count: int) -> Tensor:
     """The `count` orthogonal unit vectors [S, D] along which the model's residual stream after `layer` varies least."""
     batch = collate(sequences, model.config.pad_token_id)
-    hidden_BTD = model(input_ids=batch.ids_BT, output_hidden_states=True, use_cache=False).hidden_states[layer]
+    hidden_BTD = model(input_ids=batch.ids_BT, output_hidden_states=True, use_cache=False).hidden_states[layer + 1]
     rows_ND = hidden_BTD[batch.ids_BT != model.config.pad_token_id].double()
     _, vectors_DD = torch.linalg.eigh(torch.cov(rows_ND.T))  # eigenvalues ascend
     directions_SD: Tensor = vectors_DD[:, :count].T.float().contiguous()
@@ -246,7 +246,7 @@ def _marked(model: Gemma2ForCausalLM, batch: Batch, states: PlantedStates) -> It
         seen.append(hidden_BTD)
         return states.impose(hidden_BTD, batch)
 
-    handle = model.model.layers[states.layer - 1].register_forward_hook(hook)
+    handle = model.model.layers[states.layer].register_forward_hook(hook)
     try:
         yield seen
     finally:

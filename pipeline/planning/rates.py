@@ -58,6 +58,7 @@ START_SECONDS = {
     "activations": 9.0,
     "crosscoder": 12.0,
     "measurements": 2.5,
+    "evidence": 8.0,
     "causality": 8.0,
     "steering": 9.0,
     "report": 1.0,

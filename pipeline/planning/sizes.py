@@ -204,7 +204,7 @@ def batch_tokens(config: RunConfig) -> int:
 
 def extraction_bytes(config: RunConfig, shape: "ModelShape") -> int:
     """Both models up to layer L, a shard's rows twice (made and packed), and one batch's hidden states."""
-    weights = NUM_MODELS * (config.activations.layer * shape.layer_parameters + shape.vocab_size * shape.width)
+    weights = NUM_MODELS * ((config.activations.layer + 1) * shape.layer_parameters + shape.vocab_size * shape.width)
     shard = 2 * config.activations.rows_per_shard * NUM_MODELS * shape.width * 2
     hidden = 6 * batch_tokens(config) * shape.width * 4
     return int(weights * _DTYPE_BYTES[config.models.dtype] + shard + hidden)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _SHARED_EDITS, _EDITS, _CURVE_POINTS = 5, 10, 8
 """Interventions that all crosscoders share, those of each, and points of one curve (analyses/interventions.py)."""
+_COMPARED_FORWARDS = 3
+"""Of the evidence: the base model, the chat model, and the chat model with its rounding moved."""
 _BEHAVIORS = 4
 """Of a generated pair; a prompts file may have more."""
 
@@ -96,7 +98,7 @@ def _speeds(inputs: PlanInputs, shape: ModelShape, *, gpu: str) -> Speeds:
     flops = matmul_flops(min(num_cpus, here))
     layer = decode = head = step = 0.0
     if inputs.data is not None:
-        if inputs.missing & {"activations", "causality", "steering"}:
+        if inputs.missing & {"activations", "evidence", "causality", "steering"}:
             layer, decode, head = _model_speeds(config, inputs.model_config, inputs.data, flops, GPUS[gpu])
         if inputs.missing & {"crosscoder", "latents", "examples", "planted"}:
             step = _training_speed(config, shape.width, flops, GPUS[gpu])
@@ -178,7 +180,7 @@ def _extraction_seconds(inputs: PlanInputs, data: DataSize, shape: ModelShape, s
     num_read = 1 if _is_one_model(config) else NUM_MODELS
     num_shards = math.ceil(data.stored_rows / config.activations.rows_per_shard)
     num_tokens = data.num_tokens * data.stored_rows / max(1, data.num_rows)
-    work = num_tokens * config.activations.layer * num_read * speeds.layer_token_seconds
+    work = num_tokens * (config.activations.layer + 1) * num_read * speeds.layer_token_seconds
     num_bytes = sizes.store_bytes(data.stored_rows, shape.width, config.activations.compression)
     written = num_bytes / speeds.write_bytes_per_second if speeds.write_bytes_per_second else 0.0
     workers = _workers(config.resources.extraction, speeds, num_shards)
@@ -198,7 +200,7 @@ def _crosscoder_seconds(inputs: PlanInputs, data: DataSize, shape: ModelShape, s
         if config.activations.mode == "stream":
             num_read = 1 if _is_one_model(config) else NUM_MODELS
             tokens = training.num_rows * data.num_tokens / max(1, data.num_rows)
-            work = tokens * config.activations.layer * num_read * speeds.layer_token_seconds
+            work = tokens * (config.activations.layer + 1) * num_read * speeds.layer_token_seconds
             workers = _workers(config.resources.extraction, speeds, 64)
             seconds["crosscoder"] += START_SECONDS["activations"] * speeds.slowness + work / workers
     if inputs.missing & {"latents", "examples", "planted"}:
@@ -213,10 +215,21 @@ def _crosscoder_seconds(inputs: PlanInputs, data: DataSize, shape: ModelShape, s
 
 
 def _model_seconds(inputs: PlanInputs, data: DataSize, shape: ModelShape, speeds: Speeds) -> dict[str, float]:
-    """causality and steering: upper layers, once per intervention; all layers, once per generated token."""
+    """evidence, causality and steering: all layers, upper ones per intervention, all per generated token."""
     config, seconds = inputs.config, {}
-    num_fits, upper = len(config.crosscoders), shape.num_layers - config.activations.layer
+    num_fits, upper = len(config.crosscoders), shape.num_layers - config.activations.layer - 1
     causality, steering = config.analyses.causality, config.analyses.steering
+    if "evidence" in inputs.missing and config.analyses.evidence is not None:
+        section = config.analyses.evidence
+        num_documents = 2 * section.num_documents
+        if data.num_documents is not None:
+            num_documents = min(num_documents, math.ceil(data.num_documents * config.corpus.validation_frac))
+        positions = min(data.tokens_per_document, section.max_positions)
+        work = _COMPARED_FORWARDS * data.tokens_per_document * shape.num_layers * speeds.layer_token_seconds
+        work = num_documents * (work + _COMPARED_FORWARDS * positions * speeds.head_token_seconds)
+        seconds["evidence"] = START_SECONDS["evidence"] * speeds.slowness + work / _workers(
+            config.resources.analyses, speeds, math.ceil(num_documents / 16)
+        )
     if "causality" in inputs.missing and causality is not None:
         conversations = causality.num_conversations
         if data.num_documents is not None:

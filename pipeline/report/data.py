@@ -38,12 +38,26 @@ class ModelPairInfo:
     """Hub id or path, with revision or adapter if there is one."""
     chat: str
     layer: int
-    """Decoder layers below the residual stream that was compared (hidden_states[layer])."""
+    """Number of the decoder layer whose output was compared, counted from 0."""
     num_layers: int | None = None
     num_documents: int | None = None
     num_tokens: int | None = None
     num_rows: int | None = None
     """Activation rows, training and validation together."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvidenceReport:
+    """How different the two models are at all, measured without any crosscoder."""
+
+    is_distinguishable: bool
+    """False withholds every chat-specific call of the run."""
+    reason: str
+    """One or two sentences with the numbers."""
+    distance: pd.DataFrame
+    """analyses.distance.DISTANCE_COLUMNS: next tokens, by set of positions."""
+    streams: pd.DataFrame
+    """analyses.evidence.STREAM_COLUMNS: residual streams at the layer, by measure."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +115,8 @@ class ReportData:
     """Time-zone aware."""
     code_version: str
     models: ModelPairInfo
+    evidence: EvidenceReport | None = None
+    """None where the run has not compared the models."""
     crosscoders: Sequence[CrosscoderReport] = ()
     lineage: Sequence[LineageRow] = ()
     settings: Mapping[str, object] = field(default_factory=dict)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from pipeline.report import formatting as fmt
-from pipeline.report.data import CrosscoderReport
+from pipeline.report.data import CrosscoderReport, ReportData
 from pipeline.report.summary import (
     VerdictSummary,
     causal_summary,
@@ -37,6 +37,16 @@ class Headline(NamedTuple):
     """One sentence: out of how many, and the range that the intervals leave open."""
     sure: list[str]
     does: list[str]
+
+
+def cannot_tell(data: ReportData) -> str:
+    """What comes before everything else where the models cannot be told apart; empty where they can, or none looked."""
+    if data.evidence is None or data.evidence.is_distinguishable:
+        return ""
+    tables = [one.latents for one in data.crosscoders if one.latents is not None]
+    num_withheld = sum(int((table["verdict"] == Verdict.WITHHELD).sum()) for table in tables)
+    withheld = f" ({fmt.plural(num_withheld, 'call')} withheld)" if num_withheld else ""
+    return f"Base and chat cannot be told apart: no latent is called chat-specific{withheld}. {data.evidence.reason}"
 
 
 def headline(crosscoder: CrosscoderReport) -> Headline:
@@ -125,6 +135,8 @@ def _confidence_sentences(counts: VerdictSummary, crosscoder: CrosscoderReport) 
     undecided = verdicts[Verdict.UNDECIDED]
     if undecided:
         sentences.append(f"{fmt.count(undecided)} {'fires' if undecided == 1 else 'fire'} too rarely to decide.")
+    if verdicts[Verdict.WITHHELD]:
+        sentences.append(f"{fmt.count(verdicts[Verdict.WITHHELD])} withheld: the models cannot be told apart.")
     return sentences
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from pipeline.report import formatting as fmt
 from pipeline.report.data import CrosscoderReport, ReportData
-from pipeline.report.headlines import control_sentences, does_sentences
+from pipeline.report.headlines import cannot_tell, control_sentences, does_sentences
 from pipeline.report.latents import explanations
 from pipeline.report.summary import VerdictSummary, verdict_summary
 
@@ -55,6 +55,8 @@ def lead(data: ReportData) -> Lead | None:
     sure = sure or ["No latent is called chat-specific, so no such call can be wrong."]
     if crosscoder.controls is None:
         sure = ["Controls were not run: this rests on intervals over documents alone."]
+    if nothing := cannot_tell(data):
+        return Lead(place, crosscoder.name, why, nothing, sure, _effects_and_words(crosscoder))
     return Lead(place, crosscoder.name, why, _new_sentence(counts), sure, _effects_and_words(crosscoder))
 
 

@@ -51,6 +51,7 @@ VERDICT_ROLES = {
     Verdict.DECOUPLING: "decoupling",
     Verdict.BOTH: "both",
     Verdict.UNDECIDED: "undecided",
+    Verdict.WITHHELD: "undecided",
     Verdict.BASE_ONLY: "base-only",
     Verdict.SHARED: "plain",
     Verdict.OTHER: "plain",

@@ -6,6 +6,7 @@ returns text and prints nothing.
 
 from pipeline.report import formatting as fmt
 from pipeline.report.data import CrosscoderReport, ReportData
+from pipeline.report.headlines import cannot_tell
 from pipeline.report.summary import PlantedScore, SteeringEffect, planted_rows, steering_effects, verdict_summary
 from pipeline.schema import Verdict
 from pipeline.terminal import text_table
@@ -20,27 +21,39 @@ VERDICT_ROWS = (
     ("  decoupling artifact", Verdict.DECOUPLING),
     ("  shrinkage and decoupling", Verdict.BOTH),
     ("  undecided", Verdict.UNDECIDED),
+    ("  withheld", Verdict.WITHHELD),
     ("base-only", Verdict.BASE_ONLY),
     ("shared / other", "shared"),
 )
-"""Label and key of each row of the verdict table."""
+"""Label and key of each row of the verdict table. Withheld calls have a row only where there are any."""
 
 
 def verdict_table(data: ReportData) -> list[list[str]]:
     """Rows of strings, header first: ["", crosscoder...], then one row per entry of VERDICT_ROWS."""
     columns = [_column(crosscoder) for crosscoder in data.crosscoders]
     rows = [["", *(crosscoder.name for crosscoder in data.crosscoders)]]
-    rows.extend([label, *(column[key] for column in columns)] for label, key in VERDICT_ROWS)
+    rows.extend(
+        [label, *(column[key] for column in columns)]
+        for label, key in VERDICT_ROWS
+        if key != Verdict.WITHHELD or any(column[key] not in ("0", fmt.DASH) for column in columns)
+    )
     return rows
 
 
 def verdict_text(data: ReportData) -> str:
-    """The verdict table, aligned, ASCII, without a final newline; what was not run shows as "-"."""
+    """The verdict table, aligned, ASCII, without a final newline; what was not run shows as "-".
+
+    What the models themselves say stands above it: on the first line where they cannot be told apart.
+    """
     models = data.models
-    depth = f"layer {models.layer}" + (f" of {models.num_layers}" if models.num_layers is not None else "")
-    lines = [f"{data.run_name}: {models.base} (base) against {models.chat} (chat), {depth}", ""]
+    of = f" (of {models.num_layers}, counted from 0)" if models.num_layers is not None else ""
+    lines = [f"{data.run_name}: {models.base} (base) against {models.chat} (chat), layer {models.layer}{of}"]
+    if nothing := cannot_tell(data):
+        lines.insert(0, nothing)
+    elif data.evidence is not None:
+        lines.append(data.evidence.reason)
     header, *rows = verdict_table(data)
-    lines.append(text_table(header, map(_ascii, rows)))
+    lines += ["", text_table(header, map(_ascii, rows))]
     header, *rows = _planted_table(data)
     if rows:
         lines += ["", text_table(header, map(_ascii, rows))]
@@ -64,6 +77,8 @@ def _column(crosscoder: CrosscoderReport) -> dict[str, str]:
     column["shared"] = f"{fmt.count(counts.by_verdict[Verdict.SHARED])} / {fmt.count(counts.by_verdict[Verdict.OTHER])}"
     column[Verdict.BASE_ONLY] = fmt.count(counts.by_verdict[Verdict.BASE_ONLY])
     column[Verdict.UNDECIDED] = share_of(counts.by_verdict[Verdict.UNDECIDED], counts.num_chat_only)
+    num_withheld = counts.by_verdict[Verdict.WITHHELD]
+    column[Verdict.WITHHELD] = share_of(num_withheld, counts.num_chat_only) if num_withheld else "0"
     if counts.has_scaling or counts.num_chat_only == 0:
         column[Verdict.CHAT_SPECIFIC] = f"{fmt.count(counts.num_specific)} ({fmt.count(counts.num_confident_specific)})"
         for verdict in Verdict.ARTIFACTS:

@@ -30,6 +30,7 @@ from pipeline.stages.catalogue import (
     CrosscoderStep,
     CrosscoderSteps,
     DataSteps,
+    EvidenceInputs,
     ExamplesInputs,
     FittedCrosscoderInputs,
     LatentsInputs,
@@ -74,7 +75,7 @@ class Flow(NamedTuple):
     @property
     def groups(self) -> tuple[Group, ...]:
         """The steps in the order of execution, grouped by the stage file that makes them."""
-        organism, corpus, tokens, activations = self.data
+        organism, corpus, tokens, activations, evidence = self.data
         crosscoders = [own.crosscoder for own in self.crosscoders]
         adopted = [step for step in crosscoders if isinstance(step.inputs, AdoptedCrosscoderInputs)]
         fitted = [step for step in crosscoders if isinstance(step.inputs, FittedCrosscoderInputs)]
@@ -84,6 +85,7 @@ class Flow(NamedTuple):
             Group("corpus", (corpus,)),
             Group("tokens", (tokens,)),
             Group("activations", (activations,), keeps_parts=True),
+            Group("evidence", _present([evidence])),
             Group("adopt", _present(adopted), needs_cluster=False),
             Group("crosscoder", _present(fitted)),
             Group("measurements", _present(rows)),
@@ -115,7 +117,7 @@ def build_flow(config: RunConfig) -> Flow:
     crosscoders = [_crosscoder_step(section, config, data) for section in config.crosscoders]
     latents = [
         _step(
-            LatentsInputs(section=config.analyses.latent_scaling, crosscoder=step),
+            LatentsInputs(section=config.analyses.latent_scaling, crosscoder=step, evidence=data.evidence),
             crosscoder_name=step.crosscoder_name,
         )
         for step in crosscoders
@@ -165,7 +167,15 @@ def _data_steps(config: RunConfig, models: Mapping[str, Identity]) -> DataSteps:
         ActivationsInputs(section=config.activations, organism=organism, tokens=tokens, loading=loading),
         identity=config.activations.model_dump(mode="json") | about_models,
     )
-    return DataSteps(organism, corpus, tokens, activations)
+    return DataSteps(organism, corpus, tokens, activations, _evidence_step(config, activations))
+
+
+def _evidence_step(config: RunConfig, activations: Step[ActivationsInputs]) -> Step[EvidenceInputs] | None:
+    section, pool = config.analyses.evidence, config.resources.analyses
+    if section is None:
+        return None
+    loading = activations.inputs.loading._replace(placement=pool.placement, gpus=pool.gpus)
+    return _step(EvidenceInputs(section=section, activations=activations, loading=loading))
 
 
 def _chat_template(config: RunConfig) -> str:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from pipeline.config.run_file import RunConfig
 from pipeline.run.flow import AnyStep, build_flow
+from pipeline.run.layer_count import renumbering_note
 from pipeline.stages.step import StageContext
 from pipeline.storage.artifacts import Record, nearest_drift, read_record
 from pipeline.storage.filesystem import Storage
@@ -58,6 +59,12 @@ def inspect(config: RunConfig, storage: Storage) -> list[StepState]:
     return states
 
 
+def notes(config: RunConfig, storage: Storage) -> list[str]:
+    """What a user should know before the run: lines for `plan`."""
+    note = renumbering_note(build_flow(config).data.activations, config.name, storage)
+    return [note] if note else []
+
+
 def run(config: RunConfig, reporter: Reporter, tracker: Tracker | None = None) -> Outcome:
     """Make what is missing and return where the report is; raises InputError before anything is written."""
     started = time.monotonic()
@@ -66,6 +73,8 @@ def run(config: RunConfig, reporter: Reporter, tracker: Tracker | None = None) -
     num_missing = sum(read_record(storage, step.key) is None for step in flow.steps)
     link = None
     if num_missing:
+        if note := renumbering_note(flow.data.activations, config.name, storage):
+            reporter.message(note)
         from pipeline.run.execution import execute
 
         link = execute(config, flow, storage, reporter, tracker)

@@ -15,6 +15,7 @@ from pipeline.config.analyses import (
     AutointerpSection,
     CausalitySection,
     ControlsSection,
+    EvidenceSection,
     ExamplesSection,
     LatentScalingSection,
     PlantedSection,
@@ -67,12 +68,34 @@ class ActivationsInputs(StageInputs):
     """Residual-stream rows of both models after layer L."""
 
     NAME = "activations"
-    VERSION = 3
+    VERSION = 4
     READS = ("organism", "tokens")
     section: ActivationsSection
     organism: Step[OrganismInputs] | None
     tokens: Step[TokensInputs]
     loading: Loading
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvidenceInputs(StageInputs):
+    """Whether the two models can be told apart, before any crosscoder is fitted."""
+
+    NAME = "evidence"
+    VERSION = 1
+    READS = ("organism", "tokens", "activations")
+    section: EvidenceSection
+    activations: Step[ActivationsInputs]
+    loading: Loading
+
+    @property
+    def tokens(self) -> Step[TokensInputs]:
+        """The documents that both models read."""
+        return self.activations.inputs.tokens
+
+    @property
+    def organism(self) -> Step[OrganismInputs] | None:
+        """The generated pair, if the run has one."""
+        return self.activations.inputs.organism
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +130,11 @@ class LatentsInputs(StageInputs):
 
     NAME = "latents"
     VERSION = 5
-    READS = ("crosscoder", "activations")
+    READS = ("crosscoder", "activations", "evidence")
     section: LatentScalingSection
     crosscoder: CrosscoderStep
+    evidence: Step[EvidenceInputs] | None
+    """Where it finds no difference between the models, chat-specific calls are withheld."""
 
     @property
     def activations(self) -> Step[ActivationsInputs]:
@@ -229,6 +254,8 @@ class DataSteps(NamedTuple):
     corpus: Step[CorpusInputs]
     tokens: Step[TokensInputs]
     activations: Step[ActivationsInputs]
+    evidence: Step[EvidenceInputs] | None = None
+    """None where the run file turns it off."""
 
 
 class CrosscoderSteps(NamedTuple):

@@ -15,12 +15,13 @@ from pipeline.analyses.ownership import ownership_table
 from pipeline.analyses.rows import RowAnalysis, Sums
 from pipeline.analyses.twins import Twins
 from pipeline.analyses.units import JudgedDecoder, judged_decoder
-from pipeline.analyses.verdict import artifact_frac, latent_table, verdict_counts, with_twins
+from pipeline.analyses.verdict import artifact_frac, latent_table, verdict_counts, with_calls_withheld, with_twins
 from pipeline.config.analyses import LatentScalingSection
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.numerics.recipes import reads_difference
 from pipeline.schema import LATENT_COLUMNS, TWIN_COLUMNS, Ownership, Verdict, latent_corpus_columns
 from pipeline.stages.catalogue import LatentsInputs
+from pipeline.stages.evidence import judgement_of
 from pipeline.stages.finished_crosscoder import open_crosscoder
 from pipeline.stages.row_pass import Measured
 from pipeline.stages.step import Step
@@ -55,6 +56,9 @@ class LatentsWork:
         with open_crosscoder(storage, step.inputs.crosscoder.folder) as crosscoder:
             decoder = judged_decoder(crosscoder, self._rms_M)
         table = with_twins(verdict_table(decoder, tables, step.inputs.section), tables["twins"])
+        if step.inputs.evidence is not None:
+            judgement = judgement_of(step.inputs.evidence, self.context)
+            table = table if judgement.is_distinguishable else with_calls_withheld(table, judgement.reason)
         schema = arrow_schema((*LATENT_COLUMNS, *latent_corpus_columns(self._corpora)))
         write_frame(storage, f"{folder}/{LATENTS_NAME}", table, schema)
         write_frame(storage, f"{folder}/{TWINS_NAME}", tables["twins"], TWIN_SCHEMA)

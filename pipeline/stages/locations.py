@@ -47,7 +47,7 @@ class Loading(NamedTuple):
 
     models: ModelPairLocation
     layer: int
-    """L, where both models are cut (activations.layer)."""
+    """L, from 0: both models are cut after it (activations.layer)."""
     dtype: str
     attn_implementation: str | None
     placement: Literal["one_device", "two_devices", "spread"]

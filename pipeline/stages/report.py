@@ -11,12 +11,13 @@ from datetime import datetime
 import pandas as pd
 
 from pipeline.config.crosscoder import CrosscoderSection
-from pipeline.report.data import CrosscoderReport, LineageRow, ModelPairInfo, ReportData
+from pipeline.report.data import CrosscoderReport, EvidenceReport, LineageRow, ModelPairInfo, ReportData
 from pipeline.report.figures import figures
 from pipeline.report.page import render
 from pipeline.report.verdict import verdict_text
 from pipeline.stages import autointerp, causality, controls, steering
 from pipeline.stages.catalogue import CrosscoderSteps, DataSteps, ReportInputs
+from pipeline.stages.evidence import DISTANCE_NAME, STREAMS_NAME, judgement_of
 from pipeline.stages.examples import EXAMPLES_NAME
 from pipeline.stages.finished_crosscoder import read_curve
 from pipeline.stages.latents import FIDELITY_NAME, TWINS_NAME, read_latents
@@ -56,6 +57,7 @@ def _report_data(inputs: ReportInputs, context: StageContext) -> ReportData:
         created=datetime.fromisoformat(str(created["created"])),
         code_version=str(created["code_version"]),
         models=_models(inputs.data, context),
+        evidence=_evidence(inputs.data, context),
         crosscoders=[_crosscoder(own, context) for own in inputs.crosscoders],
         lineage=[_lineage(source, context) for source in inputs.reads().values()],
         settings=inputs.run_settings,
@@ -73,6 +75,16 @@ def _models(data: DataSteps, context: StageContext) -> ModelPairInfo:
         num_documents=tokens.counts["num_documents"],
         num_tokens=tokens.counts["num_tokens"],
         num_rows=activations.counts["num_rows"],
+    )
+
+
+def _evidence(data: DataSteps, context: StageContext) -> EvidenceReport | None:
+    distance, streams = (_table(context.storage, data.evidence, name) for name in (DISTANCE_NAME, STREAMS_NAME))
+    if data.evidence is None or distance is None or streams is None:
+        return None
+    judgement = judgement_of(data.evidence, context)
+    return EvidenceReport(
+        is_distinguishable=judgement.is_distinguishable, reason=judgement.reason, distance=distance, streams=streams
     )
 
 

@@ -17,6 +17,7 @@ from pipeline.run.flow import AnyStep, Flow
 from pipeline.stages.catalogue import (
     ActivationsInputs,
     CorpusInputs,
+    EvidenceInputs,
     FittedCrosscoderInputs,
     OrganismInputs,
     ReportInputs,
@@ -78,6 +79,10 @@ class RunLog:
         if step.crosscoder_name and step.key.stage != _CROSSCODER:
             summary = [Point(f"{step.crosscoder_name}/{name}", value, 0, stamp) for name, value in numbers.items()]
             self._tracker.log_points(self._parent, summary)
+        if step.key.stage == EvidenceInputs.NAME:
+            shown = numbers | {"is_distinguishable": float(record.counts["is_distinguishable"])}
+            points = [Point(f"{EvidenceInputs.NAME}/{name}", value, 0, stamp) for name, value in shown.items()]
+            self._tracker.log_points(self._parent, points)
         if step.key.stage not in _DATA_STAGES:
             target = self._parent if step.key.stage == ReportInputs.NAME else run
             for name in record.checksums:

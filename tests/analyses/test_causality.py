@@ -17,7 +17,7 @@ from pipeline.models.pair import ModelPair
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.schema import BASE, CAUSALITY_COLUMNS, CHAT, Flag
 
-LAYER, WIDTH, VOCAB, NUM_LATENTS = 2, 16, 53, 24
+LAYER, WIDTH, VOCAB, NUM_LATENTS = 1, 16, 53, 24
 INTERVENTIONS = (
     *shared_interventions(with_mean_difference=True),
     Intervention("all", "all"),
@@ -119,7 +119,7 @@ def _plain(model: Any, ids: np.ndarray, edited: torch.Tensor | None = None) -> t
         seen.append(output)
         return output if edited is None else edited[None]
 
-    handle = model.model.layers[LAYER - 1].register_forward_hook(hook)
+    handle = model.model.layers[LAYER].register_forward_hook(hook)
     with torch.no_grad():
         logits = model(torch.from_numpy(ids).long()[None], use_cache=False).logits[0]
     handle.remove()

@@ -66,7 +66,7 @@ def pair() -> ModelPair:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-        decoders.append(SplitDecoder(model, 2))
+        decoders.append(SplitDecoder(model, 1))
     return ModelPair(*decoders, tokenizer)
 
 

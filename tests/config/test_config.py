@@ -22,7 +22,7 @@ def minimal() -> dict[str, Any]:
         "organism": {},
         "models": {"base": {"kind": "organism", "member": "base"}, "chat": {"kind": "organism", "member": "chat"}},
         "corpus": {"sources": [{"name": "documents", "kind": "organism", "part": "documents"}]},
-        "activations": {"layer": 2},
+        "activations": {"layer": 1},
         "training": {"batch_rows": 64, "num_rows": 640},
         "crosscoders": [
             {"name": "l1", "num_latents": 64, "sparsity": {"kind": "l1", "mu": 0.1}},
@@ -82,7 +82,7 @@ def test_every_field_of_every_section_is_documented() -> None:
         ("crosscoders.0.sparsity.muu", 1, ["crosscoders.0.sparsity.muu:", "'mu'"]),
         ("trainin", {}, ["trainin:", "'training'"]),
         ("activations.layer", "two", ["activations.layer:", "'two'"]),
-        ("activations.layer", 0, ["activations.layer:", "got 0"]),
+        ("activations.layer", -1, ["activations.layer:", "got -1"]),
         ("activations", None, ["activations:", "none"]),
         ("crosscoders.1.sparsity.k", 65, ["1 <= k <= num_latents = 64", "batch_topk", "k=65"]),
         ("crosscoders.1.sparsity.k_start", 65, ["1 <= k_start <= num_latents = 64", "batch_topk", "k_start=65"]),

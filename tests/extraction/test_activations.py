@@ -18,7 +18,7 @@ ARCHITECTURES = ("gemma2", "gemma3", "llama", "qwen2", "qwen3", "gpt_neox", "mis
 
 def _load(saved_pairs: Callable[[str], tuple[str, str]], architecture: str) -> ModelPair:
     base, chat = saved_pairs(architecture)
-    return ModelPair.load(ModelSpec(base), ModelSpec(chat), LoadOptions(layer=2, dtype="float32"))
+    return ModelPair.load(ModelSpec(base), ModelSpec(chat), LoadOptions(layer=1, dtype="float32"))
 
 
 def _token_rows(lengths: list[int]) -> dict[str, list[Any]]:

@@ -53,7 +53,7 @@ def test_batch_gives_the_library_answer_of_each_prompt_alone(
     stop_ids = [free[1][3], free[0][5]]
     for stops in ([], stop_ids):
         expected = [_alone(model, prompt, stops) for prompt in _prompts()]
-        ours = generate(SplitDecoder(model, 2), _prompts(), max_new_tokens=NUM_NEW, stop_ids=stops, use_cache=use_cache)
+        ours = generate(SplitDecoder(model, 1), _prompts(), max_new_tokens=NUM_NEW, stop_ids=stops, use_cache=use_cache)
         assert ours == expected
     assert any(len(answer) < NUM_NEW for answer in expected)
 
@@ -63,7 +63,7 @@ def test_batch_gives_the_library_answer_of_each_prompt_alone(
 def test_steered_answers_equal_full_forwards_with_the_vector_added_by_hand(
     random_model: Callable[..., Any], architecture: str, positions: Positions
 ) -> None:
-    decoder = SplitDecoder(random_model(architecture, seed=3), 2)
+    decoder = SplitDecoder(random_model(architecture, seed=3), 1)
     vectors = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)) * 3
     expected = [_recomputed(decoder, p, v, positions) for p, v in zip(_prompts(), vectors, strict=True)]
     for use_cache in (True, False):
@@ -81,20 +81,20 @@ def test_steered_answers_equal_full_forwards_with_the_vector_added_by_hand(
 def test_answer_likelihood_equals_the_plain_log_softmax(random_model: Callable[..., Any]) -> None:
     model = random_model("gemma2", seed=3)
     prompts, answers = _prompts(), [[1, 2, 3], [4], [], [5, 6]]
-    nll, num_tokens = answer_likelihood(SplitDecoder(model, 2), prompts, answers)
+    nll, num_tokens = answer_likelihood(SplitDecoder(model, 1), prompts, answers)
     assert num_tokens.tolist() == [3, 1, 0, 2]
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         with torch.no_grad():
             log_probs = model(torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1)
         expected = -sum(float(log_probs[len(prompt) + i - 1, token]) for i, token in enumerate(answer))
         assert float(nll[row]) == pytest.approx(expected, rel=1e-5)
-    empty = answer_likelihood(SplitDecoder(model, 2), prompts, [[], [], [], []])
+    empty = answer_likelihood(SplitDecoder(model, 1), prompts, [[], [], [], []])
     assert empty.nll_B.tolist() == [0, 0, 0, 0]
 
 
 def test_pair_generates_with_the_chat_model_and_its_stop_tokens(saved_pairs: Callable[[str], tuple[str, str]]) -> None:
     base, chat = saved_pairs("llama")
-    pair = ModelPair.load(ModelSpec(base), ModelSpec(chat), LoadOptions(layer=2, dtype="float32"))
+    pair = ModelPair.load(ModelSpec(base), ModelSpec(chat), LoadOptions(layer=1, dtype="float32"))
     assert pair.stop_token_ids() >= {pair.tokenizer.eos_token_id}
     answers = pair.generate(_prompts(), NUM_NEW)
     stops = sorted(pair.stop_token_ids())
@@ -103,7 +103,7 @@ def test_pair_generates_with_the_chat_model_and_its_stop_tokens(saved_pairs: Cal
 
 
 def test_wrong_vectors_and_empty_prompts_are_input_errors(random_model: Callable[..., Any]) -> None:
-    decoder = SplitDecoder(random_model("llama", seed=3), 2)
+    decoder = SplitDecoder(random_model("llama", seed=3), 1)
     assert generate(decoder, [], max_new_tokens=3, stop_ids=[]) == []
     with pytest.raises(InputError, match=r"32.*\(1\).*\(16,\)"):
         generate(decoder, [[1]], max_new_tokens=3, stop_ids=[], steering=Steering(torch.zeros(16)))
@@ -114,7 +114,7 @@ def test_wrong_vectors_and_empty_prompts_are_input_errors(random_model: Callable
 def test_likelihood_does_not_depend_on_the_chunks_of_logits(
     random_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoder = SplitDecoder(random_model("gemma2", seed=3), 2)
+    decoder = SplitDecoder(random_model("gemma2", seed=3), 1)
     answers = [[1, 2, 3], [4], [], [5, 6]]
     whole = answer_likelihood(decoder, _prompts(), answers)
     monkeypatch.setattr("pipeline.models.decoder.LOGITS_PER_CHUNK", 2 * 97)
@@ -124,7 +124,7 @@ def test_likelihood_does_not_depend_on_the_chunks_of_logits(
 
 def test_sampled_tokens_follow_the_models_probabilities(random_model: Callable[..., Any]) -> None:
     """An even grid of numbers draws each token as often as its probability says, to one grid step."""
-    decoder = SplitDecoder(random_model("llama", seed=3), 2)
+    decoder = SplitDecoder(random_model("llama", seed=3), 1)
     prompt, num_draws, temperature = _prompts()[0], 1000, 0.5
     grid_BN = (torch.arange(num_draws, dtype=torch.float64)[:, None] + 0.5) / num_draws
     answers = generate(
@@ -139,7 +139,7 @@ def test_sampled_tokens_follow_the_models_probabilities(random_model: Callable[.
 
 
 def test_sampled_answers_do_not_depend_on_the_batch(random_model: Callable[..., Any]) -> None:
-    decoder = SplitDecoder(random_model("gemma2", seed=3), 2)
+    decoder = SplitDecoder(random_model("gemma2", seed=3), 1)
     uniform_BN = torch.rand(4, NUM_NEW, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     together = generate(decoder, _prompts(), max_new_tokens=NUM_NEW, stop_ids=[], sampling=Sampling(1.0, uniform_BN))
     for prompt, own_N, answer in zip(_prompts(), uniform_BN, together, strict=True):
@@ -148,7 +148,7 @@ def test_sampled_answers_do_not_depend_on_the_batch(random_model: Callable[..., 
 
 
 def test_prompts_beyond_the_context_and_wrong_sampling_are_refused(random_model: Callable[..., Any]) -> None:
-    decoder = SplitDecoder(random_model("llama", seed=3), 2)
+    decoder = SplitDecoder(random_model("llama", seed=3), 1)
     context = decoder.base.config.max_position_embeddings
     with pytest.raises(InputError, match=f"prompts of at most {context - 4} tokens .* got one of {context - 3}"):
         generate(decoder, [[1] * (context - 3)], max_new_tokens=4, stop_ids=[])

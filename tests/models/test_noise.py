@@ -36,7 +36,7 @@ def test_a_model_and_its_noisy_self_are_two_models(
     saved_pairs: Callable[[str], tuple[str, str]],
 ) -> None:
     base = ModelSpec(saved_pairs("gemma2")[0])
-    options = LoadOptions(layer=1, dtype="float32")
+    options = LoadOptions(layer=0, dtype="float32")
     ids_BT = torch.tensor([[5, 6, 7]])
     mask_BT = torch.ones_like(ids_BT)
     noisy = load_decoders(base, base._replace(weight_noise=0.05), options)

@@ -35,7 +35,7 @@ def _padded(documents: list[list[int]], side: str) -> tuple[torch.Tensor, torch.
     return ids, mask
 
 
-def _load(saved_pairs: Callable[[str], tuple[str, str]], architecture: str, layer: int = 2, **kwargs: Any) -> ModelPair:
+def _load(saved_pairs: Callable[[str], tuple[str, str]], architecture: str, layer: int = 1, **kwargs: Any) -> ModelPair:
     base, chat = saved_pairs(architecture)
     return ModelPair.load(ModelSpec(base), ModelSpec(chat), LoadOptions(layer=layer, dtype="float32", **kwargs))
 
@@ -48,11 +48,11 @@ def test_lower_half_equals_plain_hidden_states_of_each_document_alone(
     model = random_model(architecture, seed=3)
     documents = _documents()
     ids, mask = _padded(documents, side)
-    for layer in (1, 3):
+    for layer in (0, 2):
         h_BTD = SplitDecoder(model, layer).lower(ids, mask)
         for row, document in enumerate(documents):
             with torch.no_grad():
-                plain = model(torch.tensor([document]), output_hidden_states=True).hidden_states[layer][0]
+                plain = model(torch.tensor([document]), output_hidden_states=True).hidden_states[layer + 1][0]
             torch.testing.assert_close(h_BTD[row][mask[row] == 1], plain, rtol=2e-5, atol=2e-5)
 
 
@@ -61,20 +61,20 @@ def test_last_layer_is_taken_before_the_final_norm(random_model: Callable[..., A
     model = random_model(architecture, seed=3)
     ids = torch.tensor([_documents()[0]])
     ones = torch.ones_like(ids)
-    ours = SplitDecoder(model, 4).lower(ids, ones)
+    ours = SplitDecoder(model, 3).lower(ids, ones)
     with torch.no_grad():
         normalised = model(ids, output_hidden_states=True).hidden_states[4]
-        entering_layer_4 = model(ids, output_hidden_states=True).hidden_states[3]
+        entering_layer_3 = model(ids, output_hidden_states=True).hidden_states[3]
     assert (ours - normalised).abs().max() > 0.1
     norm = next(m for name, m in model.base_model.named_children() if name in ("norm", "final_layer_norm", "ln_f"))
     with torch.no_grad():
         torch.testing.assert_close(norm(ours), normalised)
-    assert not torch.equal(ours, entering_layer_4)
+    assert not torch.equal(ours, entering_layer_3)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("layer", [1, 2, 4])
+@pytest.mark.parametrize("layer", [0, 1, 3])
 def test_upper_half_of_the_unedited_stream_gives_the_plain_logits(
     random_model: Callable[..., Any], architecture: str, side: str, layer: int
 ) -> None:
@@ -98,14 +98,14 @@ def test_halves_leave_the_model_as_it_was(random_model: Callable[..., Any], arch
     ones = torch.ones_like(ids)
     with torch.no_grad():
         before = model(ids).logits
-    decoder = SplitDecoder(model, 2)
+    decoder = SplitDecoder(model, 1)
     decoder.head(decoder.upper(decoder.lower(ids, ones), ones)[0])
     with torch.no_grad():
         assert torch.equal(model(ids).logits, before)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("layer", [1, 3, 4])
+@pytest.mark.parametrize("layer", [0, 2, 3])
 def test_plain_forward_agrees_in_every_dtype_and_a_wrong_layer_is_refused(
     saved_pairs: Callable[[str], tuple[str, str]], dtype: str, layer: int
 ) -> None:
@@ -125,7 +125,7 @@ def test_layers_above_the_cut_do_not_run_and_are_freed(random_model: Callable[..
     ran: list[int] = []
     for index, layer in enumerate(model.model.layers):
         layer.register_forward_hook(lambda *_, index=index: ran.append(index))
-    decoder = SplitDecoder(model, 2)
+    decoder = SplitDecoder(model, 1)
     ids = torch.tensor([_documents()[0]])
     expected = decoder.lower(ids, torch.ones_like(ids))
     assert ran == [0, 1]
@@ -164,7 +164,7 @@ def test_upper_logits_equal_the_chunked_head(saved_pairs: Callable[[str], tuple[
 
 def test_same_model_twice_is_loaded_once(saved_pairs: Callable[[str], tuple[str, str]]) -> None:
     _, chat = saved_pairs("llama")
-    pair = ModelPair.load(ModelSpec(chat), ModelSpec(chat), LoadOptions(layer=2, dtype="float32"))
+    pair = ModelPair.load(ModelSpec(chat), ModelSpec(chat), LoadOptions(layer=1, dtype="float32"))
     assert pair.decoders[BASE] is pair.decoders[CHAT]
     h_BTMD = pair.activations(*_padded(_documents(), "right"))
     assert torch.equal(h_BTMD[:, :, BASE], h_BTMD[:, :, CHAT])
@@ -174,19 +174,19 @@ def test_token_replacements_change_what_one_model_reads(random_model: Callable[.
     model = random_model("gpt2", seed=3)
     ids = torch.tensor([[5, 6, 7]])
     ones = torch.ones_like(ids)
-    replaced = SplitDecoder(model, 2, {6: 9}).lower(ids, ones)
-    assert torch.equal(replaced, SplitDecoder(model, 2).lower(torch.tensor([[5, 9, 7]]), ones))
+    replaced = SplitDecoder(model, 1, {6: 9}).lower(ids, ones)
+    assert torch.equal(replaced, SplitDecoder(model, 1).lower(torch.tensor([[5, 9, 7]]), ones))
     with pytest.raises(InputError, match=r"between 0 and 96 .* got 400"):
-        SplitDecoder(model, 2, {6: 400})
+        SplitDecoder(model, 1, {6: 400})
 
 
-@pytest.mark.parametrize("layer", [0, 5, -1])
+@pytest.mark.parametrize("layer", [4, 5, -1])
 def test_layer_out_of_range_names_the_number_of_layers(
     saved_pairs: Callable[[str], tuple[str, str]], random_model: Callable[..., Any], layer: int
 ) -> None:
-    with pytest.raises(InputError, match=f"between 1 and 4 .* 4 decoder layers\\), got layer {layer}"):
+    with pytest.raises(InputError, match=f"between 0 and 3 .* 4 decoder layers, counted from 0\\), got layer {layer}"):
         _load(saved_pairs, "gemma2", layer=layer)
-    with pytest.raises(InputError, match="between 1 and 4"):
+    with pytest.raises(InputError, match="between 0 and 3"):
         SplitDecoder(random_model("llama", seed=0), layer)
 
 
@@ -202,8 +202,8 @@ def test_what_is_no_pair_is_refused_before_weights_are_read(
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(InputError, match=message):
-            check_pair(ModelSpec(base), ModelSpec(str(tmp_path / name)), layer=1)
-    shape = check_pair(ModelSpec(base), ModelSpec(chat), layer=4)
+            check_pair(ModelSpec(base), ModelSpec(str(tmp_path / name)), layer=0)
+    shape = check_pair(ModelSpec(base), ModelSpec(chat), layer=3)
     assert shape == ((4, 4), 32, 97)
 
 
@@ -213,19 +213,19 @@ def test_missing_models_and_wrong_settings_are_input_errors(
     base, _ = saved_pairs("llama")
     missing = ModelSpec(str(tmp_path / "missing"))
     with pytest.raises(InputError, match="no such folder"):
-        check_pair(ModelSpec(base), missing, layer=1)
+        check_pair(ModelSpec(base), missing, layer=0)
     with pytest.raises(InputError, match=r"a tokenizer at .* no such folder"):
         load_tokenizer(missing)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="cannot be loaded"):
-        check_pair(ModelSpec(str(tmp_path / "empty")), ModelSpec(base), layer=1)
+        check_pair(ModelSpec(str(tmp_path / "empty")), ModelSpec(base), layer=0)
     spec = ModelSpec(base)
     with pytest.raises(InputError, match=r"dtype among .* got 'int8'"):
-        ModelPair.load(spec, spec, LoadOptions(layer=1, dtype="int8"))
+        ModelPair.load(spec, spec, LoadOptions(layer=0, dtype="int8"))
     with pytest.raises(InputError, match="device of this machine, got 'nonsense'"):
-        ModelPair.load(spec, spec, LoadOptions(layer=1, dtype="float32", devices=("nonsense",)))
+        ModelPair.load(spec, spec, LoadOptions(layer=0, dtype="float32", devices=("nonsense",)))
     with pytest.raises(InputError, match="cannot be loaded"):
-        ModelPair.load(spec, spec, LoadOptions(layer=1, dtype="float32", attn_implementation="nonsense"))
+        ModelPair.load(spec, spec, LoadOptions(layer=0, dtype="float32", attn_implementation="nonsense"))
 
 
 def test_incomplete_weights_and_unknown_hub_ids_are_refused(
@@ -238,13 +238,13 @@ def test_incomplete_weights_and_unknown_hub_ids_are_refused(
     save_file(weights, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
     broken = ModelSpec(str(tmp_path / "broken"))
     with pytest.raises(InputError, match=r"lack 1 of them, first 'model.layers.1.mlp.up_proj.weight'"):
-        ModelPair.load(broken, broken, LoadOptions(layer=1, dtype="float32"))
+        ModelPair.load(broken, broken, LoadOptions(layer=0, dtype="float32"))
     damaged = tmp_path / "broken" / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:5000])
     with pytest.raises(InputError, match="cannot be loaded"):
-        ModelPair.load(broken, broken, LoadOptions(layer=1, dtype="float32"))
+        ModelPair.load(broken, broken, LoadOptions(layer=0, dtype="float32"))
     with pytest.raises(InputError, match="'nobody/no-such-model', it cannot be loaded"):
-        check_pair(ModelSpec("nobody/no-such-model"), ModelSpec(chat), layer=1)
+        check_pair(ModelSpec("nobody/no-such-model"), ModelSpec(chat), layer=0)
 
 
 def test_attention_that_an_architecture_cannot_do_is_an_input_error(
@@ -252,3 +252,18 @@ def test_attention_that_an_architecture_cannot_do_is_an_input_error(
 ) -> None:
     with pytest.raises(InputError, match=r"cannot be loaded: .*scaled_dot_product_attention"):
         _load(saved_pairs, "gemma2", attn_implementation="sdpa")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "qwen3"])
+def test_layer_l_is_the_output_of_the_models_own_layer_l(random_model: Callable[..., Any], architecture: str) -> None:
+    """As papers and published crosscoders count; `model.layers` is the list that they name."""
+    model, ids = random_model(architecture, seed=3), torch.tensor([_documents()[0]])
+    for layer in range(4):
+        seen: list[Any] = []
+        handle = model.model.layers[layer].register_forward_hook(lambda *args, seen=seen: seen.append(args[-1]))
+        with torch.no_grad():
+            model(ids)
+        handle.remove()
+        (output,) = seen
+        plain = output[0] if isinstance(output, tuple) else output
+        torch.testing.assert_close(SplitDecoder(model, layer).lower(ids, torch.ones_like(ids)), plain)

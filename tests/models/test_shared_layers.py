@@ -20,8 +20,8 @@ from pipeline.schema import BASE, CHAT
 
 peft = pytest.importorskip("peft")
 
-LAYER = 3
-OPTIONS = LoadOptions(layer=LAYER, dtype="float32")
+NUM_LOWER = 3
+OPTIONS = LoadOptions(layer=NUM_LOWER - 1, dtype="float32")
 TARGETS = {
     "gemma2": ["q_proj", "down_proj"],
     "llama": ["q_proj", "down_proj"],
@@ -118,11 +118,11 @@ def test_only_layers_up_to_the_cut_of_an_adapted_model_remain(
     lower = ModelPair.load(ModelSpec(base), ModelSpec(base, adapter=adapter), OPTIONS._replace(is_lower_only=True))
     assert max(lower.require_plain_forward([[1, 2, 3], [4]]).relative_difference) < 1e-5
     lower.drop_upper()
-    assert [len(decoder.layers) for decoder in lower.decoders] == [LAYER, LAYER]
+    assert [len(decoder.layers) for decoder in lower.decoders] == [NUM_LOWER, NUM_LOWER]
     assert torch.equal(lower.activations(*_batch()), whole.activations(*_batch()))
     above = _save_adapter(base, tmp_path / "above", ["q_proj"], layers_to_transform=[3])
     same = ModelPair.load(ModelSpec(base), ModelSpec(base, adapter=above), OPTIONS)
-    assert same.num_shared_layers == LAYER
+    assert same.num_shared_layers == NUM_LOWER
     h_BTMD = same.activations(*_batch())
     assert torch.equal(h_BTMD[:, :, BASE], h_BTMD[:, :, CHAT])
     logits = [same.upper_logits(model, h_BTMD[:, :, model], _batch()[1]) for model in (BASE, CHAT)]
@@ -210,7 +210,7 @@ def test_equal_leading_layers_run_once_and_lie_in_memory_once(
 def test_what_runs_before_the_layers_is_found_without_running_a_layer(
     random_model: Callable[..., Any], architecture: str, names: set[str] | None
 ) -> None:
-    decoder = SplitDecoder(random_model(architecture, seed=0), 2)
+    decoder = SplitDecoder(random_model(architecture, seed=0), 1)
     ran: list[int] = []
     for layer in decoder.layers:
         layer.register_forward_hook(lambda *_: ran.append(1))
@@ -231,7 +231,7 @@ def test_another_config_or_embedding_shares_nothing(
     assert "1e-05" in (tmp_path / "eps" / "config.json").read_text()
     assert ModelPair.load(ModelSpec(base), ModelSpec(str(tmp_path / "eps")), OPTIONS).num_shared_layers == 0
     shutil.copytree(base, tmp_path / "copy")
-    assert ModelPair.load(ModelSpec(base), ModelSpec(str(tmp_path / "copy")), OPTIONS).num_shared_layers == LAYER
+    assert ModelPair.load(ModelSpec(base), ModelSpec(str(tmp_path / "copy")), OPTIONS).num_shared_layers == NUM_LOWER
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gpt2", "llama"])

@@ -16,7 +16,7 @@ from pipeline.errors import InputError
 from pipeline.models.loading import LoadOptions, ModelSpec
 from pipeline.models.pair import ModelPair
 
-OPTIONS = LoadOptions(layer=3, dtype="float32")
+OPTIONS = LoadOptions(layer=2, dtype="float32")
 Pairs = Callable[[str], tuple[str, str]]
 Tensors = dict[str, torch.Tensor]
 

@@ -66,7 +66,7 @@ def test_collate_pads_on_the_right():
 
 
 def test_state_error_and_imposed_state_in_closed_form():
-    states = PlantedStates(layer=1, directions_SD=torch.eye(4)[:2], strength=2.0, weight=1.0)
+    states = PlantedStates(layer=0, directions_SD=torch.eye(4)[:2], strength=2.0, weight=1.0)
     batch = Batch(
         ids_BT=torch.tensor([[5, 6, 0], [5, 6, 7]]),
         targets_BT=torch.zeros(2, 3, dtype=torch.int64),
@@ -98,8 +98,8 @@ def test_training_is_deterministic_lowers_the_loss_and_writes_the_mark():
 
     def trained() -> tuple[list[float], float, torch.Tensor, PlantedStates]:
         model = make_model(tokenizer, SIZE, torch.Generator().manual_seed(0))
-        directions_SD = quiet_directions(model, sequences, layer=2, count=1)
-        states = PlantedStates(layer=2, directions_SD=directions_SD, strength=4.0, weight=1.0)
+        directions_SD = quiet_directions(model, sequences, layer=1, count=1)
+        states = PlantedStates(layer=1, directions_SD=directions_SD, strength=4.0, weight=1.0)
         plan = TrainingPlan(stage="chat", num_steps=60, batch_size=8, learning_rate=1e-2)
         calls: list[tuple[str, int, int]] = []
         losses = train(

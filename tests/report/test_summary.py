@@ -119,7 +119,7 @@ def test_planted_rows_join_the_three_candidates(report: ReportData) -> None:
 def test_verdict_text_holds_counts_shares_scores_and_effects(report: ReportData) -> None:
     text = verdict_text(report)
     lines = text.splitlines()
-    assert lines[0] == "demo: organism/base (base) against organism/chat (chat), layer 3 of 6"
+    assert lines[0] == "demo: organism/base (base) against organism/chat (chat), layer 3 (of 6, counted from 0)"
     for crosscoder in report.crosscoders:
         assert crosscoder.latents is not None
         counts = verdict_summary(crosscoder.latents)

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.rare, pytest.mark.timeout(1200)]
 NUM_KILLS = 8
 NUM_DRIVER_KILLS = 2
 SMALL_SHARDS = {
-    "activations": {"layer": 2, "rows_per_shard": 200},
+    "activations": {"layer": 1, "rows_per_shard": 200},
     "resources": {"cluster": {"num_cpus": 2}, "extraction": {"workers": 2, "max_retries": NUM_KILLS}},
     "tracking": {"kind": "none"},
 }

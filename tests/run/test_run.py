@@ -22,8 +22,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 def test_every_step_is_done_and_says_so(finished: Finished) -> None:
     assert {state.state for state in finished.states.values()} == {"done"}
-    assert list(finished.states)[:6] == [
-        "organism", "corpus", "tokens", "activations", "crosscoder l1", "crosscoder batch_topk",
+    assert list(finished.states)[:7] == [
+        "organism", "corpus", "tokens", "activations", "evidence", "crosscoder l1", "crosscoder batch_topk",
     ]  # fmt: skip
     assert finished.outcome.num_made == len(finished.states)
 

@@ -3,15 +3,17 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-from runs import Finished, copied, run_file
+from runs import TINY, Finished, copied, run_file
 from safetensors.torch import load_file, save_file
 
 from pipeline.config.crosscoder import AdoptedCrosscoderSection
+from pipeline.config.data import HubModel
 from pipeline.config.run_file import load
 from pipeline.errors import InputError
 from pipeline.run import runner
@@ -19,6 +21,7 @@ from pipeline.run.flow import build_flow
 from pipeline.run.runner import Unlogged
 from pipeline.stages import adopt
 from pipeline.stages.finished_crosscoder import open_crosscoder
+from pipeline.stages.locations import ModelPairLocation, locate
 from pipeline.stages.step import StageContext
 from pipeline.storage.filesystem import Storage
 from pipeline.terminal import SilentReporter
@@ -165,5 +168,59 @@ def test_a_crosscoder_of_other_rows_is_adopted_with_a_warning(published: Path, r
     reporter = SilentReporter()
     adopt.run([own.crosscoder], StageContext(storage, config.resources, reporter, Unlogged(), config.name, 1))
     (line,) = reporter.messages
-    assert line.startswith("crosscoder theirs: explains -")
-    assert "less than the mean row would: it belongs to another layer, pair or scale" in line
+    assert line.startswith("crosscoder theirs: on ") and "explains -" in line
+    assert "less than the mean row would: it may belong to another layer, pair or scale" in line
+
+
+def with_trainer(folder: Path, **settings: Any) -> None:
+    (folder / "trainer_config.json").write_text(
+        json.dumps({"trainer": {"dict_class": "BatchTopKCrossCoder", **settings}})
+    )
+
+
+@pytest.mark.parametrize(("layer", "is_said"), [(TINY["activations"]["layer"], False), (2, True)])
+def test_the_layer_that_was_published_with_it_is_compared(
+    published: Path, rows_only: Path, tmp_path: Path, layer: int, is_said: bool
+) -> None:
+    with_trainer(published, layer=layer)
+    config = load(adopting(tmp_path, rows_only, published))
+    (own,) = build_flow(config).crosscoders
+    reporter = SilentReporter()
+    context = StageContext(Storage(str(rows_only)), config.resources, reporter, Unlogged(), config.name, 1)
+    adopt.run([own.crosscoder], context)
+    said = [line for line in reporter.messages if "trainer_config.json" in line]
+    assert len(said) == is_said
+    assert all(f"layer {layer} and not activations.layer = 1" in line for line in said)
+
+
+def test_the_models_that_were_published_with_it_are_compared() -> None:
+    pair = ModelPairLocation(*(locate(HubModel(source=f"google/gemma-2-2b{end}")) for end in ("", "-it")))
+    inputs: Any = SimpleNamespace(section=SimpleNamespace(layer=13), loading=SimpleNamespace(models=pair))
+    for silent in (
+        {"lm_name": "google/gemma-2-2b-it", "layer": 13},
+        {"lm_name": "gemma-2-2b"},
+        {"layer": "13"},
+        {},
+        None,
+    ):
+        assert adopt.settings_mismatch(silent, inputs) == ""
+    said = adopt.settings_mismatch({"lm_name": "meta-llama/Llama-3.2-1B", "layer": 12}, inputs)
+    assert "layer 12" in said and "Llama-3.2-1B" in said and "gemma-2-2b-it" in said
+
+
+@pytest.mark.parametrize(
+    ("fve", "l0", "k", "is_said"),
+    [
+        (0.9, 16.0, 16, False),
+        (0.9, 20.7, 16, False),
+        (0.9, 20.9, 16, True),
+        (0.9, 12.4, 16, False),
+        (0.9, 12.2, 16, True),
+        (0.49, 16.0, 16, True),
+        (0.9, 500.0, None, False),
+        (float("nan"), 16.0, 16, True),
+    ],
+)
+def test_an_l0_far_from_k_or_a_low_fve_is_said(fve: float, l0: float, k: int | None, is_said: bool) -> None:
+    found = {"fve": fve, "l0": l0, "num_rows": 2048.0}
+    assert bool(adopt.fidelity_mismatch(found, k, layer=13)) == is_said

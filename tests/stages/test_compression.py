@@ -18,7 +18,7 @@ def test_a_compressed_store_trains_the_same_crosscoder(
     ray_cluster: None, finished: Finished, tmp_path: Path, kind: str, size: float
 ) -> None:
     root = copied(finished, tmp_path, "organism", "corpus", "tokens")
-    section = {"layer": 2, "rows_per_shard": 2000, "compression": kind}
+    section = {"layer": 1, "rows_per_shard": 2000, "compression": kind}
     records = make(load(run_file(tmp_path, str(root), activations=section)), "activations", "crosscoder")
     plain = {name: finished.states[name].record for name in ("activations", "crosscoder l1")}
     assert plain["activations"] is not None

@@ -29,7 +29,7 @@ def poisoned(finished: Finished, folder: Path, **activations: Any) -> tuple[RunC
     """A run whose base model answers the rarest token of the training documents with NaN, and of which one document
     holds an id that no model knows; the documents with that token, and the other one."""
     root = copied(finished, folder, "organism", "corpus", "tokens")
-    config = load(run_file(folder, str(root), activations={"layer": 2, "rows_per_shard": 4000, **activations}))
+    config = load(run_file(folder, str(root), activations={"layer": 1, "rows_per_shard": 4000, **activations}))
     tokens = root / finished.states["tokens"].step.key.folder
     index = pd.read_parquet(tokens / "index.parquet")
     frames = {name: pd.read_parquet(tokens / name) for name in index["part"].unique()}

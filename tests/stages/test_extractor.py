@@ -51,7 +51,7 @@ def extractor(tmp_path: Path) -> Extractor:
     return Extractor(
         storage,
         "t",
-        section=ActivationsSection(layer=2),
+        section=ActivationsSection(layer=1),
         loading=Loading(ModelPairLocation(base, chat), 2, "float32", None, "one_device", 0),
         corpora=("web",),
         max_rejected=1,
@@ -77,7 +77,7 @@ def test_models_that_batch_wrongly_are_refused_in_one_line(
         return right(self, ids_BT, mask_BT).roll(1, dims=1)
 
     monkeypatch.setattr(SplitDecoder, "lower", wrong)
-    with pytest.raises(InputError, match=r"layer 2 of the base model within 0\.001 .* try another models\.attn"):
+    with pytest.raises(InputError, match=r"layer 1 of the base model within 0\.001 .* try another models\.attn"):
         extractor(np.arange(4))
 
 

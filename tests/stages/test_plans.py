@@ -7,6 +7,7 @@ import pytest
 from pipeline.errors import InputError
 from pipeline.stages.activations import plan_shards
 from pipeline.stages.causality import choose_dialogues
+from pipeline.stages.evidence import choose_documents
 from pipeline.stages.tokens import INDEX_SCHEMA, count_tokens, describe_mix, select
 
 
@@ -121,3 +122,14 @@ def test_causality_measures_other_dialogues_in_place_of_those_that_extraction_se
     assert chosen["doc_id"].to_pylist() == [first[1], first[3], first[4], first[5]]
     with pytest.raises(InputError, match=r"analyses.causality: expected validation dialogues, got none"):
         choose_dialogues(table, ["chat"], set(first), 4)
+
+
+def test_the_evidence_reads_as_many_documents_of_each_kind_in_the_order_of_their_hash() -> None:
+    table = index({"web": [5] * 20, "chat": [5] * 30}, split="validation")
+    frame = table.to_pandas()
+    first = {name: sorted(frame.loc[frame["corpus"] == name, "doc_id"]) for name in ("web", "chat")}
+    chosen = choose_documents(table, ["chat"], {first["web"][0]}, 3)["doc_id"].to_pylist()
+    assert chosen == [*first["chat"][:3], *first["web"][1:4]]
+    assert choose_documents(table, ["chat"], set(), 25).num_rows == 45
+    with pytest.raises(InputError, match=r"analyses.evidence: expected validation documents, got none"):
+        choose_documents(index({"web": [5] * 20}, split="train"), [], set(), 3)

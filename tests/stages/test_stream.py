@@ -147,7 +147,7 @@ def test_a_resumed_stream_makes_only_what_is_left() -> None:
 
 
 STREAMED = {
-    "activations": {"layer": 2, "rows_per_shard": 2000, "mode": "stream"},
+    "activations": {"layer": 1, "rows_per_shard": 2000, "mode": "stream"},
     "tracking": {"kind": "none", "log_every_steps": 10},
 }
 

@@ -43,7 +43,7 @@ class Case(NamedTuple):
 
     dim: int = 96
     layers: int = 5
-    layer: int = 3
+    layer: int = 2
     vocab: int = 254
     latents: int = 1024
     k: int = 16

@@ -37,7 +37,7 @@ def run_file(folder: Path, num_shards: int, shard_rows: int) -> Path:
     """A run of `num_shards` training shards, and one tenth as many for validation."""
     settings: dict[str, Any] = {
         "tokens": {"num_tokens": int(num_shards * shard_rows / 0.9)},
-        "activations": {"layer": 1, "rows_per_shard": shard_rows},
+        "activations": {"layer": 0, "rows_per_shard": shard_rows},
         "storage": {"root": str(folder / f"runs-{num_shards}")},
     }
     return write_run_file(folder, f"shards-{num_shards}", settings)

@@ -90,7 +90,7 @@ def build_pair(case: Case) -> ModelPair:
 
 def build_lora_pairs(case: Case) -> dict[str, ModelPair]:
     """The three contenders: one model, and its adapter in all layers except the first half of those up to L."""
-    first = case.layer // 2
+    first = (case.layer + 1) // 2
     config = peft.LoraConfig(
         r=LORA_RANK,
         target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
@@ -171,7 +171,7 @@ def run_padded(pair: ModelPair, case: Case, documents: dict[str, list[Any]]) -> 
             decoder.model(input_ids=ids_BT, attention_mask=mask_BT, output_hidden_states=True, use_cache=False)
             for decoder in pair.decoders
         ]
-        streams = [output.hidden_states[case.layer][mask_BT == 1] for output in outputs]
+        streams = [output.hidden_states[case.layer + 1][mask_BT == 1] for output in outputs]
         kept.append(torch.stack(streams, dim=1).bfloat16().cpu())
     return torch.cat(kept)
 
@@ -187,7 +187,7 @@ def _stopping(decoder: SplitDecoder) -> Iterator[None]:
     def stop(*_arguments: Any) -> None:
         raise _StopError
 
-    handle = decoder.layers[decoder.layer - 1].register_forward_hook(stop)
+    handle = decoder.layers[decoder.layer].register_forward_hook(stop)
     try:
         yield
     finally:
@@ -246,7 +246,7 @@ def compare_lora(case: Case) -> None:
     contenders["prefix"]()
     readings = measure(contenders, dict.fromkeys(contenders, case.repeats), case.device)
     num_shared = pairs["prefix"].num_shared_layers
-    print(f"a model and its adapter, {num_shared} of {case.layer} layers in common")
+    print(f"a model and its adapter, {num_shared} of {case.layer + 1} layers in common")
     show(readings, tokens)
     for name in ("one copy", "two copies"):
         show_ratio(readings, "prefix", name)
@@ -300,7 +300,7 @@ def parse() -> Case:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--layer", type=int, default=3)
+    parser.add_argument("--layer", type=int, default=2)
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--documents", type=int, default=400)
     parser.add_argument("--tokens-per-batch", type=int, default=16384)

@@ -97,7 +97,7 @@ def prepare(folder: Path, case: Case, parts: Sequence[str]) -> dict[str, Path]:
             name = f"extraction-{workers}"
             settings = {
                 "tokens": {"num_tokens": case.shards * case.shard_tokens},
-                "activations": {"layer": case.layers - 1, "rows_per_shard": case.shard_tokens},
+                "activations": {"layer": case.layers - 2, "rows_per_shard": case.shard_tokens},
                 "resources": {**resources, "extraction": {"workers": workers, "cpus": 1}},
             }
             files[name] = write_run_file(folder / "extraction", name, settings)
@@ -110,7 +110,7 @@ def prepare(folder: Path, case: Case, parts: Sequence[str]) -> dict[str, Path]:
             training = {"data": data, "latent": latent, "cpus": 1, "checkpoint_every_steps": 1_000_000}
             settings = {
                 "tokens": {"num_tokens": case.stored_rows},
-                "activations": {"layer": 1, "rows_per_shard": max(1, case.stored_rows // 4)},
+                "activations": {"layer": 0, "rows_per_shard": max(1, case.stored_rows // 4)},
                 "crosscoders": [{"name": "fit", "num_latents": case.latents, "sparsity": sparsity}],
                 "training": {"batch_rows": case.batch_rows, "num_rows": case.steps * case.batch_rows},
                 "resources": {**resources, "training": training},
