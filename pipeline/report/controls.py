@@ -59,15 +59,14 @@ def control_sentences(rows: Sequence[ControlRow]) -> list[str]:
         share, spread = fmt.percent(row.value), f"[{fmt.percent(row.low)}, {fmt.percent(row.high)}]"
         if row.control == Control.STATED:
             number = fmt.decimal(row.value * row.num_latents, 1)
-            expected = "None" if number == "0.0" else f"About {number}"
             sentences.append(
-                f"{expected} of the {fmt.count(row.num_latents)} are expected to be artifacts all the same "
-                f"({share} {spread}, by their own bootstrap)."
+                f"At most {number} of the {fmt.count(row.num_latents)} are expected to be false ({share}, "
+                "Benjamini-Hochberg)."
             )
         elif row.control == Control.RANDOM:
             passed = f"{fmt.count(round(row.value * row.num_latents))} of {fmt.count(row.num_latents)}"
             sentences.append(
-                f"With random directions in place of the latents', {passed} would have passed ({share} {spread})."
+                f"With other latents' directions in place of their own, {passed} would have passed ({share} {spread})."
             )
         elif row.control in (Control.NULL_PAIR, Control.NOISE_PAIR):
             sentences.append(f"This is a {row.control}: every chat-specific latent is false, {share} {spread} of all.")

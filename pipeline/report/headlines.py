@@ -84,8 +84,8 @@ def _sure(counts: VerdictCounts, crosscoder: CrosscoderReport) -> list[str]:
     verdicts = counts.by_verdict
     sentences = [
         f"{fmt.count(counts.num_confident_specific)} of the {fmt.count(counts.num_specific)} are confident: nu_eps "
-        f"below {crosscoder.nu_eps_threshold:g} and nu_r below {crosscoder.nu_r_threshold:g} over their whole "
-        "95% intervals."
+        f"below {crosscoder.nu_eps_threshold:g} and nu_r below {crosscoder.nu_r_threshold:g} at the run's false "
+        "discovery rate."
     ]
     if counts.num_artifacts:
         verb = "is an artifact" if counts.num_artifacts == 1 else "are artifacts"

@@ -15,7 +15,7 @@ from pipeline.report.data import CrosscoderReport
 from pipeline.schema import CHAT, MODEL_NAMES, Verdict
 
 CHAT_ONLY_VERDICTS = (Verdict.CHAT_SPECIFIC, Verdict.SHRINKAGE, Verdict.DECOUPLING, Verdict.BOTH, Verdict.UNDECIDED)
-"""Verdicts of a latent that Delta_norm alone calls chat-only, in the order of bars and tables."""
+"""Verdicts of a latent that Delta_norm or the evidence calls chat-only, in the order of bars and tables."""
 
 CANDIDATE_SPECIFIC = "chat-specific latent"
 CANDIDATE_ANY = "any latent"
@@ -38,10 +38,10 @@ class VerdictCounts(NamedTuple):
     num_latents: int
     num_alive: int
     num_chat_only: int
-    """Alive latents whose verdict begins with "Delta_norm says chat-only"."""
+    """Alive latents that Delta_norm calls chat-only or the evidence calls chat-specific."""
     by_verdict: dict[str, int]
     num_confident_specific: int
-    """Chat-specific with both intervals on the right side of their thresholds."""
+    """Chat-specific at the run's false discovery rate."""
     num_confident_artifacts: int
     has_scaling: bool
     """Whether Latent Scaling was run; without it every chat-only latent is undecided."""
@@ -79,7 +79,7 @@ def verdict_counts(latents: pd.DataFrame) -> VerdictCounts:
 
 
 def chat_only_rows(latents: pd.DataFrame) -> pd.DataFrame:
-    """The alive latents that Delta_norm calls chat-only."""
+    """The alive latents that Delta_norm calls chat-only or the evidence calls chat-specific."""
     return latents[latents["verdict"].isin(CHAT_ONLY_VERDICTS)]
 
 

@@ -68,7 +68,9 @@ class ExamplesWork:
             chosen = latents["latent"].tolist()
         else:
             chosen = latents_with(latents, [Verdict.CHAT_SPECIFIC])
-            chosen += latents_with(latents, [*Verdict.ARTIFACTS, Verdict.UNDECIDED, Verdict.BASE_ONLY])
+            chosen += latents_with(
+                latents, [*Verdict.ARTIFACTS, Verdict.UNDECIDED, Verdict.STRONGER, Verdict.ROTATED, Verdict.BASE_ONLY]
+            )
             chosen = list(dict.fromkeys([*chosen[: section.max_latents], *section.latents]))
         strongest = self._examples.table_of(sums["examples"], chosen)
         table = cut_contexts(self.step.inputs, strongest, self._store, self.context)
