@@ -76,10 +76,3 @@ def ownership_table(decoder: JudgedDecoder) -> pd.DataFrame:
             "decoder_norm_chat_raw": raw_norm_FM[:, CHAT].numpy(),
         }
     )
-
-
-def chat_only_latents(delta_norm_F: Tensor) -> Tensor:
-    """Indices of the chat-only latents, highest Delta_norm first (ties by index), int64; may be empty."""
-    low, high = DELTA_NORM_RANGES[Ownership.CHAT_ONLY]
-    order_F = delta_norm_F.nan_to_num(-torch.inf).argsort(descending=True, stable=True)
-    return order_F[((delta_norm_F >= low) & (delta_norm_F <= high))[order_F]]
