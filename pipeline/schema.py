@@ -110,7 +110,11 @@ class Verdict:
     """Verdict on one latent, in the order of the printed table."""
 
     CHAT_SPECIFIC = "chat-specific"
-    """Delta_norm says chat-only, and Latent Scaling finds neither shrinkage nor decoupling."""
+    """The base model does not hold the latent (analyses/verdict.py); column `grounds` says on what grounds."""
+    STRONGER = "stronger in chat"
+    """Both models hold it along the chat model's direction, the base model significantly less of it."""
+    ROTATED = "rotated"
+    """Both models hold it with decoder rows of about one length, in different directions."""
     SHRINKAGE = "shrinkage artifact"
     """Delta_norm says chat-only, but nu_eps is high: the base model has the concept, and the penalty shrank it to 0."""
     DECOUPLING = "decoupling artifact"
@@ -118,21 +122,36 @@ class Verdict:
     BOTH = "shrinkage and decoupling"
     """Both kinds of artifact at once."""
     UNDECIDED = "undecided"
-    """Delta_norm says chat-only, but the latent fires too rarely for a meaningful ratio."""
+    """Delta_norm says chat-only, but the rows do not decide: too few documents, no ratio, or too much uncertainty."""
     WITHHELD = "withheld"
     """The rule says chat-specific, but the models cannot be told apart at all (analyses/evidence.py)."""
     BASE_ONLY = "base-only"
+    """Delta_norm says so, or the evidence along the base model's direction does."""
     SHARED = "shared"
     """Delta_norm between 0.4 and 0.6; or Delta_norm is 1 by construction, and the base model's activations hold it."""
     OTHER = "other"
-    """Delta_norm between the classes."""
+    """Delta_norm between the classes, or it says base-only and the chat model's activations hold the latent."""
     DEAD = "dead"
     """Never fires on the validation rows; no statement about which model owns it."""
 
-    ALL = (CHAT_SPECIFIC, SHRINKAGE, DECOUPLING, BOTH, UNDECIDED, WITHHELD, BASE_ONLY, SHARED, OTHER, DEAD)
+    ALL = (
+        CHAT_SPECIFIC, STRONGER, ROTATED, SHRINKAGE, DECOUPLING, BOTH, UNDECIDED, WITHHELD, BASE_ONLY, SHARED, OTHER,
+        DEAD,
+    )  # fmt: skip
     ARTIFACTS = (SHRINKAGE, DECOUPLING, BOTH)
-    CHAT_ONLY = (CHAT_SPECIFIC, *ARTIFACTS, UNDECIDED)
-    """Verdicts of a live latent that Delta_norm calls chat-only, in the order of bars and tables."""
+    CHAT_ONLY = (CHAT_SPECIFIC, *ARTIFACTS, UNDECIDED, WITHHELD)
+    """Verdicts of a live latent that Delta_norm or the evidence calls chat-only, in the order of bars and tables."""
+
+
+class Grounds:
+    """Why a latent is called chat-specific or base-only: column `grounds` of the latent table."""
+
+    NORM_AND_EVIDENCE = "norm_and_evidence"
+    """The class by Delta_norm says so too."""
+    EVIDENCE_ALONE = "evidence_alone"
+    """Delta_norm lies between that class and the shared one."""
+    NONE = ""
+    """No such call, or one by Delta_norm alone."""
 
 
 class Ownership:
@@ -153,7 +172,8 @@ DELTA_NORM_RANGES = {
 """Delta_norm of each class, ends included; everything else is Ownership.OTHER (arXiv 2504.02922, section 2)."""
 
 
-def _interval_columns(name: str, doc: str, method: str = "bootstrap over documents") -> tuple[Column, ...]:
+def interval_columns(name: str, doc: str, method: str = "bootstrap over documents") -> tuple[Column, ...]:
+    """An estimate and both ends of its 95% interval."""
     return (
         Column(name, "float64", doc),
         Column(f"{name}_low", "float64", f"lower end of the 95% interval of {name}, {method}"),
@@ -168,7 +188,7 @@ BETA_COLUMNS = tuple(
     column
     for target in SCALING_TARGETS
     for model in MODEL_NAMES
-    for column in _interval_columns(
+    for column in interval_columns(
         f"beta_{target}_{model}",
         f"least-squares scale of the latent in the {model} model's {target} target; NaN where it never fires",
         "jackknife over documents",
@@ -178,10 +198,12 @@ BETA_COLUMNS = tuple(
 LATENT_COLUMNS = (
     Column("latent", "int32", "index of the latent, 0 .. F-1"),
     Column("verdict", "string", "one of schema.Verdict.ALL"),
-    Column("is_confident", "bool", "chat-specific or artifact with both intervals on one side of their thresholds"),
+    Column("grounds", "string", "one of schema.Grounds: what a chat-specific or base-only call rests on"),
+    Column("is_confident", "bool", "the call holds at the run's false discovery rate (analyses/verdict.py)"),
     Column("reason", "string", "the numbers that the verdict follows from, as a phrase"),
     Column("delta_norm", "float64", f"relative decoder norm in comparable units, {DELTA_NORM_ORIENTATION}"),
     Column("delta_norm_raw", "float64", "the same in units of raw activations; it follows the scales of the models"),
+    Column("delta_direction", "float64", "as delta_norm, the base row's length taken along d_j^chat; in [0, 1]"),
     Column("ownership", "string", "class by delta_norm alone: base-only, shared, chat-only, other"),
     Column("decoder_norm_base", "float64", "|d_j^base|"),
     Column("decoder_norm_chat", "float64", "|d_j^chat|"),
@@ -198,17 +220,23 @@ LATENT_COLUMNS = (
     Column("user_frac", "float64", "the same on user tokens"),
     Column("assistant_frac", "float64", "the same on assistant tokens"),
     Column("bos_frac", "float64", "the same on the BOS token"),
-    *_interval_columns("nu_eps", "beta(error, base) / beta(error, chat); high = complete shrinkage"),
-    *_interval_columns("nu_r", "beta(reconstruction, base) / beta(reconstruction, chat); high = latent decoupling"),
-    *_interval_columns("nu_act", "beta(activation, base) / beta(activation, chat)"),
-    *_interval_columns("nu_act_no_bias", "the same with the decoder's bias taken from the activations"),
-    *_interval_columns("nu_act_centred", "cov(f, <d^chat, x^base>) / cov(f, <d^chat, x^chat>): no offset changes it"),
+    *interval_columns("nu_eps", "beta(error, base) / beta(error, chat); high = complete shrinkage"),
+    *interval_columns("nu_r", "beta(reconstruction, base) / beta(reconstruction, chat); high = latent decoupling"),
+    *interval_columns("nu_act", "beta(activation, base) / beta(activation, chat)"),
+    *interval_columns("nu_act_no_bias", "the same with the decoder's bias taken from the activations"),
+    *interval_columns("nu_act_centred", "base model's share: cov(f, <d^chat, x^base>) / cov(f, <d^chat, x^chat>)"),
     Column(
         "artifact_probability",
         "float64",
         "bootstrap probability that a ratio that decides (nu_eps or nu_r; nu_act_centred where decoder_norm_base is 0) "
         "is at or above its threshold; NaN where undefined",
     ),
+    Column("p_value", "float64", "against `the base model holds it`: a deciding ratio at or beyond its threshold"),
+    Column("q_value", "float64", "p_value after Benjamini-Hochberg over its family; NaN where not judged"),
+    Column("p_held", "float64", "against `the base model does not hold it`: all deciding ratios within thresholds"),
+    Column("q_held", "float64", "p_held after Benjamini-Hochberg over all judged latents; NaN where not judged"),
+    Column("p_value_base", "float64", "p_value with the models exchanged, along d_j^base; NaN for delta_norm >= 0.4"),
+    Column("q_value_base", "float64", "p_value_base after Benjamini-Hochberg; NaN where not judged"),
     *BETA_COLUMNS,
     Column("twin", "int32", "most parallel twin of a chat-only or base-only latent (TWIN_COLUMNS); -1 = none"),
     Column("twin_cosine", "float64", "decoder cosine with the twin; NaN without one"),
@@ -230,7 +258,7 @@ def latent_corpus_columns(corpora: Iterable[str]) -> tuple[Column, ...]:
 CAUSALITY_COLUMNS = (
     Column("intervention", "string", "what replaced the residual stream at layer L (method, section 6)"),
     Column("positions", "string", "all, first_9 or rest: which predicting positions of assistant turns"),
-    *_interval_columns("kl", "mean KL(p_chat || p_edited), nats per token; resampled by conversation"),
+    *interval_columns("kl", "mean KL(p_chat || p_edited), nats per token; resampled by conversation"),
     Column("num_tokens", "int64", "positions averaged"),
     Column("num_conversations", "int64", "conversations averaged"),
     Column("num_latents", "int64", "size of the latent set, or 0 where none is used"),
@@ -240,7 +268,7 @@ CAUSALITY_DIFFERENCE_COLUMNS = (
     Column("intervention", "string", "as in the causality table; random_half_mean_* is the mean over random halves"),
     Column("reference", "string", "the intervention whose KL is subtracted"),
     Column("positions", "string", "as in the causality table"),
-    *_interval_columns("difference", "KL(intervention) - KL(reference), nats per token; paired within conversations"),
+    *interval_columns("difference", "KL(intervention) - KL(reference), nats per token; paired within conversations"),
     Column("num_tokens", "int64", "positions averaged"),
     Column("num_conversations", "int64", "conversations averaged"),
 )
@@ -251,8 +279,8 @@ CAUSALITY_CURVE_COLUMNS = (
     Column("order", "string", "evidence (most chat-specific first: rank(nu_eps) + rank(nu_r)), or random_<i>"),
     Column("positions", "string", "as in the causality table"),
     Column("num_latents", "int64", "latents added to the base stream: 0, 1, 2, 4, ..., N"),
-    *_interval_columns("kl", "mean KL(p_chat || p_edited), nats per token; resampled by conversation"),
-    *_interval_columns(
+    *interval_columns("kl", "mean KL(p_chat || p_edited), nats per token; resampled by conversation"),
+    *interval_columns(
         "kl_per_latent",
         "KL taken off per latent since the point before, nats per token and latent, paired; NaN at 0 latents",
     ),
@@ -267,7 +295,7 @@ STEERING_COLUMNS = (
         "control", "string", "latent, random (another latent of the crosscoder, drawn at random, at equal norm) or none"
     ),
     Column("positions", "string", "where the direction is added: all, prompt, generated; none for the unsteered run"),
-    Column("scale", "float64", "multiple of the latent's maximal activation that was added"),
+    Column("scale", "float64", "norm that was added, in units of the latent's largest contribution f_j |d_j^chat|"),
     Column("rate", "float64", "share of prompts whose answer shows the behaviour, in [0, 1]; NaN without markers"),
     Column("kl", "float64", "mean KL(p || p_steered) of the next token over the answer, nats; p: this model unsteered"),
     Column("nll", "float64", "chat model's nats per generated token of the steered text; lower = more fluent"),
@@ -306,60 +334,11 @@ PLANTED_COLUMNS = (
     Column("behavior", "string", "planted label"),
     Column("candidate", "string", "chat-specific latent, any latent, or mean difference"),
     Column("latent", "int32", "the winning latent; -1 for the mean-difference direction or where there is none"),
-    *_interval_columns(
-        "auroc", "token-level area under the ROC curve on held-out dialogues; 0.5 = chance, 1 = perfect"
-    ),
+    *interval_columns("auroc", "token-level area under the ROC curve on held-out dialogues; 0.5 = chance, 1 = perfect"),
     Column("num_positive_rows", "int64", "rows that carry the label"),
     Column("num_rows", "int64", "rows scored"),
 )
 
-
-class InterpStatus:
-    """What came of interpreting one latent automatically."""
-
-    SCORED = "scored"
-    """Explained, and the explanation tested on held-out contexts."""
-    EXPLAINED = "explained"
-    """Explained, but no usable answer about the held-out contexts."""
-    UNEXPLAINED = "no explanation"
-    """No usable answer to the request for an explanation."""
-    TOO_FEW = "too few contexts"
-    """No request was sent: the example table has fewer than two contexts of the latent, or no quiet one was found."""
-
-    ALL = (SCORED, EXPLAINED, UNEXPLAINED, TOO_FEW)
-
-
-AUTOINTERP_COLUMNS = (
-    Column("latent", "int32", "index of the latent"),
-    Column("status", "string", "one of schema.InterpStatus.ALL"),
-    Column("explanation", "string", "one sentence by the language model; null without one"),
-    *_interval_columns(
-        "balanced_accuracy",
-        "mean of true_positive_frac and true_negative_frac; 0.5 = chance, 1 = perfect; NaN where not scored",
-        "from both Wilson intervals",
-    ),
-    Column("true_positive_frac", "float64", "share of held-out active contexts that the explanation is judged to fit"),
-    Column("true_negative_frac", "float64", "share of quiet contexts that the explanation is judged not to fit"),
-    Column("control_accuracy", "float64", "balanced accuracy of another latent's explanation here; NaN if not asked"),
-    Column("num_active", "int32", "held-out active contexts judged"),
-    Column("num_quiet", "int32", "quiet contexts of other documents judged"),
-    Column("num_malformed", "int32", "answers about this latent that could not be used"),
-    Column("tokens_in", "int64", "tokens of all requests about this latent, as the endpoint counts them"),
-    Column("tokens_out", "int64", "tokens of all answers about this latent, as the endpoint counts them"),
-)
-"""One row per latent that was to be interpreted."""
-
-ANSWER_COLUMNS = (
-    Column("latent", "int32", "index of the latent"),
-    Column("request", "string", "explain, detect or control, the latter two with the number of the request"),
-    Column("messages", "string", "JSON list of the messages sent first"),
-    Column("answer", "string", "the last answer as it came"),
-    Column("is_usable", "bool", "whether it could be read"),
-    Column("num_malformed", "int32", "unusable answers among all tries"),
-    Column("tokens_in", "int64", "of all tries, as the endpoint counts them; 0 where it does not"),
-    Column("tokens_out", "int64", "of all tries, as the endpoint counts them; 0 where it does not"),
-)
-"""One row per request about a latent: the evidence behind AUTOINTERP_COLUMNS."""
 
 FIDELITY_KEYS = ("fve_base", "fve_chat", "fve", "l0", "dead_frac", "mean_norm_base", "mean_norm_chat", "num_rows")
 """Numbers of the fidelity analysis: fraction of variance explained (higher is better), mean active latents per row,
@@ -370,8 +349,9 @@ class Control:
     """Kinds of controls: CONTROL_COLUMNS, column `control`."""
 
     STATED = "stated error"
-    """The false discovery rate of the chat-specific set, by the verdict's own account."""
+    """A bound of the chat-specific set's false discovery rate, by the verdict's own account."""
     RANDOM = "random directions"
+    """Of other latents, in place of a latent's own."""
     NULL_PAIR = "null pair"
     """One model as base and as chat."""
     NOISE_PAIR = "noise pair"
@@ -385,7 +365,9 @@ CONTROL_COLUMNS = (
     Column("quantity", "string", "what value is, as a phrase"),
     Column("value", "float64", "the measured share or index, in [0, 1]; NaN where there is no latent to measure it on"),
     Column(
-        "value_low", "float64", "lower end of its 95% interval (Wilson's; two standard deviations for stated error)"
+        "value_low",
+        "float64",
+        "lower end of its 95% interval (Wilson's); 0 for stated error, whose value is an upper bound",
     ),
     Column("value_high", "float64", "upper end of its 95% interval"),
     Column("expected", "float64", "value to compare with: 0, or what the verdict states; NaN for none"),

@@ -17,10 +17,10 @@ import numpy as np
 import pandas as pd
 import torch
 
+from pipeline.analyses.autointerp_columns import AUTOINTERP_COLUMNS, InterpStatus
 from pipeline.analyses.rows import RowBatch, document_slices_of
 from pipeline.numerics.proportions import Interval, mean_of_two_rates
 from pipeline.numerics.statistics import hash_documents
-from pipeline.schema import AUTOINTERP_COLUMNS, InterpStatus
 
 MIN_QUIET_PER_CORPUS = 64
 """Documents per corpus among which each latent's quiet contexts are looked for."""
@@ -71,7 +71,7 @@ class Interpretation(NamedTuple):
 
     latent: int
     status: str
-    """One of schema.InterpStatus."""
+    """One of InterpStatus."""
     explanation: str | None = None
     fires: tuple[bool, ...] = ()
     """Whether the latent fires in each context that was judged."""
@@ -189,7 +189,7 @@ def detection(fires: Sequence[bool], answers: Sequence[bool]) -> Detection:
 
 
 def interpretation_table(found: Sequence[Interpretation]) -> pd.DataFrame:
-    """schema.AUTOINTERP_COLUMNS, in the order given."""
+    """AUTOINTERP_COLUMNS, in the order given."""
     rows: list[Mapping[str, Any]] = []
     for one in found:
         score = detection(one.fires, one.answers)

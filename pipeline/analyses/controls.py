@@ -1,13 +1,12 @@
 """Controls of the verdict: the error rate that it states, and its calls where the right answer is known.
 
-Four questions. How many of the chat-specific latents are artifacts, by the verdict's own account (the false discovery
-rate, from the bootstrap behind each latent)? How many of the chat-only latents would be called chat-specific with a
-random direction, orthogonal to theirs, in place of the decoder's? What is called chat-specific where nothing can be
-(one model twice, or a model against itself with noise on the weights)? Does another training seed find the same
-directions?
+Four questions. How many of the chat-specific latents are false, at most, by the verdict's own account (the false
+discovery rate)? How many would still be called along the direction of another latent? What is called chat-specific
+where nothing can be (one model twice, or a model against itself with noise on the weights)? Does another training seed
+find the same directions?
 
-The stated rate covers the sampling of documents alone: it takes the crosscoder, the thresholds and Delta_norm as given,
-and a flat prior for every ratio. The other controls cover the rest.
+The stated rate covers the sampling of documents alone: it takes the crosscoder, the thresholds and Delta_norm as given.
+The other controls cover the rest.
 
 Shapes: D width, F latents of this crosscoder, G latents of another, C chosen latents, N = 2 D.
 """
@@ -20,7 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pipeline.analyses.verdict import NU_BY_CONSTRUCTION
+from pipeline.analyses.verdict import NU_BY_CONSTRUCTION, Limits
 from pipeline.errors import InputError
 from pipeline.numerics.proportions import wilson_interval
 from pipeline.schema import CONTROL_COLUMNS, SEED_COLUMNS, Control, Verdict
@@ -29,89 +28,104 @@ DEFAULT_MIN_MATCH_COSINE = 0.7
 _CHUNK_NUMBERS = 1 << 24
 
 
-def random_directions(own_FD: Tensor, *, seed: int) -> Tensor:
-    """One random direction of norm 1 per latent, orthogonal to the latent's own row of own_FD; float32 [F, D].
+def random_directions(decoder_FD: Tensor, chosen_C: Tensor, *, seed: int) -> Tensor:
+    """For each chosen latent the direction of another one, drawn at random and orthogonal to its own; float32 [C, D].
 
-    Orthogonal, because a direction that overlaps with the latent's would rightly find it again.
+    A direction from the whole space would hardly ever have a ratio: neither model's activations vary along it. Another
+    latent's is one along which they do. Orthogonal, because a direction that overlaps with the latent's would rightly
+    find it again. Unit norm; 0 where there is no other latent with a row.
     """
-    own_FD = torch.nn.functional.normalize(own_FD.detach().cpu().float(), dim=1)
-    random_FD = torch.randn(own_FD.shape, generator=torch.Generator().manual_seed(seed))
-    random_FD -= (random_FD * own_FD).sum(1, keepdim=True) * own_FD
-    return torch.nn.functional.normalize(random_FD, dim=1)
+    unit_FD = torch.nn.functional.normalize(decoder_FD.detach().cpu().float(), dim=1)
+    pool_N = unit_FD.any(dim=1).nonzero().squeeze(1)
+    own_CD = unit_FD[chosen_C]
+    if len(pool_N) < 2:
+        return torch.zeros_like(own_CD)
+    drawn_C = torch.randint(len(pool_N), (len(chosen_C),), generator=torch.Generator().manual_seed(seed))
+    drawn_C = torch.where(pool_N[drawn_C] == chosen_C, (drawn_C + 1) % len(pool_N), drawn_C)
+    other_CD = unit_FD[pool_N[drawn_C]]
+    other_CD = other_CD - (other_CD * own_CD).sum(1, keepdim=True) * own_CD
+    return torch.nn.functional.normalize(other_CD, dim=1)
 
 
 class StatedError(NamedTuple):
     """The error rate of the chat-specific set, by the verdict's own account."""
 
     rate: float
-    """Expected share of artifacts in the set (false discovery rate); NaN for an empty set."""
-    low: float
-    high: float
-    """Two standard deviations of the share, the latents' errors taken as independent; within [0, 1]."""
+    """The expected share of false latents in the set is at most this (false discovery rate); NaN for an empty set."""
     num_latents: int
     """Chat-specific latents."""
-    expected: float
-    """Expected number of artifacts among them."""
+
+    @property
+    def expected(self) -> float:
+        """At most as many false latents are expected; 0 for an empty set."""
+        return self.rate * self.num_latents if self.num_latents else 0.0
 
 
 def stated_error(latents: pd.DataFrame) -> StatedError:
-    """The false discovery rate that a latent table states: the mean artifact_probability of its chat-specific latents.
+    """The false discovery rate that a latent table states: the largest q_value of its chat-specific latents.
 
-    A probability that is undefined counts as 1.
+    It is a bound of the expected share over samples of documents (Benjamini and Hochberg 1995), not of the share in
+    this one. A q_value that is undefined counts as 1.
     """
     called = latents[latents["verdict"] == Verdict.CHAT_SPECIFIC]
-    wrong = called["artifact_probability"].fillna(1.0).to_numpy(dtype=np.float64)
-    if not len(wrong):
-        return StatedError(np.nan, np.nan, np.nan, 0, 0.0)
-    rate, spread = float(wrong.mean()), float(np.sqrt((wrong * (1 - wrong)).sum()) / len(wrong))
-    return StatedError(rate, max(0.0, rate - 2 * spread), min(1.0, rate + 2 * spread), len(wrong), float(wrong.sum()))
+    return StatedError(float(called["q_value"].fillna(1.0).max()), len(called))
 
 
 def stated_row(latents: pd.DataFrame) -> dict[str, Any]:
     """schema.CONTROL_COLUMNS of `stated_error`."""
     stated = stated_error(latents)
     note = (
-        f"of {stated.num_latents} chat-specific latents {stated.expected:.1f} are expected to be artifacts"
+        f"of {stated.num_latents} chat-specific latents at most {stated.expected:.1f} are expected to be false"
         if stated.num_latents
         else "no latent is chat-specific, so none can be wrong"
     )
     return _row(
         Control.STATED,
-        "expected share of artifacts among the chat-specific latents",
-        (stated.rate, stated.low, stated.high),
+        "expected share of false ones among the chat-specific latents, at most",
+        (stated.rate, stated.rate * 0, stated.rate),
         num_latents=stated.num_latents,
         note=note,
     )
 
 
-def random_row(
-    latents: pd.DataFrame, scaling: pd.DataFrame | None, *, thresholds: tuple[float, float], min_documents: int
-) -> dict[str, Any]:
-    """Share of the chat-only latents that would be chat-specific with a random direction in place of the decoder's.
+def random_row(latents: pd.DataFrame, scaling: pd.DataFrame | None, limits: Limits) -> dict[str, Any]:
+    """Share of latents that would be chat-specific with another latent's direction in place of their own.
 
-    scaling is the table of LatentScaling with `random_directions` for the chat-only latents; None where there are none.
-    A latent whose ratios are undefined is not called chat-specific. Others can pass because something else in the chat
-    model alone fires together with the latent: a share near that of the decoder's own directions means that the verdict
-    finds when the models differ, but not in which direction.
+    The latents are those that could be called and fire in enough documents; scaling is the table of LatentScaling along
+    `random_directions`, None where there is no such latent. A latent passes if its ratios are below their thresholds
+    and its p-value is no larger than the largest one that the run called. Where the chat model has nothing significant
+    along the direction, there is no ratio and nothing to call: that is a right answer and counts as not passed. The
+    note says how many had a ratio, and how many of the same latents pass with their own direction, which is what the
+    test is able to find. Latents can pass because something else in the chat model alone fires together with them: a
+    share near that of the own directions means that the verdict finds when the models differ, but not in which
+    direction.
     """
-    num_judged = num_called = num_undefined = 0
+    num_judged = num_called = num_defined = num_own = 0
     if scaling is not None:
-        known = latents[["latent", "num_documents", "decoder_norm_base"]]
-        judged = scaling.merge(known[known["num_documents"] >= min_documents], on="latent")
+        known = latents.loc[
+            latents["num_documents"] >= limits.min_documents, ["latent", "decoder_norm_base", "verdict"]
+        ]
+        judged = scaling.merge(known, on="latent")
         is_constructed = judged["decoder_norm_base"] == 0
         deciding = judged[["nu_eps", "nu_r"]].mask(is_constructed, judged[NU_BY_CONSTRUCTION], axis=0)
-        limits = np.where(is_constructed, thresholds[0], thresholds[1])
-        num_judged = len(judged)
-        num_called = int(((deciding["nu_eps"] < thresholds[0]) & (deciding["nu_r"] < limits)).sum())
-        num_undefined = int(deciding.isna().any(axis=1).sum())
-    note = f"of {num_judged} chat-only latents {num_called} would be called; {num_undefined} have no defined ratio"
+        is_below = (deciding["nu_eps"] < limits.nu_eps) & (
+            deciding["nu_r"] < np.where(is_constructed, limits.nu_eps, limits.nu_r)
+        )
+        largest = latents.loc[latents["verdict"] == Verdict.CHAT_SPECIFIC, "p_value"].max()
+        num_judged, num_defined = len(judged), int(deciding.notna().all(axis=1).sum())
+        num_called = int((is_below & (judged["p_value"] <= largest)).sum())
+        num_own = int((judged["verdict"] == Verdict.CHAT_SPECIFIC).sum())
+    note = (
+        f"of {num_judged} latents {num_called} would be called along another latent's direction ({num_defined} have a "
+        f"defined ratio there) and {num_own} are called along their own"
+    )
     return _row(
         Control.RANDOM,
-        "share of chat-only latents called chat-specific with a random direction",
+        "share of candidates called chat-specific along another latent's direction",
         _share(num_called, num_judged),
         num_latents=num_judged,
         expected=0.0,
-        note=note if num_judged else "no chat-only latent fires in enough documents",
+        note=note if num_judged else "no candidate fires in enough documents",
     )
 
 

@@ -5,8 +5,15 @@ and names the columns. The direction u_j is the chat decoder's row for every tar
 can be given instead as a control. A crosscoder trained on normalised activations is judged in those units, in which
 both models are on one scale, as is its Delta_norm. verdict.py draws the verdicts.
 
+Every latent also gets two p-values (numerics/significance.py): `p_value` against "the other model holds it", that is
+against a deciding ratio at or beyond its threshold on either side, and `p_held` against the opposite. The deciding
+ratios are nu_eps and nu_r, or nu_act_centred where the other model's decoder row is 0.
+
 Shapes: B rows, M models, D width, F latents, G document groups, S sums.
 """
+
+import functools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -26,6 +33,7 @@ from pipeline.numerics.scaling import (
     empty_scaling_sums,
     scaling_estimates,
 )
+from pipeline.numerics.significance import p_absent, p_held
 from pipeline.numerics.statistics import DEFAULT_NUM_RESAMPLES, Interval, exceedance_probability, hash_documents
 from pipeline.schema import BASE, CHAT, MODEL_NAMES
 
@@ -37,12 +45,14 @@ NU_COLUMNS = {
     "nu_act_centred": CENTRED,
 }
 """Column of each ratio and the target it is taken from (arXiv 2504.02922, section 3)."""
+Ratios = Sequence[tuple[Tensor, Tensor, float]]
+"""Numerator, denominator [G, F] and threshold of each deciding ratio."""
 DEFAULT_NU_EPS_THRESHOLD = 0.2
 DEFAULT_NU_R_THRESHOLD = 0.5
 
 
 class LatentScaling:
-    """Row analysis: schema.BETA_COLUMNS, the ratios of NU_COLUMNS, all with intervals, and artifact_probability."""
+    """Row analysis: schema.BETA_COLUMNS, the ratios of NU_COLUMNS, all with intervals, and probabilities."""
 
     def __init__(
         self,
@@ -55,6 +65,7 @@ class LatentScaling:
         direction_FD: Tensor | None = None,
         latents: Tensor | None = None,
         rms_M: Tensor | None = None,
+        owner: int = CHAT,
     ) -> None:
         """Settings beyond the sizes.
 
@@ -63,6 +74,8 @@ class LatentScaling:
             direction_FD: u_j in place of the chat decoder's rows, one per latent (per one of `latents`).
             latents: measure these latents only, ascending and at least one; None takes all.
             rms_M: root mean square of each model's rows, for a crosscoder fitted without normalisation (units.py).
+            owner: the model whose decoder row is u_j and whose betas the ratios are divided by. BASE is the mirror
+                image: the table is that of the pair with its models exchanged, "base" then being the chat model.
         """
         shape = tuple(crosscoder.W_dec_FMD.shape)
         if shape[1] != 2:
@@ -83,8 +96,10 @@ class LatentScaling:
                 "latent"
             )
         decoder = judged_decoder(crosscoder, rms_M)
-        self.W_dec_FMD, self.b_dec_MD = decoder.W_dec_FMD[self.latents_F], decoder.b_dec_MD
-        self.mean_MD, self.scale_M = decoder.mean_MD, decoder.scale_M
+        self.order = [BASE, CHAT] if owner == CHAT else [CHAT, BASE]
+        self.W_dec_FMD = decoder.W_dec_FMD[self.latents_F][:, self.order]
+        self.b_dec_MD, self.mean_MD = decoder.b_dec_MD[self.order], decoder.mean_MD[self.order]
+        self.scale_M = decoder.scale_M[self.order]
         self.is_decoupled = crosscoder.code_weight == "decoupled"
         self.direction_FD = self.W_dec_FMD[:, CHAT].contiguous() if direction_FD is None else direction_FD.float().cpu()
         self.num_groups, self.num_resamples, self.seed = num_groups, num_resamples, seed
@@ -107,19 +122,25 @@ class LatentScaling:
         _, num_models, activation_dim = self.W_dec_FMD.shape
         check_batch(batch, num_models=num_models, activation_dim=activation_dim, num_latents=self.num_latents)
         scale_M1, mean_MD = self.scale_M.to(batch.x_BMD)[:, None], self.mean_MD.to(batch.x_BMD)
+        x_BMD, reconstruction_BMD = (
+            rows_BMD if self.order == [BASE, CHAT] else rows_BMD[:, self.order]
+            for rows_BMD in (batch.x_BMD, batch.reconstruction_BMD)
+        )
         add_scaling_sums(
             sums["scaling"],
             self._own(batch.codes),
-            error_BMD=(batch.x_BMD - batch.reconstruction_BMD) * scale_M1,
-            reconstruction_BMD=(batch.reconstruction_BMD - mean_MD) * scale_M1,
+            error_BMD=(x_BMD - reconstruction_BMD) * scale_M1,
+            reconstruction_BMD=(reconstruction_BMD - mean_MD) * scale_M1,
             groups_B=hash_documents(batch.doc_id_B, num_groups=self.num_groups),
             direction_FD=self.direction_FD.to(batch.x_BMD),
         )
-        sums["x"] += ((batch.x_BMD - mean_MD) * scale_M1).double().sum(0).cpu()
+        sums["x"] += ((x_BMD - mean_MD) * scale_M1).double().sum(0).cpu()
         sums["num_rows"] += len(batch.x_BMD)
 
     def _own(self, codes: SparseCodes) -> SparseCodes:
-        """The codes of the latents that are measured, counted from 0."""
+        """The codes of the latents that are measured, counted from 0, with the models in this analysis' order."""
+        if codes.model_mask_PM is not None:
+            codes = codes._replace(model_mask_PM=codes.model_mask_PM[:, self.order])
         if len(self.latents_F) == self.num_latents:
             return codes
         place_F = torch.full((self.num_latents,), -1, device=codes.latents_P.device)
@@ -132,7 +153,7 @@ class LatentScaling:
         return merge_sums(a, b)
 
     def table(self, sums: Sums) -> pd.DataFrame:
-        """latent, each nu and beta with _low and _high, artifact_probability; NaN where a ratio is undefined."""
+        """latent, each nu and beta with _low and _high, and the probabilities; NaN where a ratio is undefined."""
         require_rows(int(sums["num_rows"]), "Latent Scaling")
         estimates = scaling_estimates(
             sums["scaling"],
@@ -150,18 +171,34 @@ class LatentScaling:
             for index, model in enumerate(MODEL_NAMES):
                 interval = Interval(*(value_MF[index] for value_MF in estimates.beta[target]))
                 columns |= _interval_columns(f"beta_{target}_{model}", interval)
-        return pd.DataFrame(columns | {"artifact_probability": self._artifact_probability(estimates).numpy()})
+        return pd.DataFrame(columns | self._probabilities(estimates))
 
-    def _artifact_probability(self, estimates: ScalingEstimates) -> Tensor:
-        """Of the ratios that a verdict looks at: nu_eps and nu_r, or nu_act_centred where base has no decoder row."""
+    def _probabilities(self, estimates: ScalingEstimates) -> dict[str, np.ndarray]:
+        """artifact_probability, p_value and p_held of the deciding ratios; NaN where one of them is undefined."""
         nu_eps, nu_r = self.thresholds
         sums = estimates.ratio_sums
-        options = {"num_resamples": self.num_resamples, "seed": self.seed}
-        learnt_F = exceedance_probability([(*sums["error"], nu_eps), (*sums["reconstruction"], nu_r)], **options)
-        is_constructed_F = self.W_dec_FMD[:, BASE].norm(dim=1) == 0
-        if not is_constructed_F.any():
-            return learnt_F
-        return torch.where(is_constructed_F, exceedance_probability([(*sums[CENTRED], nu_eps)], **options), learnt_F)
+        learnt = [(*sums["error"], nu_eps), (*sums["reconstruction"], nu_r)]
+        constructed = [(*sums[CENTRED], nu_eps)]
+        is_constructed_F = self.W_dec_FMD[:, 0].norm(dim=1) == 0
+        nu = estimates.nu
+        is_known_F = torch.where(
+            is_constructed_F,
+            nu[CENTRED].estimate.isfinite(),
+            nu["error"].estimate.isfinite() & nu["reconstruction"].estimate.isfinite(),
+        )
+        resampled = functools.partial(exceedance_probability, num_resamples=self.num_resamples, seed=self.seed)
+        columns = {}
+        measures: dict[str, Callable[[Ratios], Tensor]] = {
+            "artifact_probability": resampled,
+            "p_value": p_absent,
+            "p_held": p_held,
+        }
+        for name, measure in measures.items():
+            value_F = measure(learnt)
+            if is_constructed_F.any():
+                value_F = torch.where(is_constructed_F, measure(constructed), value_F)
+            columns[name] = torch.where(is_known_F, value_F, torch.nan).numpy()
+        return columns
 
 
 def _interval_columns(name: str, interval: Interval) -> dict[str, np.ndarray]:

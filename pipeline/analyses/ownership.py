@@ -4,6 +4,10 @@ Delta_norm(j) = 1/2 ((|d_j^chat| - |d_j^base|) / max(|d_j^chat|, |d_j^base|) + 1
 (arXiv 2504.02922, section 2). The verdict adds Latent Scaling, because an L1 penalty makes latents look chat-only that
 are not.
 
+delta_direction is a second such number: the base model's share is measured along the chat model's direction,
+1/2 ((|d_chat| - |<d_base, u>|) / max(|d_chat|, |<d_base, u>|) + 1) with u = d_chat / |d_chat|. A base row of full
+length that points elsewhere counts as absent: 1 where the rows are orthogonal, 0.5 where they are equal.
+
 Shapes: M models, D width, F latents.
 """
 
@@ -28,6 +32,13 @@ def relative_norm(norm_FM: Tensor) -> Tensor:
     return delta_norm_F
 
 
+def delta_direction(W_dec_FMD: Tensor) -> Tensor:
+    """Directional ownership per latent, float64 [F], in [0, 1]; NaN where the chat decoder's row is 0."""
+    base_FD, chat_FD = W_dec_FMD.double().unbind(1)
+    norm_F = chat_FD.norm(dim=1)
+    return relative_norm(torch.stack([(base_FD * chat_FD).sum(1).abs() / norm_F, norm_F], dim=1))
+
+
 def classify(delta_norm_F: Tensor) -> np.ndarray[tuple[int], np.dtype[np.object_]]:
     """Class name of each latent by schema.DELTA_NORM_RANGES; NaN is Ownership.OTHER."""
     classes_F = np.full(len(delta_norm_F), Ownership.OTHER, dtype=object)
@@ -37,7 +48,7 @@ def classify(delta_norm_F: Tensor) -> np.ndarray[tuple[int], np.dtype[np.object_
 
 
 def ownership_table(decoder: JudgedDecoder) -> pd.DataFrame:
-    """latent, delta_norm, ownership, decoder norms and cosine, encoder norms, in comparable and raw units."""
+    """latent, delta_norm, delta_direction, ownership, norms and cosine, in comparable units, and some in raw ones."""
     W_enc_FMD, W_dec_FMD = decoder.W_enc_FMD, decoder.W_dec_FMD
     if W_dec_FMD.dim() != 3 or W_dec_FMD.shape[1] != 2 or W_enc_FMD.shape != W_dec_FMD.shape:
         raise InputError(
@@ -53,6 +64,7 @@ def ownership_table(decoder: JudgedDecoder) -> pd.DataFrame:
         {
             "latent": np.arange(len(W_dec_FMD), dtype=np.int32),
             "delta_norm": delta_norm_F.numpy(),
+            "delta_direction": delta_direction(W_dec_FMD).numpy(),
             "ownership": classify(delta_norm_F),
             "decoder_norm_base": decoder_norm_FM[:, BASE].numpy(),
             "decoder_norm_chat": decoder_norm_FM[:, CHAT].numpy(),
@@ -64,10 +76,3 @@ def ownership_table(decoder: JudgedDecoder) -> pd.DataFrame:
             "decoder_norm_chat_raw": raw_norm_FM[:, CHAT].numpy(),
         }
     )
-
-
-def chat_only_latents(delta_norm_F: Tensor) -> Tensor:
-    """Indices of the chat-only latents, highest Delta_norm first (ties by index), int64; may be empty."""
-    low, high = DELTA_NORM_RANGES[Ownership.CHAT_ONLY]
-    order_F = delta_norm_F.nan_to_num(-torch.inf).argsort(descending=True, stable=True)
-    return order_F[((delta_norm_F >= low) & (delta_norm_F <= high))[order_F]]

@@ -1,6 +1,9 @@
 """Steering: what a model does when a latent's direction is added to its residual stream while it writes.
 
-    h <- h + scale * max_act_j * d_j^chat / |d_j^chat|          at layer L: everywhere, in the prompt, or in the answer
+    h <- h + scale * max(f_j) d_j^chat                          at layer L: everywhere, in the prompt, or in the answer
+
+Scale 1 thus adds the latent's largest contribution on the validation rows, whose norm max(f_j) |d_j^chat| is the same
+however a latent's scale is divided between code and decoder.
 
 Each behaviour's neutral prompts are answered by the base or the chat model, greedily or sampled: unsteered, with each
 latent at each scale, and with random other latents of the same crosscoder, scaled to equal norm, as control. Three
@@ -48,7 +51,7 @@ class SteeringOptions(NamedTuple):
     """Settings of all runs."""
 
     scales: tuple[float, ...]
-    """Multiples of the latent's maximal activation."""
+    """Multiples of the latent's largest contribution."""
     max_new_tokens: int = 24
     num_samples: int = 3
     """Prompts per run whose answers are written out; of random latents, the first one's."""
@@ -165,7 +168,7 @@ def _runs(request: SteeringRequest, options: SteeringOptions, width: int) -> lis
     runs = [run(model, first, zero_D, unsteered) for model in options.models]
     sweep = itertools.product(options.models, options.positions, request.directions, options.scales)
     for model, positions, direction, scale in sweep:
-        norm = scale * direction.max_activation
+        norm = scale * direction.max_contribution
         own = {"latent": np.int32(direction.latent), "scale": scale}
         runs.append(run(model, positions, norm * direction.unit_D, {**own, "control": LATENT}))
         runs += [

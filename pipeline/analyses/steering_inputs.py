@@ -29,8 +29,8 @@ class Direction(NamedTuple):
     latent: int
     unit_D: Tensor
     """d_j^chat / |d_j^chat| in raw activation space, float32."""
-    max_activation: float
-    """Largest f_j on the validation rows: the norm that is added at scale 1."""
+    max_contribution: float
+    """Largest f_j |d_j^chat| on the validation rows, in raw activation space: the norm that is added at scale 1."""
 
 
 class BehaviorPrompts(NamedTuple):
@@ -60,7 +60,7 @@ def directions_of(crosscoder: Crosscoder, latents: pd.DataFrame, chosen: Sequenc
                 f"{max_activation[latent]} and decoder norm {norm}; steer with another latent"
             )
         unit_D = (decoder_FD[latent] / norm).float().cpu()
-        directions.append(Direction(int(latent), unit_D, float(max_activation[latent])))
+        directions.append(Direction(int(latent), unit_D, norm * float(max_activation[latent])))
     return tuple(directions)
 
 

@@ -1,9 +1,11 @@
 """Twins: a chat-only and a base-only latent that point the same way, the trace of Latent Decoupling.
 
 Pairs are found from the decoder alone (cosine > 0.9; arXiv 2504.02922, section 3); whether the two really fire on
-different rows is measured in one pass: with activations relative to the pair's maximum, high > 0.4 and low <= 0.1, the
-divergence is (#(A high, B low) + #(B high, A low)) / #(A high or B high). The maximum is known only at the end, so rows
-that may still be high are kept as (pair, a, b) and dropped once a larger maximum excludes them.
+different rows is measured in one pass, on contributions f |d|: with the chat row's length for the one, the base row's
+for the other. Contributions stay the same however a latent's scale is divided between code and decoder. Relative to the
+pair's maximum, high > 0.4 and low <= 0.1, the divergence is (#(A high, B low) + #(B high, A low)) / #(A high or B
+high). The maximum is known only at the end, so rows that may still be high are kept as (pair, a, b) and dropped once a
+larger maximum excludes them.
 
 Shapes: B rows, D width, F latents, W twins, U latents that have a twin, N kept rows.
 """
@@ -64,9 +66,14 @@ class Twins:
         self._slot_F = torch.full((self.num_latents,), -1, dtype=torch.int64)
         self._slot_F[twin_latents] = torch.arange(len(twin_latents))
         self._num_slots = len(twin_latents)
+        norm_FM = W_dec_FMD.detach().cpu().float().norm(dim=2)
+        self._chat_norm_W, self._base_norm_W = (
+            norm_FM[self.pairs.latent_chat, CHAT],
+            norm_FM[self.pairs.latent_base, BASE],
+        )
 
     def start(self) -> Sums:
-        """The largest activation of each pair, and no kept row."""
+        """The largest contribution of each pair, and no kept row."""
         return {
             "max": torch.zeros(len(self.pairs.cosine)),
             "pair": torch.zeros(0, dtype=torch.int64),
@@ -91,8 +98,8 @@ class Twins:
             sums.update(self.merge(sums, self._rows_of(value_BU)))
 
     def _rows_of(self, value_BU: Tensor) -> Sums:
-        chat_BW = value_BU[:, self._slot_F[self.pairs.latent_chat]]
-        base_BW = value_BU[:, self._slot_F[self.pairs.latent_base]]
+        chat_BW = value_BU[:, self._slot_F[self.pairs.latent_chat]] * self._chat_norm_W
+        base_BW = value_BU[:, self._slot_F[self.pairs.latent_base]] * self._base_norm_W
         larger_BW = torch.maximum(chat_BW, base_BW)
         row, pair = (larger_BW > 0).nonzero(as_tuple=True)
         return {"max": larger_BW.amax(0), "pair": pair, "chat": chat_BW[row, pair], "base": base_BW[row, pair]}

@@ -30,10 +30,16 @@ class EvidenceSection(Section):
 class LatentScalingSection(Section):
     """Latent Scaling: how strongly each latent is present in each model (arXiv 2504.02922, section 3)."""
 
+    rule: Literal["evidence", "paper"] = "evidence"
+    """What draws the verdict. `evidence` judges every live latent by the rows, with the false discovery rate below.
+    `paper` judges chat-only latents by the ratios themselves, as arXiv 2504.02922 does."""
+    false_discovery_rate: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Expected share of false ones among the latents called chat-specific by `evidence`, at most (Benjamini-Hochberg).
+    Raising it calls more. Under `paper` it decides which calls are confident."""
     nu_eps_threshold: PositiveFloat = 0.2
-    """A chat-only latent whose nu_eps is at least this is a shrinkage artifact. Raising it calls more chat-specific."""
+    """The base model holds a latent whose nu_eps is at least this, in size. Raising it calls more chat-specific."""
     nu_r_threshold: PositiveFloat = 0.5
-    """A chat-only latent with a nu_r of at least this is a decoupling artifact. Raising it calls more chat-specific."""
+    """Other latents carry it in the base model from this nu_r on, in size. Raising it calls more chat-specific."""
     min_documents: PositiveInt = 10
     """A latent that fires in fewer validation documents is undecided. Raising it leaves more latents undecided."""
     num_groups: Annotated[int, Field(ge=20)] = 64
@@ -93,7 +99,7 @@ class SteeringSection(Section):
     """Answers of a model while the direction of a latent is added to its residual stream."""
 
     scales: tuple[float, ...] = Field((0.5, 1.0, 2.0), min_length=1)
-    """Strength of the added direction, as multiples of the latent's largest activation. Each is one sweep."""
+    """Strength of the added direction, as multiples of the latent's largest contribution. Each is one sweep."""
     num_random: NonNegativeInt = 5
     """Random latents, scaled to the same norm, as a control."""
     num_prompts: PositiveInt = 24

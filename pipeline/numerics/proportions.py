@@ -18,8 +18,8 @@ class Interval(NamedTuple):
     high: float
 
 
-def wilson_interval(rate: float, number: int) -> Interval:
-    """Wilson's 95% interval of a rate seen over `number` trials; (NaN, NaN) where there were none."""
+def wilson_interval(rate: float, number: float) -> Interval:
+    """Wilson's 95% interval of a rate over `number` trials, which may be effective ones; (NaN, NaN) without any."""
     if number == 0 or math.isnan(rate):
         return Interval(math.nan, math.nan)
     z = Z_95

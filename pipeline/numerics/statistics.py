@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.numerics.proportions import wilson_interval
+
 DEFAULT_NUM_RESAMPLES = 1000
 DEFAULT_CONFIDENCE = 0.95
 _MASK_63 = (1 << 63) - 1
@@ -163,25 +165,43 @@ def exceedance_probability(
     return torch.cat(parts)
 
 
+class JackknifeRatio(NamedTuple):
+    """A ratio of sums with its standard error over groups; all float64 [F], NaN where undefined."""
+
+    estimate: Tensor
+    """NaN where the denominator is not above 0."""
+    error: Tensor
+    freedom: Tensor
+    """Degrees of freedom: the effective number of groups less 1; NaN where that number is below 2."""
+
+
+def jackknife_ratio(numerator_GF: Tensor, denominator_GF: Tensor) -> JackknifeRatio:
+    """Ratio of sums of each of F statistics with its jackknife error, for float64 sums whose totals are above 0.
+
+    Leaving out group g changes the ratio by (numerator_g - ratio denominator_g) / (denominator - denominator_g). The
+    standard error is the jackknife's (Efron and Tibshirani 1993, section 11.2) without its factor sqrt((n - 1) / n),
+    with which intervals of few unequal documents covered 92%.
+    """
+    total_F = denominator_GF.sum(0)
+    estimate_F = torch.where(total_F > 0, numerator_GF.sum(0) / total_F, torch.nan)
+    change_GF = (numerator_GF - estimate_F * denominator_GF) / (total_F - denominator_GF)
+    size_F = effective_groups(denominator_GF)
+    freedom_F = torch.where(size_F >= 2, size_F - 1, torch.nan)
+    return JackknifeRatio(estimate_F, change_GF.square().sum(0).sqrt(), freedom_F)
+
+
 def jackknife_interval(
     numerator_GF: Tensor, denominator_GF: Tensor, *, confidence: float = DEFAULT_CONFIDENCE
 ) -> Interval:
     """Ratio of sums of each of F statistics with an interval over groups, without resampling; for denominators >= 0.
 
-    Leaving out group g changes the ratio by (numerator_g - ratio denominator_g) / (denominator - denominator_g). The
-    standard error is the jackknife's (Efron and Tibshirani 1993, section 11.2) without its factor sqrt((n - 1) / n),
-    with which intervals of few unequal documents covered 92%; the half-width is its Student-t multiple for the
-    effective number of groups n. All NaN where the denominator is not above 0; NaN ends where n is below 2.
+    The half-width is the Student-t multiple of `jackknife_ratio`'s error. All NaN where the denominator is not above 0;
+    NaN ends where the effective number of groups is below 2.
     """
     _check_sums(numerator_GF, denominator_GF, confidence)
-    numerator_GF, denominator_GF = numerator_GF.double(), denominator_GF.double()
-    total_F = denominator_GF.sum(0)
-    estimate_F = torch.where(total_F > 0, numerator_GF.sum(0) / total_F, torch.nan)
-    change_GF = (numerator_GF - estimate_F * denominator_GF) / (total_F - denominator_GF)
-    size_F = effective_groups(denominator_GF)
-    freedom_F = (size_F - 1).clamp(min=1.0)
-    error_F = change_GF.square().sum(0).sqrt()
-    half_F = torch.where(size_F >= 2, student_t_quantile((1 + confidence) / 2, freedom_F) * error_F, torch.nan)
+    estimate_F, error_F, freedom_F = jackknife_ratio(numerator_GF.double(), denominator_GF.double())
+    half_F = student_t_quantile((1 + confidence) / 2, freedom_F.nan_to_num(1.0)) * error_F
+    half_F = torch.where(freedom_F.isnan(), torch.nan, half_F)
     return Interval(estimate_F, estimate_F - half_F, estimate_F + half_F)
 
 
@@ -315,8 +335,10 @@ def auroc_interval(
     """Exact AUROC of one score (ties count one half) with an interval over the groups; float64 scalars.
 
     groups_N names each row's document or group of documents. The number of wins is a quadratic form in the groups'
-    weights, so resampling needs a G x G matrix and no row. All NaN where a class is empty; NaN ends where fewer than
-    two groups contain the label.
+    weights, so resampling needs a G x G matrix and no row. A bootstrap cannot see what no group shows: where all
+    resamples agree, or all losses (or wins) together weigh less than half a group, the interval reaches at least as far
+    as Wilson's for a share over the effective number of groups with the label. All NaN where a class is empty; NaN ends
+    where fewer than two groups contain the label.
     """
     positive_N = positive_N.bool()
     group_N = torch.unique(groups_N, return_inverse=True)[1]
@@ -333,12 +355,16 @@ def auroc_interval(
         return Interval(estimate, torch.full_like(estimate, torch.nan), torch.full_like(estimate, torch.nan))
     tail = (1 - confidence) / 2
     low, high = _quantiles(resampled_R[None], tail, 1 - tail)
-    factor = small_sample_factor(effective_groups(positive_G[:, None]), confidence=confidence)[0]
-    return Interval(
-        estimate,
+    size = effective_groups(positive_G[:, None])[0]
+    factor = small_sample_factor(size, confidence=confidence)
+    low, high = (
         (estimate - factor * (estimate - low[0])).clamp(0, 1),
         (estimate + factor * (high[0] - estimate)).clamp(0, 1),
     )
+    if float(size) >= 2 and (low == high or float(torch.minimum(estimate, 1 - estimate) * size) < 0.5):
+        wilson = wilson_interval(float(estimate), float(size))
+        low, high = low.clamp(max=wilson.low), high.clamp(min=wilson.high)
+    return Interval(estimate, low, high)
 
 
 def _wins_between_groups(scores_N: Tensor, positive_N: Tensor, group_N: Tensor, num_groups: int) -> Tensor:

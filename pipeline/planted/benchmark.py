@@ -25,7 +25,7 @@ from pipeline.storage.tables import arrow_schema, read_table, write_frame
 from pipeline.terminal import Progress, Reporter
 
 WORLD_STAGE, TRIAL_STAGE = "planted_activations", "planted_trial"
-WORLD_VERSION, TRIAL_VERSION = 1, 1
+WORLD_VERSION, TRIAL_VERSION = 1, 2
 RESULTS = "planted_results"
 SCORES_NAME, SCORES_JSON, SCORES_TEXT = "scores.parquet", "scores.json", "scores.txt"
 _DATA = "planted activations"
@@ -161,7 +161,7 @@ def record_job(config: BenchmarkConfig, storage: Storage, job: Job, result: Mapp
 
 
 def scored(config: BenchmarkConfig, storage: Storage, worlds: dict[int, Job], trials: Sequence[Job]) -> pd.DataFrame:
-    """SCORE_COLUMNS over all finished trials, in the order of the recipes, both rules of each."""
+    """SCORE_COLUMNS over all finished trials, in the order of the recipes, every rule of each."""
     truths = {job.key.folder: read_truth(storage, job.key.folder)[1] for job in worlds.values()}
     rows = []
     for name in dict.fromkeys(job.name for job in trials):

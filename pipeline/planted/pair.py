@@ -18,11 +18,12 @@ from pipeline.errors import InputError
 from pipeline.numerics.statistics import auroc_by_latent
 from pipeline.planted.benchmark import RESULTS, SCORES_JSON, SCORES_NAME, SCORES_TEXT
 from pipeline.planted.score import MISTAKES, NOTHING, RULES, SCORE_COLUMNS, TrialScore, score_row, score_text
+from pipeline.planted.trial import called
 from pipeline.run.flow import build_flow
-from pipeline.schema import PLANTED_SHIFT, Ownership, Split, Verdict
+from pipeline.schema import PLANTED_SHIFT, Split
 from pipeline.stages.catalogue import LatentsInputs
 from pipeline.stages.finished_crosscoder import open_crosscoder
-from pipeline.stages.latents import read_latents
+from pipeline.stages.latents import limits_of, read_latents
 from pipeline.stages.row_pass import batches, shard_rows
 from pipeline.stages.step import Step
 from pipeline.storage.activation_store import ActivationStore
@@ -47,7 +48,7 @@ def run(config: RunConfig) -> str:
 
 
 def _rows_of(run_name: str, storage: Storage, step: Step[LatentsInputs]) -> list[dict[str, Any]]:
-    """Both rules of one crosscoder."""
+    """Every rule on one crosscoder."""
     record = read_record(storage, step.key)
     if record is None:
         raise InputError(
@@ -62,13 +63,10 @@ def _rows_of(run_name: str, storage: Storage, step: Step[LatentsInputs]) -> list
     latents = read_latents(storage, step)
     with open_crosscoder(storage, step.inputs.crosscoder.folder) as crosscoder:
         auroc_FL = label_auroc(crosscoder, store)
-    called = {
-        "by_delta_norm": (latents["ownership"] == Ownership.CHAT_ONLY) & (latents["frequency"] > 0),
-        "by_latent_scaling": latents["verdict"] == Verdict.CHAT_SPECIFIC,
-    }
+    calls = called(latents, limits_of(step.inputs.section))
     return [
         score_row(
-            [label_score(auroc_FL, torch.from_numpy(called[rule].to_numpy(copy=True)))],
+            [label_score(auroc_FL, torch.from_numpy(calls[rule].to_numpy(copy=True)))],
             [record.counts["fidelity"]],
             data=run_name,
             recipe=step.crosscoder_name,

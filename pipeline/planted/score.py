@@ -19,7 +19,12 @@ from pipeline.planted.world import Truth
 from pipeline.schema import Column
 from pipeline.terminal import text_table
 
-RULES = {"by_delta_norm": "Delta_norm", "by_latent_scaling": "Latent Scaling"}
+RULES = {
+    "by_delta_norm": "Delta_norm",
+    "by_direction": "direction",
+    "by_latent_scaling": "Latent Scaling",
+    "by_evidence": "evidence",
+}
 """Column of a match table and the name of the rule that it holds."""
 NOTHING = "nothing"
 """Truth of a latent that is like no concept of the chat model."""
@@ -41,7 +46,11 @@ def _interval_columns(name: str, doc: str) -> tuple[Column, ...]:
 SCORE_COLUMNS = (
     Column("data", "string", "what was judged on: planted activations, or the name of a run"),
     Column("recipe", "string", "name of the crosscoder"),
-    Column("rule", "string", "what calls a latent chat-only: Delta_norm alone, or the verdict with Latent Scaling"),
+    Column(
+        "rule",
+        "string",
+        "what calls a latent chat-only: Delta_norm, delta_direction, the verdict by paper, or that by evidence",
+    ),
     *_interval_columns("precision", "share of called latents that are right; NaN where none is called"),
     *_interval_columns("recall", "share of chat-only concepts that a called latent finds"),
     Column("num_called", "float64", "called latents, mean over the trials"),

@@ -71,6 +71,8 @@ class WorldSection(Section):
     """The same of each model's own noise."""
     offset_norm: NonNegativeFloat = 0.3
     """Norm of the constant that each model adds. Larger ones leave most latents dead in a run of minutes."""
+    scale_ratio: PositiveFloat = 1.0
+    """The chat model's rows, noise and offset included, are multiplied by this. It changes no concept's truth."""
 
     def spec(self) -> WorldSpec:
         """The numbers that make the world."""

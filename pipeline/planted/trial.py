@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pipeline.analyses.rows import analyse
 from pipeline.analyses.units import judged_decoder
+from pipeline.analyses.verdict import Limits, by_evidence, by_paper
 from pipeline.cluster.connect import Board
 from pipeline.config.analyses import LatentScalingSection
 from pipeline.config.crosscoder import CrosscoderSection, TrainingSection
@@ -29,9 +30,18 @@ from pipeline.numerics.moments import Moments
 from pipeline.numerics.trainer import CrosscoderTrainer
 from pipeline.planted.settings import RowsSection, WorldSection
 from pipeline.planted.world import World
-from pipeline.schema import CHAT, LATENT_COLUMNS, Column, Ownership, Split, Verdict, latent_corpus_columns
+from pipeline.schema import (
+    CHAT,
+    DELTA_NORM_RANGES,
+    LATENT_COLUMNS,
+    Column,
+    Ownership,
+    Split,
+    Verdict,
+    latent_corpus_columns,
+)
 from pipeline.stages.crosscoder_spec import normalisation_of, spec_of
-from pipeline.stages.latents import verdict_analyses, verdict_table
+from pipeline.stages.latents import limits_of, verdict_analyses, verdict_table
 from pipeline.stages.row_pass import batches, shard_rows
 from pipeline.storage.activation_store import MANIFEST_NAME, ActivationStore, Manifest, Shard, StoredMoments
 from pipeline.storage.filesystem import Storage
@@ -53,7 +63,9 @@ MATCH_COLUMNS = (
     Column("cosine", "float64", "cosine of the two directions"),
     Column("truth", "string", "what that concept is (world.Truth)"),
     Column("by_delta_norm", "bool", "fires, and Delta_norm alone calls it chat-only"),
-    Column("by_latent_scaling", "bool", "the verdict calls it chat-specific"),
+    Column("by_direction", "bool", "fires, and delta_direction lies in Delta_norm's range for chat-only"),
+    Column("by_latent_scaling", "bool", "the verdict by the rule `paper` calls it chat-specific"),
+    Column("by_evidence", "bool", "the verdict by the rule `evidence` calls it chat-specific"),
 )
 
 
@@ -128,7 +140,8 @@ class Trial:
         table, fidelity = judged(crosscoder, store, self.judge)
         columns = (*LATENT_COLUMNS, *latent_corpus_columns((CORPUS,)))
         write_frame(self.storage, f"{item['folder']}/{LATENTS_NAME}", table, arrow_schema(columns))
-        matches = matched(crosscoder, table, *read_truth(self.storage, item["activations"]))
+        truth = read_truth(self.storage, item["activations"])
+        matches = matched(crosscoder, called(table, limits_of(self.judge)), *truth)
         write_frame(self.storage, f"{item['folder']}/{MATCHES_NAME}", matches, arrow_schema(MATCH_COLUMNS))
         return {"folder": item["folder"], "fidelity": fidelity, "seconds": time.monotonic() - started}
 
@@ -170,8 +183,22 @@ def read_truth(storage: Storage, folder: str) -> tuple[Tensor, list[str]]:
     return tensors["direction_CMD"], list(storage.read_json(f"{folder}/{CONCEPTS_NAME}")["truth"])
 
 
-def matched(crosscoder: Crosscoder, table: pd.DataFrame, direction_CMD: Tensor, truth: list[str]) -> pd.DataFrame:
-    """MATCH_COLUMNS: for every latent the concept of the chat model that its chat decoder is most like."""
+def called(table: pd.DataFrame, limits: Limits) -> pd.DataFrame:
+    """latent, and per rule (a key of score.RULES) whether it calls the latent chat-only, from a latent table."""
+    is_live, low = table["frequency"] > 0, DELTA_NORM_RANGES[Ownership.CHAT_ONLY][0]
+    return pd.DataFrame(
+        {
+            "latent": table["latent"],
+            "by_delta_norm": (table["ownership"] == Ownership.CHAT_ONLY) & is_live,
+            "by_direction": (table["delta_direction"] >= low) & is_live,
+            "by_latent_scaling": by_paper(table, limits) == Verdict.CHAT_SPECIFIC,
+            "by_evidence": by_evidence(table, limits) == Verdict.CHAT_SPECIFIC,
+        }
+    )
+
+
+def matched(crosscoder: Crosscoder, calls: pd.DataFrame, direction_CMD: Tensor, truth: list[str]) -> pd.DataFrame:
+    """MATCH_COLUMNS: for every latent of `called` the concept of the chat model that its chat decoder is most like."""
     normalize = torch.nn.functional.normalize
     decoder_FD = normalize(crosscoder.raw_decoder_FMD()[:, CHAT].double().cpu(), dim=1)
     cosine_FC = decoder_FD @ normalize(direction_CMD[:, CHAT].double(), dim=1).T
@@ -181,11 +208,10 @@ def matched(crosscoder: Crosscoder, table: pd.DataFrame, direction_CMD: Tensor, 
     concept_F = np.where(has_chat_F, best.indices.numpy(), -1)
     return pd.DataFrame(
         {
-            "latent": table["latent"],
             "concept": concept_F,
             "cosine": np.where(has_chat_F, best.values.numpy(), np.nan),
             "truth": [truth[concept] if concept >= 0 else "" for concept in concept_F],
-            "by_delta_norm": (table["ownership"] == Ownership.CHAT_ONLY) & (table["frequency"] > 0),
-            "by_latent_scaling": table["verdict"] == Verdict.CHAT_SPECIFIC,
-        }
+            **calls,
+        },
+        columns=[column.name for column in MATCH_COLUMNS],
     )

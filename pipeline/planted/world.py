@@ -57,6 +57,7 @@ class WorldSpec:
     common_noise: float
     own_noise: float
     offset_norm: float
+    scale_ratio: float = 1.0
 
 
 class Concepts(NamedTuple):
@@ -182,6 +183,7 @@ class World:
         x_BMD = torch.einsum("BMC,CMD->BMD", strength_BMC, concepts.direction_CMD)
         x_BMD += spec.common_noise * torch.randn(B, 1, spec.activation_dim, generator=generator)
         x_BMD += spec.own_noise * torch.randn(B, 2, spec.activation_dim, generator=generator) + self.offset_MD
+        x_BMD[:, CHAT] *= spec.scale_ratio
         first = int.from_bytes(hashlib.sha256(f"{part}/{self.seed}/{number}".encode()).digest()[:7])
         doc_id_B = (first + torch.arange(num_documents)).repeat_interleave(length)
         return PlantedRows(x_BMD, doc_id_B, torch.arange(length).repeat(num_documents), present_BC)

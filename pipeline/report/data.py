@@ -13,6 +13,7 @@ from datetime import datetime
 import pandas as pd
 
 from pipeline import schema
+from pipeline.analyses.autointerp_columns import AUTOINTERP_COLUMNS
 from pipeline.errors import ArtifactError
 
 CURVE_COLUMNS = ("step", "loss", "l0", "fve_base", "fve_chat", "dead_frac")
@@ -136,7 +137,7 @@ _REQUIRED = {
     "planted": tuple(column.name for column in schema.PLANTED_COLUMNS),
     "twins": tuple(column.name for column in schema.TWIN_COLUMNS),
     "curves": CURVE_COLUMNS,
-    "autointerp": tuple(column.name for column in schema.AUTOINTERP_COLUMNS),
+    "autointerp": tuple(column.name for column in AUTOINTERP_COLUMNS),
 }
 
 

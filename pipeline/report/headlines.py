@@ -70,14 +70,15 @@ def control_sentences(controls: pd.DataFrame | None) -> list[str]:
         share = f"{fmt.percent(value)} {fmt.percent_interval(row['value_low'], row['value_high'])}"
         if control == Control.STATED:
             number = fmt.decimal(value * num_latents, 1)
-            expected = "None" if number == "0.0" else f"About {number}"
             sentences.append(
-                f"{expected} of the {fmt.count(num_latents)} are expected to be artifacts all the same "
-                f"({share}, by their own bootstrap)."
+                f"At most {number} of the {fmt.count(num_latents)} are expected to be false "
+                f"({fmt.percent(value)}, Benjamini-Hochberg)."
             )
         elif control == Control.RANDOM:
             passed = f"{fmt.count(round(value * num_latents))} of {fmt.count(num_latents)}"
-            sentences.append(f"With random directions in place of the latents', {passed} would have passed ({share}).")
+            sentences.append(
+                f"With other latents' directions in place of their own, {passed} would have passed ({share})."
+            )
         elif control in (Control.NULL_PAIR, Control.NOISE_PAIR):
             sentences.append(f"This is a {control}: every chat-specific latent is false, {share} of all.")
         elif control.startswith(Control.SEED):
@@ -119,8 +120,8 @@ def _confidence_sentences(counts: VerdictSummary, crosscoder: CrosscoderReport) 
     verdicts = counts.by_verdict
     sentences = [
         f"{fmt.count(counts.num_confident_specific)} of the {fmt.count(counts.num_specific)} are confident: nu_eps "
-        f"below {crosscoder.nu_eps_threshold:g} and nu_r below {crosscoder.nu_r_threshold:g} over their whole "
-        "95% intervals."
+        f"below {crosscoder.nu_eps_threshold:g} and nu_r below {crosscoder.nu_r_threshold:g} at the run's false "
+        "discovery rate."
     ]
     if counts.num_artifacts:
         verb = "is an artifact" if counts.num_artifacts == 1 else "are artifacts"

@@ -220,7 +220,7 @@ def _segments(counts: VerdictSummary) -> list[Segment]:
     unsure = counts.num_specific - counts.num_confident_specific
     parts = [
         Segment("chat-specific, confident", counts.num_confident_specific, "specific"),
-        Segment("chat-specific, interval crosses a threshold", unsure, "specific-soft"),
+        Segment("chat-specific, not confident", unsure, "specific-soft"),
     ]
     parts += [
         Segment(verdict, counts.by_verdict[verdict], VERDICT_ROLES[verdict])

@@ -47,6 +47,8 @@ NUM_SERIES = 6
 
 VERDICT_ROLES = {
     Verdict.CHAT_SPECIFIC: "specific",
+    Verdict.STRONGER: "plain",
+    Verdict.ROTATED: "plain",
     Verdict.SHRINKAGE: "shrinkage",
     Verdict.DECOUPLING: "decoupling",
     Verdict.BOTH: "both",

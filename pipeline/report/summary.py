@@ -48,10 +48,10 @@ class VerdictSummary(NamedTuple):
     num_latents: int
     num_alive: int
     num_chat_only: int
-    """Latents with a verdict of Verdict.CHAT_ONLY."""
+    """Alive latents that Delta_norm calls chat-only or the evidence calls chat-specific."""
     by_verdict: dict[str, int]
     num_confident_specific: int
-    """Chat-specific with both intervals on the right side of their thresholds."""
+    """Chat-specific at the run's false discovery rate."""
     num_confident_artifacts: int
     has_scaling: bool
     """Whether Latent Scaling was run; without it every chat-only latent is undecided."""
@@ -89,7 +89,7 @@ def verdict_summary(latents: pd.DataFrame) -> VerdictSummary:
 
 
 def chat_only_rows(latents: pd.DataFrame) -> pd.DataFrame:
-    """The live latents that Delta_norm calls chat-only."""
+    """The live latents that Delta_norm calls chat-only or the evidence calls chat-specific."""
     return latents[latents["verdict"].isin(Verdict.CHAT_ONLY)]
 
 

@@ -15,13 +15,14 @@ VERDICT_ROWS = (
     ("latents alive / all", "alive"),
     ("FVE base / chat", "fve"),
     ("L0", "l0"),
-    ("chat-only by Delta_norm", "chat_only"),
+    ("chat-only by norm or evidence", "chat_only"),
     ("  chat-specific (confident)", Verdict.CHAT_SPECIFIC),
     ("  shrinkage artifact", Verdict.SHRINKAGE),
     ("  decoupling artifact", Verdict.DECOUPLING),
     ("  shrinkage and decoupling", Verdict.BOTH),
     ("  undecided", Verdict.UNDECIDED),
     ("  withheld", Verdict.WITHHELD),
+    ("stronger in chat / rotated", Verdict.STRONGER),
     ("base-only", Verdict.BASE_ONLY),
     ("shared / other", "shared"),
 )
@@ -75,6 +76,9 @@ def _column(crosscoder: CrosscoderReport) -> dict[str, str]:
     column["alive"] = f"{fmt.count(counts.num_alive)} / {fmt.count(counts.num_latents)}"
     column["chat_only"] = fmt.count(counts.num_chat_only)
     column["shared"] = f"{fmt.count(counts.by_verdict[Verdict.SHARED])} / {fmt.count(counts.by_verdict[Verdict.OTHER])}"
+    column[Verdict.STRONGER] = " / ".join(
+        fmt.count(counts.by_verdict[name]) for name in (Verdict.STRONGER, Verdict.ROTATED)
+    )
     column[Verdict.BASE_ONLY] = fmt.count(counts.by_verdict[Verdict.BASE_ONLY])
     column[Verdict.UNDECIDED] = share_of(counts.by_verdict[Verdict.UNDECIDED], counts.num_chat_only)
     num_withheld = counts.by_verdict[Verdict.WITHHELD]

@@ -22,6 +22,7 @@ from pipeline.analyses.autointerp import (
     interpretation_table,
     quiet_windows,
 )
+from pipeline.analyses.autointerp_columns import ANSWER_COLUMNS, AUTOINTERP_COLUMNS, InterpStatus
 from pipeline.analyses.autointerp_prompts import Cost, cost_text
 from pipeline.analyses.latent_sets import interpreted_latents
 from pipeline.cluster.pools import run_task
@@ -30,7 +31,7 @@ from pipeline.config.resources import EndpointSection
 from pipeline.errors import InputError
 from pipeline.models.endpoint import Endpoint, EndpointOptions, read_key
 from pipeline.models.loading import load_tokenizer
-from pipeline.schema import ANSWER_COLUMNS, AUTOINTERP_COLUMNS, InterpStatus, Split
+from pipeline.schema import Split
 from pipeline.stages.catalogue import AutointerpInputs
 from pipeline.stages.examples import EXAMPLES_NAME
 from pipeline.stages.finished_crosscoder import open_crosscoder

@@ -129,7 +129,7 @@ class LatentsInputs(StageInputs):
     """The latent table: Latent Scaling, ownership and verdict."""
 
     NAME = "latents"
-    VERSION = 5
+    VERSION = 6
     READS = ("crosscoder", "activations", "evidence")
     section: LatentScalingSection
     crosscoder: CrosscoderStep
@@ -188,7 +188,7 @@ class PlantedInputs(AnalysisInputs):
     """Latents scored by planted labels."""
 
     NAME = "planted"
-    VERSION = 4
+    VERSION = 5
     READS = (*_ANALYSIS_READS, "tokens")
     section: PlantedSection
 
@@ -198,7 +198,7 @@ class ControlsInputs(AnalysisInputs):
     """Controls of a crosscoder's verdict."""
 
     NAME = "controls"
-    VERSION = 3
+    VERSION = 4
     section: ControlsSection
     other_seeds: tuple[Step[LatentsInputs], ...]
     """Latent tables of the run's crosscoders that differ from this one in their seed alone."""
@@ -229,7 +229,7 @@ class SteeringInputs(AnalysisInputs):
     """Answers under steering."""
 
     NAME = "steering"
-    VERSION = 2
+    VERSION = 3
     READS = (*_ANALYSIS_READS, "tokens", "organism", "planted")
     section: SteeringSection
     planted: Step[PlantedInputs] | None

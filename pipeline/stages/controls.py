@@ -11,13 +11,14 @@ import pandas as pd
 
 from pipeline.analyses import controls
 from pipeline.analyses.latent_scaling import LatentScaling
-from pipeline.analyses.ownership import chat_only_latents, delta_norm
+from pipeline.analyses.ownership import delta_norm
 from pipeline.analyses.rows import RowAnalysis, Sums
 from pipeline.analyses.units import judged_decoder
+from pipeline.analyses.verdict import SHARED_HIGH
 from pipeline.schema import CHAT, CONTROL_COLUMNS, SEED_COLUMNS, Verdict
 from pipeline.stages.catalogue import ControlsInputs, LatentsInputs
 from pipeline.stages.finished_crosscoder import open_crosscoder
-from pipeline.stages.latents import read_latents
+from pipeline.stages.latents import latent_scaling, limits_of, read_latents
 from pipeline.stages.row_pass import Measured
 from pipeline.stages.step import StageContext, Step
 from pipeline.storage.tables import arrow_schema, numbers_of, write_frame
@@ -36,7 +37,7 @@ class ControlsWork:
         self._random = random_scaling(step.inputs, measured)
 
     def first_pass(self) -> Mapping[str, RowAnalysis]:
-        """Latent Scaling with random directions; nothing where no latent is chat-only."""
+        """Latent Scaling with random directions; nothing where no latent could be chat-specific."""
         return {} if self._random is None else {"random": self._random}
 
     def publish(self, sums: Mapping[str, Sums]) -> None:
@@ -47,21 +48,15 @@ class ControlsWork:
 
 
 def random_scaling(inputs: ControlsInputs, measured: Measured) -> LatentScaling | None:
-    """Latent Scaling of the chat-only latents with random directions; None where there is no such latent."""
-    scaling = inputs.latents.inputs.section
+    """Latent Scaling, along other latents' directions, of those that could be called chat-specific; None for none."""
     rms_M = measured.store.manifest.training_moments().variance_M().sqrt()
     W_dec_FMD = judged_decoder(measured.crosscoder, rms_M).W_dec_FMD
-    chosen = chat_only_latents(delta_norm(W_dec_FMD)).sort().values
+    chosen = (delta_norm(W_dec_FMD) > SHARED_HIGH).nonzero().squeeze(1)
     if not len(chosen):
         return None
-    return LatentScaling(
-        measured.crosscoder,
-        num_groups=scaling.num_groups,
-        num_resamples=scaling.num_resamples,
-        seed=scaling.seed,
-        direction_FD=controls.random_directions(W_dec_FMD[chosen, CHAT], seed=inputs.section.seed),
-        latents=chosen,
-        rms_M=rms_M,
+    direction_FD = controls.random_directions(W_dec_FMD[:, CHAT], chosen, seed=inputs.section.seed)
+    return latent_scaling(
+        measured.crosscoder, inputs.latents.inputs.section, direction_FD=direction_FD, latents=chosen, rms_M=rms_M
     )
 
 
@@ -70,17 +65,9 @@ def publish_controls(
 ) -> None:
     """Write both tables and the record; `random` is the table of `random_scaling`."""
     inputs, storage = step.inputs, context.storage
-    scaling = inputs.latents.inputs.section
     latents = read_latents(storage, inputs.latents)
-    rows = [
-        controls.stated_row(latents),
-        controls.random_row(
-            latents,
-            random,
-            thresholds=(scaling.nu_eps_threshold, scaling.nu_r_threshold),
-            min_documents=scaling.min_documents,
-        ),
-    ]
+    limits = limits_of(inputs.latents.inputs.section)
+    rows = [controls.stated_row(latents), controls.random_row(latents, random, limits)]
     if inputs.noise is not None:
         rows.append(controls.false_calls_row(latents, noise=inputs.noise))
     seeds = [_matched(inputs, other, latents, context) for other in inputs.other_seeds]

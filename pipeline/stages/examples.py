@@ -69,7 +69,15 @@ class ExamplesWork:
         else:
             chosen = latents_with(latents, [Verdict.CHAT_SPECIFIC])
             chosen += latents_with(
-                latents, [*Verdict.ARTIFACTS, Verdict.UNDECIDED, Verdict.WITHHELD, Verdict.BASE_ONLY]
+                latents,
+                [
+                    *Verdict.ARTIFACTS,
+                    Verdict.UNDECIDED,
+                    Verdict.WITHHELD,
+                    Verdict.STRONGER,
+                    Verdict.ROTATED,
+                    Verdict.BASE_ONLY,
+                ],
             )
             chosen = list(dict.fromkeys([*chosen[: section.max_latents], *section.latents]))
         strongest = self._examples.table_of(sums["examples"], chosen)

@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 import pandas as pd
 
 from pipeline.analyses.autointerp import Interpretation, InterpTask, TokenWindow, detection
+from pipeline.analyses.autointerp_columns import ANSWER_COLUMNS, InterpStatus
 from pipeline.analyses.autointerp_prompts import (
     Cost,
     Message,
@@ -28,7 +29,6 @@ from pipeline.analyses.autointerp_prompts import (
     parse_explanation,
 )
 from pipeline.models.endpoint import Endpoint, Stopped
-from pipeline.schema import ANSWER_COLUMNS, InterpStatus
 from pipeline.storage.filesystem import Storage
 
 Parsed = TypeVar("Parsed")
@@ -85,7 +85,7 @@ class Answers:
         self._kept[one.name] = one
 
     def table(self, latents: Sequence[int]) -> pd.DataFrame:
-        """schema.ANSWER_COLUMNS of these latents, in their order."""
+        """ANSWER_COLUMNS of these latents, in their order."""
         place = {latent: index for index, latent in enumerate(latents)}
         kept = sorted(
             (one for one in self._kept.values() if one.latent in place), key=lambda k: (place[k.latent], k.name)

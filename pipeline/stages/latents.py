@@ -11,15 +11,23 @@ from pipeline.analyses.activation_statistics import ActivationStatistics
 from pipeline.analyses.controls import stated_error
 from pipeline.analyses.fidelity import Fidelity
 from pipeline.analyses.latent_scaling import LatentScaling
-from pipeline.analyses.ownership import ownership_table
+from pipeline.analyses.ownership import delta_norm, ownership_table
 from pipeline.analyses.rows import RowAnalysis, Sums
 from pipeline.analyses.twins import Twins
 from pipeline.analyses.units import JudgedDecoder, judged_decoder
-from pipeline.analyses.verdict import artifact_frac, latent_table, verdict_counts, with_calls_withheld, with_twins
+from pipeline.analyses.verdict import (
+    SHARED_LOW,
+    Limits,
+    artifact_frac,
+    latent_table,
+    verdict_counts,
+    with_calls_withheld,
+    with_twins,
+)
 from pipeline.config.analyses import LatentScalingSection
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.numerics.recipes import reads_difference
-from pipeline.schema import LATENT_COLUMNS, TWIN_COLUMNS, Ownership, Verdict, latent_corpus_columns
+from pipeline.schema import BASE, LATENT_COLUMNS, TWIN_COLUMNS, Ownership, Verdict, latent_corpus_columns
 from pipeline.stages.catalogue import LatentsInputs
 from pipeline.stages.evidence import judgement_of
 from pipeline.stages.finished_crosscoder import open_crosscoder
@@ -81,22 +89,32 @@ def verdict_analyses(
     rms_M is the root mean square of each model's rows (units.py).
     """
     num_latents = crosscoder.num_latents
-    return {
+    analyses: dict[str, RowAnalysis] = {
         "fidelity": Fidelity(
             activation_dim=crosscoder.activation_dim,
             num_latents=num_latents,
             is_difference=reads_difference(crosscoder),
         ),
-        "scaling": LatentScaling(
-            crosscoder,
-            num_groups=section.num_groups,
-            num_resamples=section.num_resamples,
-            seed=section.seed,
-            thresholds=(section.nu_eps_threshold, section.nu_r_threshold),
-            rms_M=rms_M,
-        ),
+        "scaling": latent_scaling(crosscoder, section, rms_M=rms_M),
         "templates": ActivationStatistics(num_latents=num_latents, corpora=corpora),
     }
+    may_be_base_only_F = delta_norm(judged_decoder(crosscoder, rms_M).W_dec_FMD) < SHARED_LOW
+    if section.rule == "evidence" and may_be_base_only_F.any():
+        chosen = may_be_base_only_F.nonzero().squeeze(1)
+        analyses["base_scaling"] = latent_scaling(crosscoder, section, rms_M=rms_M, owner=BASE, latents=chosen)
+    return analyses
+
+
+def latent_scaling(crosscoder: Crosscoder, section: LatentScalingSection, **options: Any) -> LatentScaling:
+    """Latent Scaling with the settings of a section; `options` are its further arguments."""
+    return LatentScaling(
+        crosscoder,
+        num_groups=section.num_groups,
+        num_resamples=section.num_resamples,
+        seed=section.seed,
+        thresholds=(section.nu_eps_threshold, section.nu_r_threshold),
+        **options,
+    )
 
 
 def verdict_table(decoder: JudgedDecoder, tables: Mapping[str, Any], section: LatentScalingSection) -> pd.DataFrame:
@@ -105,9 +123,19 @@ def verdict_table(decoder: JudgedDecoder, tables: Mapping[str, Any], section: La
         ownership_table(decoder),
         tables["scaling"],
         tables["templates"],
-        nu_eps_threshold=section.nu_eps_threshold,
-        nu_r_threshold=section.nu_r_threshold,
+        base_scaling=tables.get("base_scaling"),
+        limits=limits_of(section),
+        rule=section.rule,
+    )
+
+
+def limits_of(section: LatentScalingSection) -> Limits:
+    """The numbers that the verdict depends on."""
+    return Limits(
+        nu_eps=section.nu_eps_threshold,
+        nu_r=section.nu_r_threshold,
         min_documents=section.min_documents,
+        false_discovery_rate=section.false_discovery_rate,
     )
 
 

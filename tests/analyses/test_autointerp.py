@@ -20,6 +20,7 @@ from pipeline.analyses.autointerp import (
     interpretation_table,
     quiet_windows,
 )
+from pipeline.analyses.autointerp_columns import AUTOINTERP_COLUMNS, InterpStatus
 from pipeline.analyses.autointerp_prompts import (
     Cost,
     again_messages,
@@ -35,7 +36,7 @@ from pipeline.analyses.autointerp_prompts import (
 )
 from pipeline.analyses.latent_sets import interpreted_latents
 from pipeline.errors import InputError
-from pipeline.schema import AUTOINTERP_COLUMNS, EXAMPLE_COLUMNS, InterpStatus, Verdict
+from pipeline.schema import EXAMPLE_COLUMNS, Verdict
 
 SIZES = Sizes(num_explaining=4, num_active=3, num_quiet=4, seed=0)
 

@@ -94,3 +94,18 @@ def test_bad_input_is_refused() -> None:
         LatentScaling(Crosscoder(4, 2, 2), num_groups=2)
     with pytest.raises(InputError, match=r"directions \[4, 2\], got \[4, 3\]"):
         LatentScaling(Crosscoder(4, 2, 2), direction_FD=torch.zeros(4, 3))
+
+
+def test_the_base_models_view_is_that_of_the_pair_with_its_models_exchanged(make_world: Callable) -> None:
+    world = make_world(num_documents=60)
+    chosen = torch.tensor([1, 4, 6])
+    mirrored = LatentScaling(world.crosscoder, num_resamples=50, owner=0, latents=chosen)
+    table = mirrored.table(analyse({"s": mirrored}, world.batches())["s"])
+    with torch.no_grad():
+        for weights in (world.crosscoder.W_enc_FMD, world.crosscoder.W_dec_FMD, world.crosscoder.b_dec_MD):
+            weights.copy_(weights.flip(-2))
+    world.rows["x"] = world.rows["x"].flip(1)
+    exchanged = LatentScaling(world.crosscoder, num_resamples=50, latents=chosen)
+    expected = exchanged.table(analyse({"s": exchanged}, world.batches())["s"])
+    pd.testing.assert_frame_equal(table, expected, rtol=1e-4, atol=1e-6)
+    assert table["p_value"].notna().any()

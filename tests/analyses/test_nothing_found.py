@@ -12,12 +12,12 @@ from pipeline.analyses.examples import Examples, contexts
 from pipeline.analyses.fidelity import Fidelity
 from pipeline.analyses.latent_scaling import LatentScaling
 from pipeline.analyses.latent_sets import latents_with
-from pipeline.analyses.ownership import chat_only_latents, delta_norm, ownership_table
+from pipeline.analyses.ownership import delta_norm, ownership_table
 from pipeline.analyses.planted import MeanDifference, Planted
 from pipeline.analyses.rows import analyse
 from pipeline.analyses.twins import Twins
 from pipeline.analyses.units import judged_decoder
-from pipeline.analyses.verdict import latent_table, verdict_counts, with_twins
+from pipeline.analyses.verdict import Limits, latent_table, verdict_counts, with_twins
 from pipeline.schema import LATENT_COLUMNS, Verdict
 
 
@@ -44,7 +44,7 @@ def test_a_pair_without_a_difference_gives_shared_and_dead_latents_and_no_number
     ownership = ownership_table(judged_decoder(crosscoder))
     table = with_twins(latent_table(ownership, tables["scaling"], tables["templates"]), tables["twins"])
 
-    assert not len(chat_only_latents(delta_norm(crosscoder.W_dec_FMD.detach())))
+    assert not (delta_norm(crosscoder.W_dec_FMD.detach()) >= 0.9).any()
     counts = verdict_counts(table)
     assert counts[Verdict.SHARED] + counts[Verdict.DEAD] == 12
     assert counts[Verdict.DEAD] >= 1
@@ -67,5 +67,5 @@ def test_a_pair_without_a_difference_gives_shared_and_dead_latents_and_no_number
     chosen = analyses["examples"].table_of(sums["examples"], [])
     assert contexts(chosen, world.batches(), window_tokens=2, token_texts=lambda ids: [str(i) for i in ids]).empty
     assert np.isnan(stated_row(table)["value"])
-    assert np.isnan(random_row(table, None, thresholds=(0.2, 0.5), min_documents=10)["value"])
+    assert np.isnan(random_row(table, None, Limits())["value"])
     assert false_calls_row(table, noise=0.0)["value"] == 0

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from pipeline.analyses.ownership import chat_only_latents, delta_norm, ownership_table
+from pipeline.analyses.ownership import delta_direction, delta_norm, ownership_table
 from pipeline.analyses.units import JudgedDecoder
 from pipeline.errors import InputError
 from pipeline.schema import Ownership
@@ -45,6 +45,16 @@ def test_classes_norms_and_cosines() -> None:
     assert table["decoder_cosine"].tolist() == pytest.approx([math.nan, math.nan, 1, 0, 0, math.nan], nan_ok=True)
 
 
+def test_directional_ownership_counts_the_base_row_along_the_chat_direction_only() -> None:
+    """Rows: equal, orthogonal, half along, reversed, without base, without chat."""
+    chat, base = (
+        [[2.0, 0.0]] * 5 + [[0.0, 0.0]],
+        [[2.0, 0.0], [0.0, 2.0], [1.0, 5.0], [-2.0, 0.0], [0.0, 0.0], [1.0, 0.0]],
+    )
+    values = delta_direction(torch.tensor([base, chat]).transpose(0, 1)).tolist()
+    assert values == pytest.approx([0.5, 1, 0.75, 0.5, 1, math.nan], nan_ok=True)
+
+
 @pytest.mark.parametrize(
     ("ratio", "expected"), [(0.199, "chat-only"), (0.21, "other"), (0.79, "other"), (0.81, "shared"), (1.0, "shared")]
 )
@@ -53,12 +63,6 @@ def test_class_ends_lie_where_the_paper_puts_them(ratio: float, expected: str) -
     decoder = torch.tensor([[[ratio], [1.0]], [[1.0], [ratio]]])
     mirrored = {"chat-only": "base-only"}.get(expected, expected)
     assert ownership_table(_judged(decoder))["ownership"].tolist() == [expected, mirrored]
-
-
-def test_chat_only_latents_are_sorted_and_may_be_none() -> None:
-    values = torch.tensor([0.95, 0.5, 1.0, math.nan, 0.9, 0.95])
-    assert chat_only_latents(values).tolist() == [2, 0, 5, 4]
-    assert chat_only_latents(values[1:2]).tolist() == []
 
 
 def test_one_model_has_no_owner() -> None:

@@ -70,11 +70,11 @@ def pair() -> ModelPair:
     return ModelPair(*decoders, tokenizer)
 
 
-def _direction_towards(pair: ModelPair, word: str, max_activation: float) -> Direction:
+def _direction_towards(pair: ModelPair, word: str, max_contribution: float) -> Direction:
     """What the head reads as one word: far along it, every answer is that word."""
     index = pair.tokenizer.convert_tokens_to_ids(word)
     row = pair.decoders[CHAT].model.lm_head.weight[index].detach()
-    return Direction(7, row / row.norm(), max_activation)
+    return Direction(7, row / row.norm(), max_contribution)
 
 
 def _requests(pair: ModelPair) -> list[SteeringRequest]:
@@ -119,7 +119,7 @@ def test_answers_and_nll_equal_each_prompt_alone(pair: ModelPair) -> None:
     (direction,) = request.directions
     table, samples = steer(pair, [request], OPTIONS._replace(prompts_per_batch=2, num_samples=3))
     for control, scale in (("none", 0.0), ("latent", 0.5)):
-        steering = Steering(scale * direction.max_activation * direction.unit_D)
+        steering = Steering(scale * direction.max_contribution * direction.unit_D)
         nll, num_tokens, texts = 0.0, 0, []
         for message in request.prompts.prompts:
             ids = prompt_ids(pair.tokenizer, [{"role": "user", "content": message}])
@@ -156,7 +156,7 @@ def test_answers_that_are_all_empty_have_no_nll(pair: ModelPair) -> None:
     assert table[table["control"] == "latent"]["rate"].iloc[0] == 0
 
 
-def test_directions_are_unit_chat_decoders_with_the_latent_maximum() -> None:
+def test_directions_are_unit_chat_decoders_with_the_largest_contribution() -> None:
     crosscoder = Crosscoder(4, 2, WIDTH)
     with torch.no_grad():
         crosscoder.W_dec_FMD.copy_(torch.randn(crosscoder.W_dec_FMD.shape, generator=torch.Generator().manual_seed(0)))
@@ -165,7 +165,12 @@ def test_directions_are_unit_chat_decoders_with_the_latent_maximum() -> None:
     (direction,) = directions_of(crosscoder, latents, [0])
     expected = crosscoder.W_dec_FMD[0, CHAT].detach()
     torch.testing.assert_close(direction.unit_D * expected.norm(), expected)
-    assert direction.max_activation == 1.5
+    assert direction.max_contribution == pytest.approx(1.5 * float(expected.norm()))
+    with torch.no_grad():
+        crosscoder.W_dec_FMD[0] /= 20  # codes 20 times as large: what is added stays the same
+    (rescaled,) = directions_of(crosscoder, latents.assign(max_activation=20 * latents["max_activation"]), [0])
+    assert rescaled.max_contribution == pytest.approx(direction.max_contribution)
+    torch.testing.assert_close(rescaled.unit_D, direction.unit_D)
     for latent in (1, 2, 3):
         with pytest.raises(InputError, match=f"latent {latent} has maximal activation"):
             directions_of(crosscoder, latents, [latent])

@@ -40,7 +40,8 @@ def test_divergence_equals_a_loop_over_rows(batch_of: Callable) -> None:
     assert list(table.columns) == [column.name for column in TWIN_COLUMNS]
     assert len(table) == 4
     for _, row in table.iterrows():
-        a, b = code[:, int(row["latent_chat"])], code[:, int(row["latent_base"])]
+        chat, base = int(row["latent_chat"]), int(row["latent_base"])
+        a, b = (code[:, j] * _decoder()[j, model].norm() for j, model in ((chat, 1), (base, 0)))
         largest = max(float(a.max()), float(b.max()))
         split = either = 0
         for x, y in zip((a / largest).tolist(), (b / largest).tolist(), strict=True):
@@ -48,6 +49,23 @@ def test_divergence_equals_a_loop_over_rows(batch_of: Callable) -> None:
             either += x > 0.4 or y > 0.4
         assert row["num_high_rows"] == either
         assert row["divergence"] == pytest.approx(split / either)
+
+
+def test_divergence_does_not_depend_on_how_code_and_decoder_share_their_scale(batch_of: Callable) -> None:
+    generator = torch.Generator().manual_seed(1)
+    code = torch.rand(200, 5, generator=generator)
+    code[:, 2] = code[:, 0] / 2 + 0.1 * code[:, 2]  # fires with its twin, whose row is half as long
+
+    def divergence(factor: float) -> float:
+        W_dec_FMD, scaled = _decoder(), code.clone()
+        W_dec_FMD[0] /= factor
+        scaled[:, 0] *= factor
+        analysis = Twins(W_dec_FMD=W_dec_FMD)
+        table = analysis.table(analyse({"t": analysis}, [batch_of(scaled, torch.arange(200))])["t"])
+        return float(table["divergence"][0])
+
+    assert divergence(1) < 0.05
+    assert divergence(20) == pytest.approx(divergence(1))
 
 
 def test_twins_on_different_rows_diverge_fully_and_on_the_same_rows_not_at_all(batch_of: Callable) -> None:

@@ -218,9 +218,12 @@ def test_auroc_edges() -> None:
     groups = torch.arange(6)
     positive = torch.tensor([True, True, True, False, False, False])
     perfect = auroc_interval(torch.tensor([3.0, 3, 2, 1, 1, 0]), positive, groups)
-    assert [float(value) for value in perfect] == [1.0, 1.0, 1.0]
+    assert [float(value) for value in perfect] == pytest.approx(
+        [1.0, 3 / (3 + 1.96**2), 1.0], abs=1e-4
+    )  # Wilson, 3 of 3
     constant = auroc_interval(torch.zeros(6), positive, groups)
-    assert [float(value) for value in constant] == [0.5, 0.5, 0.5]
+    half = 1.96 * (0.25 / 3 + 1.96**2 / 36) ** 0.5 / (1 + 1.96**2 / 3)
+    assert [float(value) for value in constant] == pytest.approx([0.5, 0.5 - half, 0.5 + half], abs=1e-4)
     for labels in (torch.zeros(6, dtype=torch.bool), torch.ones(6, dtype=torch.bool)):
         assert all(value.isnan() for value in auroc_interval(torch.rand(6), labels, groups))
     single = auroc_interval(torch.rand(6), positive, torch.zeros(6))
@@ -228,6 +231,18 @@ def test_auroc_edges() -> None:
     assert single.low.isnan()
     none = auroc_interval(torch.zeros(0), torch.zeros(0), torch.zeros(0))
     assert all(value.isnan() for value in none)
+
+
+@pytest.mark.parametrize("num_wrong", [0, 1])
+def test_an_auroc_of_hardly_any_mistake_is_not_certain(num_wrong: int) -> None:
+    """20 documents of 50 rows: none, or one of 10,000 pairs in the wrong order. It printed as 1.00 [1.00, 1.00]."""
+    positive = torch.arange(1000) % 5 == 0
+    scores = positive.double() + 1e-4 * torch.arange(1000)
+    scores[1] = 1.5 if num_wrong else 0.0
+    interval = auroc_interval(scores, positive, torch.arange(1000) // 50)
+    assert float(interval.estimate) > 0.99
+    assert 0.8 < float(interval.low) < 0.9  # 20 of 20: 0.84
+    assert float(interval.high) == 1
 
 
 def test_auroc_intervals_cover_the_truth() -> None:

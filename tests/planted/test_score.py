@@ -8,7 +8,7 @@ import torch
 
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.planted.pair import label_score
-from pipeline.planted.score import mean_interval, score_row, score_text, trial_score
+from pipeline.planted.score import RULES, mean_interval, score_row, score_text, trial_score
 from pipeline.planted.trial import matched
 
 TRUTH = ["chat-only", "chat-only", "shared", "half-present", "base-only"]
@@ -21,8 +21,7 @@ def table(rows: list[tuple[int, float, bool]]) -> pd.DataFrame:
             "concept": [row[0] for row in rows],
             "cosine": [row[1] for row in rows],
             "truth": [TRUTH[row[0]] for row in rows],
-            "by_delta_norm": [row[2] for row in rows],
-            "by_latent_scaling": [row[2] for row in rows],
+            **{rule: [row[2] for row in rows] for rule in RULES},
         }
     )
 
@@ -66,9 +65,8 @@ def test_a_latent_is_matched_by_its_chat_decoder_with_a_concept_that_the_chat_mo
         crosscoder.W_dec_FMD[0, 1] = torch.tensor([3.0, 0, 0, 0])
         crosscoder.W_dec_FMD[1, 1] = torch.tensor([-1.0, 0.5, 0, 0])
         crosscoder.W_dec_FMD[2, 0] = torch.tensor([1.0, 0, 0, 0])
-    latents = pd.DataFrame({"latent": range(4), "ownership": "chat-only", "frequency": 0.1, "verdict": "shared"})
-    latents.loc[3, "frequency"] = 0
-    found = matched(crosscoder, latents, direction_CMD, TRUTH)
+    calls = table([(0, 0.0, True)] * 3 + [(0, 0.0, False)])[[*RULES]].assign(latent=range(4), by_latent_scaling=False)
+    found = matched(crosscoder, calls, direction_CMD, TRUTH)
     assert found["concept"].tolist() == [0, 1, -1, -1]
     assert found["cosine"][0] == pytest.approx(1) and found["cosine"][1] == pytest.approx(0.5 / 1.25**0.5)
     assert found["by_delta_norm"].tolist() == [True, True, True, False]

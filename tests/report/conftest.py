@@ -13,13 +13,14 @@ import pandas as pd
 import pytest
 
 from pipeline import schema
+from pipeline.analyses.autointerp_columns import InterpStatus
 from pipeline.report.data import (
     CrosscoderReport,
     LineageRow,
     ModelPairInfo,
     ReportData,
 )
-from pipeline.schema import InterpStatus, Verdict
+from pipeline.schema import Verdict
 
 BEHAVIORS = ("refusal_harm", "refusal_secret", "correction", "personal")
 HOSTILE = "<script>alert(1)</script>\"'</script>&amp;\u2028<!--"

@@ -14,11 +14,11 @@ from runs import Finished, command, environment, run_file
 from talker import Reply, Request, Talker, chat_reply, honest, talking
 
 from pipeline.analyses.autointerp import Interpretation, InterpTask, TokenWindow, interpretation_table
+from pipeline.analyses.autointerp_columns import ANSWER_COLUMNS, InterpStatus
 from pipeline.config.run_file import load
 from pipeline.errors import CrossrayError, InputError
 from pipeline.models.endpoint import Endpoint, EndpointOptions
 from pipeline.run import runner
-from pipeline.schema import ANSWER_COLUMNS, InterpStatus
 from pipeline.stages.interviews import Answers, Interview, control_all, interview_all, pending_cost
 from pipeline.storage.filesystem import Storage
 from pipeline.terminal import SilentReporter

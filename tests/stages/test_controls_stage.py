@@ -29,10 +29,10 @@ def test_every_verdict_comes_with_its_stated_error_and_a_control(finished: Finis
     called = latents[latents["verdict"] == Verdict.CHAT_SPECIFIC]
     stated = table.iloc[0]
     assert stated["num_latents"] == len(called)
-    assert stated["value"] == pytest.approx(called["artifact_probability"].fillna(1).mean(), nan_ok=True)
+    assert stated["value"] == pytest.approx(called["q_value"].fillna(1).max(), nan_ok=True)
     counts = finished.counts(f"latents {name}")
     assert counts["stated_false_discovery_rate"] == pytest.approx(stated["value"], nan_ok=True)
-    is_judged = (latents["ownership"] == "chat-only") & (latents["num_documents"] >= 10)
+    is_judged = (latents["delta_norm"] > 0.6) & (latents["num_documents"] >= 10)
     assert table.iloc[1]["num_latents"] == is_judged.sum()
     seeds = finished.table(f"controls {name}", controls.SEEDS_NAME)
     assert list(seeds.columns) == [column.name for column in SEED_COLUMNS]
