@@ -7,7 +7,7 @@ Model order: 0 = base, 1 = chat. Delta_norm: 1 = chat-only, 0 = base-only.
 
 from collections.abc import Iterable
 from enum import IntFlag
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 SCHEMA_VERSION = 1
 """Raised when a column, bit or file layout changes meaning; older artifacts are then refused by name."""
@@ -37,14 +37,43 @@ class Flag(IntFlag):
     USER = 4
     """Content of a user turn (system prompts count as template)."""
     ASSISTANT = 8
-    """Content of an assistant turn."""
+    """Written by the assistant: answers, reasoning, tool calls."""
     BOS = 16
-    """The document's first token, if it is the tokenizer's BOS."""
+    """The tokenizer's BOS, wherever it stands. BOS is SPECIAL and neither TEMPLATE nor any speaker's. Where the token
+    with which a template opens every turn is named as BOS, only a document's first one counts."""
+    REASONING = 32
+    """Reasoning: beside ASSISTANT, or beside TEMPLATE for the tag that closes it."""
+    TOOL = 64
+    """A tool call (beside ASSISTANT), or what a tool answered."""
+    HISTORY = 128
+    """Earlier turns in the document of a later answer: context, which has its rows in its own document."""
 
 
 PLANTED_SHIFT = 8
 """Bit of the first planted label; label i of the corpus' label list has bit PLANTED_SHIFT + i."""
 MAX_PLANTED_LABELS = 16
+
+
+TURN_BITS = 10
+"""Bits of a turn's number in the doc_id of a document that holds one answer of its dialogue."""
+
+
+def turn_id(dialogue_id: int, turn: int) -> int:
+    """The doc_id of one answer of a dialogue: negative, distinct for each turn, and it tells the conversation."""
+    return ~((dialogue_id >> TURN_BITS << TURN_BITS) | turn)
+
+
+_DocId = TypeVar("_DocId", bound=Any)
+
+
+def conversation_of(doc_id: _DocId) -> _DocId:
+    """The same number for all documents of a dialogue, and doc_id itself for any other document.
+
+    doc_id: int, or an int64 array or tensor. Resampling and halves divide conversations, never the turns of one.
+    """
+    sign = doc_id >> 63  # -1 for the documents of one answer, else 0
+    folded: _DocId = (doc_id ^ sign) & ~(sign & ((1 << TURN_BITS) - 1))
+    return folded
 
 
 class Split:
@@ -69,10 +98,18 @@ CORPUS_COLUMNS = (
     Column("corpus", "string", "name of the corpus in the configuration"),
     Column("split", "string", "train or validation, decided by doc_id"),
     Column("text", "string", "plain document, or null for a dialogue"),
-    Column("messages", "string", "JSON list of {role, content, labels}, or null for a plain document"),
+    Column(
+        "messages",
+        "string",
+        "JSON list of {role, content} with labels, tool_calls and reasoning_content where there are any, or null for a "
+        "plain document",
+    ),
 )
 
-_DOCUMENT_COLUMNS = tuple(column._replace(doc="as in the corpus") for column in CORPUS_COLUMNS[:3])
+_DOCUMENT_COLUMNS = (
+    Column("doc_id", "int64", "as in the corpus; negative for one answer of a dialogue (turn_id, conversation_of)"),
+    *(column._replace(doc="as in the corpus") for column in CORPUS_COLUMNS[1:3]),
+)
 
 TOKEN_COLUMNS = (
     *_DOCUMENT_COLUMNS,

@@ -26,7 +26,8 @@ from pipeline.storage.filesystem import Storage
 from pipeline.storage.tables import TOKEN_SCHEMA, arrow_schema, read_table, write_table
 from pipeline.terminal import Progress
 from pipeline.text.mixing import tokens_to_take
-from pipeline.text.tokenise import Tokenise, check_vocabularies, split_dropped, tokenizer_hash
+from pipeline.text.tokenise import Tokenise, split_dropped
+from pipeline.text.tokenizers import check_vocabularies, tokenizer_hash
 
 INDEX_NAME = "index.parquet"
 INDEX_SCHEMA = arrow_schema(INDEX_COLUMNS)

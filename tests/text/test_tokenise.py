@@ -8,16 +8,13 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.schema import PLANTED_SHIFT, TOKEN_COLUMNS, Flag
-from pipeline.text.tokenise import (
-    EMPTY,
-    KEPT,
-    UNREADABLE,
-    Tokenise,
+from pipeline.text.messages import UNREADABLE
+from pipeline.text.tokenise import EMPTY, KEPT, Tokenise, split_dropped
+from pipeline.text.tokenizers import (
     check_vocabularies,
     control_token_ids,
     end_of_turn_id,
     prompt_ids,
-    split_dropped,
     token_texts,
     tokenizer_hash,
 )
