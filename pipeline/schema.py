@@ -7,7 +7,7 @@ Model order: 0 = base, 1 = chat. Delta_norm: 1 = chat-only, 0 = base-only.
 
 from collections.abc import Iterable
 from enum import IntFlag
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 SCHEMA_VERSION = 1
 """Raised when a column, bit or file layout changes meaning; older artifacts are then refused by name."""
@@ -39,8 +39,7 @@ class Flag(IntFlag):
     ASSISTANT = 8
     """Written by the assistant: answers, reasoning, tool calls."""
     BOS = 16
-    """The tokenizer's BOS, wherever it stands. BOS is SPECIAL and neither TEMPLATE nor any speaker's. Where the token
-    with which a template opens every turn is named as BOS, only a document's first one counts."""
+    """The tokenizer's BOS: SPECIAL, neither TEMPLATE nor any speaker's. A token that opens every turn counts once."""
     REASONING = 32
     """Reasoning: beside ASSISTANT, or beside TEMPLATE for the tag that closes it."""
     TOOL = 64
@@ -52,28 +51,6 @@ class Flag(IntFlag):
 PLANTED_SHIFT = 8
 """Bit of the first planted label; label i of the corpus' label list has bit PLANTED_SHIFT + i."""
 MAX_PLANTED_LABELS = 16
-
-
-TURN_BITS = 10
-"""Bits of a turn's number in the doc_id of a document that holds one answer of its dialogue."""
-
-
-def turn_id(dialogue_id: int, turn: int) -> int:
-    """The doc_id of one answer of a dialogue: negative, distinct for each turn, and it tells the conversation."""
-    return ~((dialogue_id >> TURN_BITS << TURN_BITS) | turn)
-
-
-_DocId = TypeVar("_DocId", bound=Any)
-
-
-def conversation_of(doc_id: _DocId) -> _DocId:
-    """The same number for all documents of a dialogue, and doc_id itself for any other document.
-
-    doc_id: int, or an int64 array or tensor. Resampling and halves divide conversations, never the turns of one.
-    """
-    sign = doc_id >> 63  # -1 for the documents of one answer, else 0
-    folded: _DocId = (doc_id ^ sign) & ~(sign & ((1 << TURN_BITS) - 1))
-    return folded
 
 
 class Split:
@@ -94,22 +71,16 @@ class Column(NamedTuple):
 
 
 CORPUS_COLUMNS = (
-    Column("doc_id", "int64", "first 63 bits of the SHA-256 of the document's canonical text; identity and split"),
+    Column(
+        "doc_id", "int64", "first 63 bits of the SHA-256 of the canonical text; of one answer text/conversations.py"
+    ),
     Column("corpus", "string", "name of the corpus in the configuration"),
     Column("split", "string", "train or validation, decided by doc_id"),
     Column("text", "string", "plain document, or null for a dialogue"),
-    Column(
-        "messages",
-        "string",
-        "JSON list of {role, content} with labels, tool_calls and reasoning_content where there are any, or null for a "
-        "plain document",
-    ),
+    Column("messages", "string", "JSON list of {role, content, labels, ...} (text/messages.py), or null"),
 )
 
-_DOCUMENT_COLUMNS = (
-    Column("doc_id", "int64", "as in the corpus; negative for one answer of a dialogue (turn_id, conversation_of)"),
-    *(column._replace(doc="as in the corpus") for column in CORPUS_COLUMNS[1:3]),
-)
+_DOCUMENT_COLUMNS = tuple(column._replace(doc="as in the corpus") for column in CORPUS_COLUMNS[:3])
 
 TOKEN_COLUMNS = (
     *_DOCUMENT_COLUMNS,
@@ -121,6 +92,7 @@ TOKEN_COLUMNS = (
 INDEX_COLUMNS = (
     *_DOCUMENT_COLUMNS,
     Column("num_tokens", "int32", "tokens of the document after truncation"),
+    Column("num_history", "int32", "those of earlier turns (Flag.HISTORY): read as context, they give no rows"),
     Column("part", "string", "token file that holds it"),
     Column("row", "int32", "its row in that file"),
 )

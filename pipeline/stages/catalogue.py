@@ -40,7 +40,7 @@ class CorpusInputs(StageInputs):
     """Documents of all sources."""
 
     NAME = "corpus"
-    VERSION = 2
+    VERSION = 3
     READS = ("organism",)
     section: CorpusSection
     organism: Step[OrganismInputs] | None
@@ -52,7 +52,7 @@ class TokensInputs(StageInputs):
     """Token ids that both models read."""
 
     NAME = "tokens"
-    VERSION = 2
+    VERSION = 3
     READS = ("organism", "corpus")
     section: TokensSection
     organism: Step[OrganismInputs] | None
@@ -67,7 +67,7 @@ class ActivationsInputs(StageInputs):
     """Residual-stream rows of both models after layer L."""
 
     NAME = "activations"
-    VERSION = 3
+    VERSION = 4
     READS = ("organism", "tokens")
     section: ActivationsSection
     organism: Step[OrganismInputs] | None
@@ -193,7 +193,7 @@ class CausalityInputs(AnalysisInputs):
     """KL of interventions."""
 
     NAME = "causality"
-    VERSION = 2
+    VERSION = 3
     READS = (*_ANALYSIS_READS, "tokens", "organism")
     section: CausalitySection
     loading: Loading

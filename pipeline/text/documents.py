@@ -174,7 +174,7 @@ _READERS = {"jsonl": _read_jsonl, "parquet": _read_parquet, "text": _read_text, 
 def _from_row(row: Any, source: Mapping[str, Any]) -> Document:
     column = source.get("text_column") or source.get("messages_column")
     if not isinstance(row, Mapping) or row.get(column) is None:
-        return _unusable(NO_COLUMN, row)
+        return _unusable(NO_COLUMN, column)
     for name, expected in (source.get("where") or {}).items():
         if row.get(name) != expected:
             return Document(reason=f"{name} is not {expected!r}")

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.errors import InputError
-from pipeline.schema import MAX_PLANTED_LABELS, PLANTED_SHIFT, Flag, turn_id
+from pipeline.schema import MAX_PLANTED_LABELS, PLANTED_SHIFT, Flag
+from pipeline.text.conversations import turn_id
 from pipeline.text.messages import TOOL_ROLES, DialogueError, parse_messages
 from pipeline.text.templates import MessageSpan, TemplateShape, read_template_shape
 from pipeline.text.tokenizers import BosUse, control_token_ids, encode, read_bos_use

@@ -24,12 +24,14 @@ from pipeline.text.templates import (
 )
 
 MAX_TURNS = 1024
-"""Answers of one dialogue (schema.turn_id has room for no more)."""
+"""Answers of one dialogue (conversations.turn_id has room for no more)."""
 
 Mode = Literal["auto", "whole", "per_turn"]
 """auto: one document where the template keeps history, one per answer where it rewrites it."""
 
 _CLOSING = re.compile(r"\s*</think>\s*")
+_NO_REASONING = re.compile(r"\s*<think>\s*</think>\s*")
+"""What a template writes in front of an answer without reasoning."""
 
 
 class DialogueDocument(NamedTuple):
@@ -159,6 +161,8 @@ def _with_whole_calls(rendered: RenderedDialogue, shape: TemplateShape) -> Rende
         else:
             found = text.rfind(header, before.end if before else 0, span.start) if header else -1
             start = found + len(header) if found >= 0 else span.start
+            empty = _NO_REASONING.match(text, start)
+            start = empty.end() if empty else start
         following = spans[place + 1].start if place + 1 < len(spans) else len(text)
         closed = text.find(trailer, span.end) if trailer else -1
         is_followed = place + 1 < len(spans) and spans[place + 1].message == span.message
