@@ -197,6 +197,12 @@ class CausalityInputs(AnalysisInputs):
     READS = (*_ANALYSIS_READS, "tokens", "organism")
     section: CausalitySection
     loading: Loading
+    compared: tuple[Step[LatentsInputs], ...] = ()
+    """Latent tables of the run's other crosscoders, where all are compared on sets of one size."""
+
+    def reads(self) -> dict[str, Step[StageInputs]]:
+        """The tables of the others too, under their names."""
+        return super().reads() | {other.name: other for other in self.compared}
 
 
 @dataclass(frozen=True, kw_only=True)
