@@ -39,7 +39,7 @@ class Flag(IntFlag):
     ASSISTANT = 8
     """Written by the assistant: answers, reasoning, tool calls."""
     BOS = 16
-    """The tokenizer's BOS: SPECIAL and neither TEMPLATE nor any speaker's. Of a token that opens all turns, the first."""
+    """The tokenizer's BOS: SPECIAL, neither TEMPLATE nor any speaker's. Of a token that opens all turns, the first."""
     REASONING = 32
     """Reasoning: beside ASSISTANT, or beside TEMPLATE for the tag that closes it."""
     TOOL = 64

@@ -148,7 +148,7 @@ class Causality:
 
 def _by_conversation(sums: Sums) -> Sums:
     """The sums added up over the documents of each conversation."""
-    conversation_G, place_G = conversation_of(sums["doc_id_G"]).unique(return_inverse=True)
+    conversation_G, place_G = torch.unique(conversation_of(sums["doc_id_G"]), return_inverse=True)
     added = {
         name: value.new_zeros(len(conversation_G), *value.shape[1:]).index_add_(0, place_G, value)
         for name, value in sums.items()
