@@ -37,9 +37,15 @@ class Flag(IntFlag):
     USER = 4
     """Content of a user turn (system prompts count as template)."""
     ASSISTANT = 8
-    """Content of an assistant turn."""
+    """Written by the assistant: answers, reasoning, tool calls."""
     BOS = 16
-    """The document's first token, if it is the tokenizer's BOS."""
+    """The tokenizer's BOS: SPECIAL, neither TEMPLATE nor any speaker's. Of a token that opens all turns, the first."""
+    REASONING = 32
+    """Reasoning: beside ASSISTANT, or beside TEMPLATE for the tag that closes it."""
+    TOOL = 64
+    """A tool call (beside ASSISTANT), or what a tool answered."""
+    HISTORY = 128
+    """Earlier turns in the document of a later answer: context, which has its rows in its own document."""
 
 
 PLANTED_SHIFT = 8
@@ -65,11 +71,13 @@ class Column(NamedTuple):
 
 
 CORPUS_COLUMNS = (
-    Column("doc_id", "int64", "first 63 bits of the SHA-256 of the document's canonical text; identity and split"),
+    Column(
+        "doc_id", "int64", "first 63 bits of the SHA-256 of the canonical text; of one answer text/conversations.py"
+    ),
     Column("corpus", "string", "name of the corpus in the configuration"),
     Column("split", "string", "train or validation, decided by doc_id"),
     Column("text", "string", "plain document, or null for a dialogue"),
-    Column("messages", "string", "JSON list of {role, content, labels}, or null for a plain document"),
+    Column("messages", "string", "JSON list of {role, content, labels, ...} (text/messages.py), or null"),
 )
 
 _DOCUMENT_COLUMNS = tuple(column._replace(doc="as in the corpus") for column in CORPUS_COLUMNS[:3])
@@ -84,6 +92,7 @@ TOKEN_COLUMNS = (
 INDEX_COLUMNS = (
     *_DOCUMENT_COLUMNS,
     Column("num_tokens", "int32", "tokens of the document after truncation"),
+    Column("num_history", "int32", "those of earlier turns (Flag.HISTORY): read as context, they give no rows"),
     Column("part", "string", "token file that holds it"),
     Column("row", "int32", "its row in that file"),
 )

@@ -2,7 +2,7 @@
 
 Shares are of the latent's summed activation, so that a latent that is weak everywhere and strong on template tokens
 counts as a template latent (more than half; arXiv 2504.02922, section 4). A token has one role among template,
-user and assistant, or none in plain text; BOS is counted on its own and is a template token too. Documents are counted
+user and assistant, or none in plain text; BOS (schema.Flag) is counted on its own. Documents are counted
 exactly, which needs batches of whole documents.
 
 Shapes: B rows, F latents, P active pairs, C corpora.

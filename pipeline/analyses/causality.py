@@ -2,15 +2,17 @@
 
 The residual stream at layer L is edited at all positions (interventions.py) and the chat model's upper half continues
 from it; the measure is KL(p_chat || p_edited) in nats per token, at the positions that predict assistant tokens
-(arXiv 2504.02922, section 4). Both lower halves run once per batch for all crosscoders; interventions that need no
-crosscoder are measured once for all.
+(arXiv 2504.02922, section 4), the token that ends their turn included. Leading tokens that give no rows keep the chat
+model's activations in every edit: no crosscoder has codes there. Both lower halves run once per batch for all
+crosscoders; interventions that need no crosscoder are measured once for all.
 
-Sums are kept per conversation, so parts merge by concatenation and the interval resamples conversations. The trade-off:
+Sums are kept per document, so parts merge by concatenation; the tables add up the documents of a conversation, and the
+interval resamples conversations. The trade-off:
 the chat model's upper half runs once per distinct edit, which takes most of the time; logits exist for one chunk of
 positions at a time.
 
-Shapes: B conversations, T positions, M models, D width, V vocabulary, N tokens of a batch, P predicting positions,
-G conversations summed, I interventions, S position sets.
+Shapes: B documents, T positions, M models, D width, V vocabulary, N tokens of a batch, P predicting positions,
+G documents summed, I interventions, S position sets.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,11 +33,12 @@ from pipeline.analyses.interventions import (
 )
 from pipeline.analyses.latent_sets import require_latents
 from pipeline.errors import InputError
-from pipeline.extraction.activations import RowOptions, is_row, plan_batches, within_norm_cap
+from pipeline.extraction.activations import RowOptions, is_row, num_leading, plan_batches, within_norm_cap
 from pipeline.models.padding import pad_tokens
 from pipeline.models.pair import ModelPair
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.schema import BASE, CHAT, Flag
+from pipeline.text.conversations import conversation_of
 
 Sums = dict[str, Tensor]
 
@@ -44,16 +47,16 @@ NUM_FIRST = 10
 
 
 class PredictingPositions(NamedTuple):
-    """Positions of one document whose next token an assistant wrote."""
+    """Positions of one document whose next token an assistant wrote or ended its turn with."""
 
     position_P: np.ndarray
     """int64, ascending."""
     in_set_PS: np.ndarray
-    """bool: membership in POSITION_SETS; `rest` is everything after the first ten of its turn."""
+    """bool: membership in POSITION_SETS; `rest` is everything that is not in `first_9`."""
 
 
 class CausalityBatch(NamedTuple):
-    """Conversations with everything that does not depend on a crosscoder."""
+    """Dialogues with everything that does not depend on a crosscoder."""
 
     pair: ModelPair
     mask_BT: Tensor
@@ -63,10 +66,12 @@ class CausalityBatch(NamedTuple):
     """float32: both streams at layer L."""
     has_codes_N: Tensor
     """bool: rows of the kind that the crosscoder was trained on; the others stay unedited."""
+    is_leading_N: Tensor
+    """bool: leading tokens that give no rows; every edit has the chat model's activations there."""
     predicting_P: Tensor
     """int64: place of every predicting position in the flattened [B, T]."""
-    conversation_P: Tensor
-    """int64: its conversation, 0 .. B-1."""
+    document_P: Tensor
+    """int64: its document, 0 .. B-1."""
     in_set_PS: Tensor
     """bool, see PredictingPositions."""
     doc_id_B: Tensor
@@ -96,7 +101,7 @@ class Causality:
         }
 
     def update(self, sums: Sums, batch: CausalityBatch) -> None:
-        """Adds a batch's conversations to the sums, in place."""
+        """Adds a batch's documents to the sums, in place."""
         measured = {Intervention("", kind): kl_P for kind, kl_P in batch.shared_kl_P.items()}
         edits = [without_name(item) for item in self.interventions]
         missing = [edit for edit in dict.fromkeys(edits) if edit not in measured]
@@ -106,13 +111,13 @@ class Causality:
         in_set_PS = batch.in_set_PS.double()
         size = len(batch.doc_id_B)
         kl_GIS = kl_PI.new_zeros(size, len(self.interventions), len(POSITION_SETS))
-        kl_GIS.index_add_(0, batch.conversation_P, kl_PI[:, :, None] * in_set_PS[:, None, :])
-        tokens_GS = in_set_PS.new_zeros(size, len(POSITION_SETS)).index_add_(0, batch.conversation_P, in_set_PS)
+        kl_GIS.index_add_(0, batch.document_P, kl_PI[:, :, None] * in_set_PS[:, None, :])
+        tokens_GS = in_set_PS.new_zeros(size, len(POSITION_SETS)).index_add_(0, batch.document_P, in_set_PS)
         added = {"doc_id_G": batch.doc_id_B, "kl_GIS": kl_GIS.cpu(), "tokens_GS": tokens_GS.cpu()}
         sums.update(self.merge(sums, added))
 
     def merge(self, a: Sums, b: Sums) -> Sums:
-        """The conversations of both; in order of their ids, so that the order of parts does not matter."""
+        """The documents of both; in order of their ids, so that the order of parts does not matter."""
         joined = {name: torch.cat([a[name], b[name]]) for name in a}
         order_G = joined["doc_id_G"].argsort(stable=True)
         return {name: value[order_G] for name, value in joined.items()}
@@ -124,7 +129,10 @@ class Causality:
                 "expected validation dialogues with assistant turns for the causality analysis, got 0; add a chat "
                 "corpus or turn the analysis off"
             )
-        return causal_tables(self.interventions, sums, num_latents=self.num_latents, bootstrap=bootstrap or Bootstrap())
+        per_conversation = _by_conversation(sums)
+        return causal_tables(
+            self.interventions, per_conversation, num_latents=self.num_latents, bootstrap=bootstrap or Bootstrap()
+        )
 
     def _edited_streams(self, batch: CausalityBatch, edits: Sequence[Intervention]) -> Iterator[Tensor]:
         """h' [N, D] of each edit, on the crosscoder's device."""
@@ -134,7 +142,23 @@ class Causality:
         codes = crosscoder.encode(x_NMD.to(crosscoder.W_enc_FMD.dtype))
         codes = codes.keep(batch.has_codes_N.to(device)[codes.rows_P()])
         for edit in edits:
-            yield self._editor.edited_stream(edit, x_NMD, codes)
+            stream_ND = self._editor.edited_stream(edit, x_NMD, codes)
+            yield _with_leading_chat(stream_ND, x_NMD, batch.is_leading_N.to(device))
+
+
+def _by_conversation(sums: Sums) -> Sums:
+    """The sums added up over the documents of each conversation."""
+    conversation_G, place_G = torch.unique(conversation_of(sums["doc_id_G"]), return_inverse=True)
+    added = {
+        name: value.new_zeros(len(conversation_G), *value.shape[1:]).index_add_(0, place_G, value)
+        for name, value in sums.items()
+        if name != "doc_id_G"
+    }
+    return {"doc_id_G": conversation_G, **added}
+
+
+def _with_leading_chat(stream_ND: Tensor, x_NMD: Tensor, is_leading_N: Tensor) -> Tensor:
+    return torch.where(is_leading_N[:, None], x_NMD[:, CHAT], stream_ND)
 
 
 def causality_batches(
@@ -169,16 +193,26 @@ def causality_batches(
 
 
 def predicting_positions(flags: np.ndarray) -> PredictingPositions:
-    """Positions t of a document whose token t + 1 is an assistant's; turns are runs of assistant tokens."""
-    is_assistant = (flags & int(Flag.ASSISTANT)) != 0
-    is_template = (flags & int(Flag.TEMPLATE)) != 0
-    predicted = np.flatnonzero(is_assistant)
-    starts = is_assistant & ~np.concatenate([[False], is_assistant[:-1]])
+    """Positions t of a document whose token t + 1 is an assistant's or ends its turn; turns are runs of such tokens.
+
+    A turn holds what the assistant wrote, the tag that closes its reasoning, and the control token right after it all.
+    Earlier turns in the document of a later answer (Flag.HISTORY) are not predicted.
+    """
+    is_closing_tag = (flags & int(Flag.TEMPLATE)) != 0
+    is_closing_tag &= (flags & int(Flag.REASONING)) != 0
+    is_written = ((flags & int(Flag.ASSISTANT)) != 0) | is_closing_tag
+    follows_written = np.concatenate([[False], is_written[:-1]])
+    is_control = (flags & int(Flag.TEMPLATE | Flag.SPECIAL)) == int(Flag.TEMPLATE | Flag.SPECIAL)
+    is_in_turn = is_written | (follows_written & is_control)
+    is_in_turn &= (flags & int(Flag.HISTORY)) == 0
+    is_template = ((flags & int(Flag.TEMPLATE)) != 0) & ~is_closing_tag
+    predicted = np.flatnonzero(is_in_turn)
+    starts = is_in_turn & ~np.concatenate([[False], is_in_turn[:-1]])
     turn_start = np.flatnonzero(starts)[np.cumsum(starts)[predicted] - 1] if len(predicted) else predicted
     place_in_turn = (predicted - turn_start)[predicted > 0]
     position_P = predicted[predicted > 0] - 1
-    is_first = place_in_turn < NUM_FIRST
-    sets = [np.ones(len(position_P), dtype=bool), is_first & ~is_template[position_P], ~is_first]
+    is_first_9 = (place_in_turn < NUM_FIRST) & ~is_template[position_P]
+    sets = [np.ones(len(position_P), dtype=bool), is_first_9, ~is_first_9]
     return PredictingPositions(position_P, np.stack(sets, axis=1))
 
 
@@ -219,18 +253,20 @@ def _prepare(
     h_BTMD = pair.activations(padded.ids_BT, padded.mask_BT)
     token_N = padded.mask_BT.flatten().nonzero().squeeze(1).to(device)
     has_codes_N = torch.from_numpy(np.concatenate([is_row(one.flags, options) for one in dialogues])).to(device)
+    leading = [np.arange(len(one.flags)) < num_leading(one.flags, options) for one in dialogues]
     if options.norm_cap is not None:
         has_codes_N &= within_norm_cap(h_BTMD, padded.mask_BT, options.norm_cap).flatten().to(device)[token_N]
     places = [row * width + one.predicting.position_P for row, one in enumerate(dialogues)]
-    conversations = np.repeat(np.arange(len(dialogues)), [len(place) for place in places])
+    documents = np.repeat(np.arange(len(dialogues)), [len(place) for place in places])
     batch = CausalityBatch(
         pair=pair,
         mask_BT=padded.mask_BT,
         token_N=token_N,
         x_NMD=_at_least_float32(h_BTMD.flatten(0, 1)[token_N]),
         has_codes_N=has_codes_N,
+        is_leading_N=torch.from_numpy(np.concatenate(leading)).to(device),
         predicting_P=torch.from_numpy(np.concatenate(places)).to(device),
-        conversation_P=torch.from_numpy(conversations).to(device),
+        document_P=torch.from_numpy(documents).to(device),
         in_set_PS=torch.from_numpy(np.concatenate([one.predicting.in_set_PS for one in dialogues])).to(device),
         doc_id_B=torch.tensor([one.doc_id for one in dialogues], dtype=torch.int64),
         dtype=h_BTMD.dtype,
@@ -252,7 +288,7 @@ def _shared_kl(batch: CausalityBatch, inputs: SharedInputs) -> dict[Kind, Tensor
     """`base` is the base model's own upper half; the others continue in the chat model's."""
     shared = shared_interventions(with_mean_difference=inputs.mean_difference_D is not None)
     edits = [item.kind for item in shared if item.kind != "base"]
-    streams = (shared_stream(kind, inputs) for kind in edits)
+    streams = (_with_leading_chat(shared_stream(kind, inputs), inputs.x_NMD, batch.is_leading_N) for kind in edits)
     kl = dict[Kind, Tensor](zip(edits, kl_to_chat(batch, streams), strict=True))
     base_hidden = _predicting_hidden(batch, BASE, batch.x_NMD[:, BASE])
     return kl | {"base": _kl_of_hidden(batch, [base_hidden], model=BASE)[0]}

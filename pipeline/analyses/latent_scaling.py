@@ -36,6 +36,7 @@ from pipeline.numerics.scaling import (
 from pipeline.numerics.significance import p_absent, p_held
 from pipeline.numerics.statistics import DEFAULT_NUM_RESAMPLES, Interval, exceedance_probability, hash_documents
 from pipeline.schema import BASE, CHAT, MODEL_NAMES
+from pipeline.text.conversations import conversation_of
 
 NU_COLUMNS = {
     "nu_eps": "error",
@@ -131,7 +132,7 @@ class LatentScaling:
             self._own(batch.codes),
             error_BMD=(x_BMD - reconstruction_BMD) * scale_M1,
             reconstruction_BMD=(reconstruction_BMD - mean_MD) * scale_M1,
-            groups_B=hash_documents(batch.doc_id_B, num_groups=self.num_groups),
+            groups_B=hash_documents(conversation_of(batch.doc_id_B), num_groups=self.num_groups),
             direction_FD=self.direction_FD.to(batch.x_BMD),
         )
         sums["x"] += ((x_BMD - mean_MD) * scale_M1).double().sum(0).cpu()

@@ -30,6 +30,7 @@ from pipeline.analyses.rows import (
 from pipeline.errors import InputError
 from pipeline.numerics.statistics import DEFAULT_NUM_RESAMPLES, auroc_by_latent, auroc_interval, hash_documents
 from pipeline.schema import BASE, CHAT, MAX_PLANTED_LABELS, PLANTED_COLUMNS, PLANTED_SHIFT, Flag
+from pipeline.text.conversations import conversation_of
 
 CHAT_SPECIFIC_LATENT, ANY_LATENT, MEAN_DIFFERENCE = "chat-specific latent", "any latent", "mean difference"
 """Candidates, in table order."""
@@ -40,7 +41,7 @@ _HALF_SALT = 1
 
 def is_selection_half(doc_id_B: Tensor) -> Tensor:
     """Whether a document belongs to the half on which latents and directions are chosen; bool [B]."""
-    return hash_documents(doc_id_B, num_groups=2, salt=_HALF_SALT) == 0
+    return hash_documents(conversation_of(doc_id_B), num_groups=2, salt=_HALF_SALT) == 0
 
 
 class MeanDifference:
@@ -207,7 +208,7 @@ class Planted:
         interval = auroc_interval(
             score_N[is_scored_N],
             positive_N[is_scored_N],
-            hash_documents(sums["doc_id"][is_scored_N], num_groups=_NUM_BOOTSTRAP_GROUPS),
+            hash_documents(conversation_of(sums["doc_id"][is_scored_N]), num_groups=_NUM_BOOTSTRAP_GROUPS),
             num_resamples=self.num_resamples,
             seed=self.seed,
         )

@@ -32,7 +32,7 @@ from pipeline.models.generation import Positions, Sampling, Steering
 from pipeline.models.padding import pad_tokens
 from pipeline.models.pair import ModelPair
 from pipeline.schema import CHAT, MODEL_NAMES, STEERING_COLUMNS, STEERING_SAMPLE_COLUMNS
-from pipeline.text.tokenise import prompt_ids
+from pipeline.text.tokenizers import prompt_ids
 
 NONE, LATENT, RANDOM = "none", "latent", "random"
 """Values of the column `control`; an unsteered run's `positions` is NONE too."""

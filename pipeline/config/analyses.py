@@ -74,6 +74,10 @@ class CausalitySection(Section):
     """Random halves of the latent set, as a control beside the best and the worst half."""
     max_latents: PositiveInt | None = None
     """Use only this many latents, those of highest Delta_norm. null uses the whole chat-only set."""
+    set_size: Literal["own_class", "larger_class"] = "own_class"
+    """own_class: each crosscoder's own chat-only set. larger_class: as many latents for each crosscoder as the largest
+    chat-only class among the run's crosscoders has, those of highest Delta_norm; the paper compares L1 with BatchTopK
+    so. max_latents still limits it."""
     min_latents: NonNegativeInt = 0
     """Fill a chat-only set that is smaller than this with the latents of next highest Delta_norm. 0 never fills."""
     num_random_orders: NonNegativeInt = 1

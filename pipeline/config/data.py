@@ -204,6 +204,9 @@ class CorpusSection(Section):
     validation_frac: Fraction = 0.1
     """Share of documents held out for validation and all analyses. A document's hash decides, never its order. Raising
     it narrows every interval and leaves less to train on."""
+    max_unusable_frac: float = Field(0.5, ge=0, le=1)
+    """Largest share of a corpus that may be unusable: no text, no dialogue that can be read, or one that the chat
+    template cannot render. A larger share ends the run. What filters and max_documents leave out does not count."""
 
     @model_validator(mode="after")
     def _distinct_names(self) -> Self:
@@ -223,8 +226,36 @@ class TokensSection(Section):
     mixing: Literal["by_weight", "everything"] = "by_weight"
     """by_weight: the shares of tokens follow the weights; a corpus that runs out limits the others too.
     everything: a corpus that runs out gives all it has, and the others keep their part of the budget."""
+    dialogues: Literal["auto", "whole", "per_turn"] = "auto"
+    """auto: a dialogue is one document if the chat template writes earlier turns as they were, else one document per
+    answer, rendered as the model read it at that answer (many templates drop the reasoning of earlier turns). Earlier
+    turns are then context and give no rows. whole drops dialogues with text that the template rewrites. per_turn always
+    divides."""
     chat_template: str | None = None
     """File or URL of a Jinja chat template. null uses the template of the chat model's tokenizer."""
+
+
+TokenKind = Literal["special", "template", "user", "assistant", "reasoning", "tool", "plain"]
+"""Kinds of tokens, by their bits in schema.Flag; `plain` are the tokens of plain documents that are not special."""
+
+
+class RowsSection(Section):
+    """Which tokens become rows, for training and for every analysis. The record counts the others by reason."""
+
+    keep: tuple[TokenKind, ...] = ()
+    """Only tokens of at least one of these kinds. Empty keeps every kind. A token can be of several kinds: reasoning is
+    the assistant's too, and a control token of the template is special and template."""
+    leave_out: tuple[TokenKind, ...] = ()
+    """No tokens of these kinds, even if `keep` names another of their kinds."""
+
+    @model_validator(mode="after")
+    def _something_is_kept(self) -> Self:
+        if self.keep and set(self.keep) <= set(self.leave_out):
+            raise ValueError(
+                f"expected a kind to keep that is not left out, got keep {list(self.keep)} and leave_out "
+                f"{list(self.leave_out)}; change one of them"
+            )
+        return self
 
 
 class ActivationsSection(Section):
@@ -239,7 +270,9 @@ class ActivationsSection(Section):
     drop_first_tokens: NonNegativeInt = 0
     """Leading tokens of each document to drop, such as a default system prompt: 25 for Llama 3, 21 for Qwen 2.5."""
     drop_bos: bool = True
-    """Drop the BOS row. It is an attention sink whose norm can be a hundred times the median."""
+    """Drop the rows of BOS, wherever it stands. It is an attention sink: its norm can be a hundred times the median."""
+    rows: RowsSection = RowsSection()
+    """Which tokens become rows: {leave_out: [template]}, {keep: [plain, assistant]}."""
     norm_cap: PositiveFloat | None = 10.0
     """Drop rows whose norm in either model exceeds this multiple of the median norm of their document: attention sinks
     other than BOS, which reach a hundred medians where other rows stay below ten. A few of them would dominate every

@@ -11,7 +11,9 @@ means less padding, and all rows of a call are in memory at once.
 Shapes: B rows, M models, D width; inside a batch B documents, T positions.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +30,20 @@ OVERHEAD_TOKENS = 64
 """Cost of starting one more batch, in tokens; less padding than that is cheaper than another batch."""
 
 
+_ROLES = int(Flag.SPECIAL | Flag.BOS | Flag.TEMPLATE | Flag.USER | Flag.ASSISTANT | Flag.REASONING | Flag.TOOL)
+PLAIN = "plain"
+"""Kind of the tokens of plain documents that are not special."""
+KINDS: dict[str, int] = {
+    name: int(Flag[name.upper()]) for name in ("special", "template", "user", "assistant", "reasoning", "tool")
+}
+"""Kinds of tokens with a bit of their own."""
+
+HISTORY = "earlier turns"
+FIRST_TOKENS = "first tokens"
+BOS = "BOS"
+NOT_KEPT = "not among activations.rows.keep"
+
+
 class RowOptions(NamedTuple):
     """Which tokens become rows, and how they are run."""
 
@@ -36,9 +52,13 @@ class RowOptions(NamedTuple):
     drop_first_tokens: int = 0
     """Leading tokens of every document that become no rows."""
     drop_bos: bool = False
-    """Whether the BOS token becomes no row."""
+    """Whether BOS becomes no row, wherever it stands."""
     norm_cap: float | None = None
     """A token whose norm in either model exceeds this multiple of its document's median becomes no row."""
+    keep: tuple[str, ...] = ()
+    """Kinds of tokens (KINDS, PLAIN) that become rows; empty for all."""
+    leave_out: tuple[str, ...] = ()
+    """Kinds that become no rows, even if they are of a kind to keep."""
 
 
 class BatchPlan(NamedTuple):
@@ -69,6 +89,8 @@ class ActivationRows(NamedTuple):
     """Rows left out by norm_cap alone."""
     num_out_of_memory: int = 0
     """How often a batch did not fit and the budget was halved."""
+    left_out: Mapping[str, int] = MappingProxyType({})
+    """Tokens that became no rows, by reason; without those of norm_cap."""
 
 
 class ExtractRows:
@@ -122,6 +144,7 @@ class ExtractRows:
             sum(lengths) / num_computed if num_computed else 1.0,
             int((~is_within_cap_B).sum()),
             num_out_of_memory,
+            dict(sum((count_left_out(row, self.options) for row in flags), Counter())),
         )
         return rows if rows.num_capped == 0 else _of_rows(rows, is_within_cap_B)
 
@@ -167,10 +190,45 @@ class _TakenRows(NamedTuple):
 
 def is_row(flags: np.ndarray, options: RowOptions) -> np.ndarray:
     """bool [T]: which tokens of a document become rows, from their flags; norm_cap is `within_norm_cap`'s."""
-    is_kept: np.ndarray = np.arange(len(flags)) >= options.drop_first_tokens
-    if options.drop_bos:
-        is_kept &= (flags & int(Flag.BOS)) == 0
+    is_kept: np.ndarray = np.ones(len(flags), dtype=bool)
+    for is_left_out in _left_out(flags, options).values():
+        is_kept &= ~is_left_out
     return is_kept
+
+
+def count_left_out(flags: np.ndarray, options: RowOptions) -> Counter[str]:
+    """Tokens of a document that become no rows, each under the first reason that holds; norm_cap's are not counted."""
+    counts: Counter[str] = Counter()
+    is_counted = np.zeros(len(flags), dtype=bool)
+    for reason, is_left_out in _left_out(flags, options).items():
+        counts[reason] = int((is_left_out & ~is_counted).sum())
+        is_counted |= is_left_out
+    return +counts
+
+
+def num_leading(flags: np.ndarray, options: RowOptions) -> int:
+    """Tokens at the start of a document that give no rows in any document: the first ones, and BOS where it is left."""
+    starts_with_bos = options.drop_bos and len(flags) > 0 and bool(flags[0] & Flag.BOS)
+    return min(len(flags), max(options.drop_first_tokens, int(starts_with_bos)))
+
+
+def _left_out(flags: np.ndarray, options: RowOptions) -> dict[str, np.ndarray]:
+    """bool [T] by reason; the masks may overlap."""
+    reasons = {
+        HISTORY: (flags & int(Flag.HISTORY)) != 0,
+        FIRST_TOKENS: np.arange(len(flags)) < options.drop_first_tokens,
+    }
+    if options.drop_bos:
+        reasons[BOS] = (flags & int(Flag.BOS)) != 0
+    reasons |= {kind: _is_of(kind, flags) for kind in options.leave_out}
+    if options.keep:
+        reasons[NOT_KEPT] = ~np.any([_is_of(kind, flags) for kind in options.keep], axis=0)
+    return reasons
+
+
+def _is_of(kind: str, flags: np.ndarray) -> np.ndarray:
+    is_of: np.ndarray = (flags & _ROLES) == 0 if kind == PLAIN else (flags & KINDS[kind]) != 0
+    return is_of
 
 
 def kept_positions(flags: np.ndarray, options: RowOptions) -> np.ndarray:
@@ -200,6 +258,9 @@ def check_options(options: RowOptions) -> None:
         raise InputError(f"expected drop_first_tokens of at least 0, got {options.drop_first_tokens}")
     if options.norm_cap is not None and not options.norm_cap > 0:
         raise InputError(f"expected a norm_cap above 0, got {options.norm_cap}")
+    unknown = {*options.keep, *options.leave_out} - {*KINDS, PLAIN}
+    if unknown:
+        raise InputError(f"expected kinds of tokens of {', '.join((*KINDS, PLAIN))}, got {', '.join(sorted(unknown))}")
 
 
 def plan_batches(lengths: Sequence[int], tokens_per_batch: int, *, overhead_tokens: int = OVERHEAD_TOKENS) -> BatchPlan:

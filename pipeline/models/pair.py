@@ -23,7 +23,7 @@ from pipeline.models.loading import LoadOptions, ModelSpec, load_decoders, load_
 from pipeline.models.padding import pad_tokens
 from pipeline.models.stand_ins import hidden_of
 from pipeline.schema import CHAT, MODEL_NAMES
-from pipeline.text.tokenise import end_of_turn_id
+from pipeline.text.tokenizers import end_of_turn_id
 
 PLAIN_FORWARD_TOLERANCE = {
     torch.float64: 1e-8,

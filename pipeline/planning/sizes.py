@@ -5,6 +5,7 @@ pair. Arithmetic alone: nothing is timed here (times.py). The one refusal is a s
 stages and transformers are imported where a model or a table is read, so that a finished run is planned without them.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pipeline.config.run_file import RunConfig
 from pipeline.errors import InputError
 from pipeline.planning.rates import LOSSLESS_SHARE, ORGANISM_TEXTS
-from pipeline.schema import MODEL_NAMES
+from pipeline.schema import MODEL_NAMES, Flag
 from pipeline.text.mixing import tokens_to_take
 
 if TYPE_CHECKING:
@@ -87,8 +88,9 @@ def _rows_of_index(config: RunConfig, data: "DataSteps", storage: "Storage", *, 
     from pipeline.stages.tokens import INDEX_NAME
     from pipeline.storage.tables import read_table
 
-    lengths = read_table(storage, f"{data.tokens.folder}/{INDEX_NAME}")["num_tokens"].to_numpy()
-    return int(np.maximum(lengths.astype(np.int64) - _dropped_per_document(config, has_bos=has_bos), 0).sum())
+    index = read_table(storage, f"{data.tokens.folder}/{INDEX_NAME}")
+    lengths = index["num_tokens"].to_numpy().astype(np.int64) - index["num_history"].to_numpy()
+    return int(np.maximum(lengths - _dropped_per_document(config, has_bos=has_bos), 0).sum())
 
 
 def _dropped_per_document(config: RunConfig, *, has_bos: bool) -> int:
@@ -122,17 +124,20 @@ def _sample(
     tokenise = Tokenise(tokenizer, max_tokens=config.tokens.max_tokens_per_document)
     corpus = records["corpus"]
     lengths: dict[str, list[int]] = {}
+    num_sampled: Counter[str] = Counter()
     for part in corpus.counts["parts"]:
         if all(len(lengths.get(name, ())) >= _SAMPLED_DOCUMENTS for name in corpus.counts["num_documents"]):
             break
         table = read_table(storage, f"{data.corpus.folder}/{part}")
-        rows = tokenise(table.slice(0, _SAMPLED_DOCUMENTS).to_pydict())
-        for name, ids in zip(rows["corpus"], rows["input_ids"], strict=True):
-            lengths.setdefault(name, []).append(len(ids))
+        sampled = table.slice(0, _SAMPLED_DOCUMENTS).to_pydict()
+        num_sampled.update(sampled["corpus"])
+        rows = tokenise(sampled)
+        for name, flags in zip(rows["corpus"], rows["flags"], strict=True):
+            lengths.setdefault(name, []).append(int((flags & Flag.HISTORY == 0).sum()))
     found: dict[str, tuple[int, float]] = {}
     for name, num_documents in corpus.counts["num_documents"].items():
         kept = [length for length in lengths[name] if length]
-        used = round(num_documents * len(kept) / len(lengths[name]))
+        used = round(num_documents * len(kept) / num_sampled[name])
         found[name] = (used, used * sum(kept) / len(kept) if kept else 0.0)
     return found
 

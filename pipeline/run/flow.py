@@ -123,7 +123,7 @@ def build_flow(config: RunConfig) -> Flow:
         for step in crosscoders
     ]
     noise = noise_between(models["base"], models["chat"])
-    measured = tuple(_analysis_steps(config, own, _other_seeds(own, latents), noise) for own in latents)
+    measured = tuple(_analysis_steps(config, own, latents, noise) for own in latents)
     report = _step(
         ReportInputs(
             section=config.analyses,
@@ -223,11 +223,12 @@ def _other_seeds(own: Step[LatentsInputs], every: Sequence[Step[LatentsInputs]])
 
 
 def _analysis_steps(
-    config: RunConfig, latents: Step[LatentsInputs], other_seeds: tuple[Step[LatentsInputs], ...], noise: float | None
+    config: RunConfig, latents: Step[LatentsInputs], every: Sequence[Step[LatentsInputs]], noise: float | None
 ) -> CrosscoderSteps:
     """Whichever analyses are on, for one crosscoder."""
     on, name = config.analyses, latents.crosscoder_name
     pool = config.resources.analyses
+    other_seeds = _other_seeds(latents, every)
     loading = latents.inputs.activations.inputs.loading._replace(placement=pool.placement, gpus=pool.gpus)
     examples = planted = controls = causality = steering = autointerp = None
     if on.examples is not None:
@@ -238,7 +239,9 @@ def _analysis_steps(
         about_controls = ControlsInputs(section=on.controls, latents=latents, other_seeds=other_seeds, noise=noise)
         controls = _step(about_controls, crosscoder_name=name)
     if on.causality is not None:
-        about_causality = CausalityInputs(section=on.causality, latents=latents, loading=loading)
+        compared = tuple(other for other in every if other is not latents)
+        compared = compared if on.causality.set_size == "larger_class" else ()
+        about_causality = CausalityInputs(section=on.causality, latents=latents, loading=loading, compared=compared)
         causality = _step(about_causality, crosscoder_name=name)
     if on.steering is not None:
         about_steering = SteeringInputs(section=on.steering, latents=latents, planted=planted, loading=loading)

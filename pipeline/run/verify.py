@@ -214,7 +214,14 @@ def _check_coverage(record: Record, expected: dict[int, _Document], seen: set[in
 def _expected_documents(storage: Storage, folder: str, record: Record) -> dict[int, _Document]:
     """The rows of every document that must be in this store, by doc_id."""
     section = record.identity["section"]
-    options = RowOptions(1, section["drop_first_tokens"], section["drop_bos"])
+    rows = section.get("rows", {"keep": (), "leave_out": ()})
+    options = RowOptions(
+        1,
+        section["drop_first_tokens"],
+        section["drop_bos"],
+        keep=tuple(rows["keep"]),
+        leave_out=tuple(rows["leave_out"]),
+    )
     tokens = f"{_TOKENS}/{record.identity['inputs']['tokens']}"
     index = read_table(storage, f"{tokens}/{INDEX_NAME}").to_pydict()
     is_stream = section.get("mode") == "stream"

@@ -10,6 +10,7 @@ crosscoders are fitted (stages/stream.py).
 """
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ import pyarrow as pa
 
 from pipeline.cluster.pools import Pool, run_pool
 from pipeline.errors import InputError
+from pipeline.extraction.activations import BOS, FIRST_TOKENS
 from pipeline.numerics.moments import Moments
 from pipeline.schema import MODEL_NAMES, Split
 from pipeline.stages.catalogue import ActivationsInputs
@@ -58,6 +60,8 @@ class ShardDescription:
     real_token_frac: float
     num_capped: int
     num_out_of_memory: int
+    left_out: dict[str, int]
+    """Tokens that became no rows, by reason; without those left out for their norm."""
     plain_forward_difference: list[float]
     """Of base and chat."""
     commits: list[str | None]
@@ -190,6 +194,7 @@ class ExtractShard:
             real_token_frac=extracted.real_token_frac,
             num_capped=extracted.num_capped,
             num_out_of_memory=extracted.num_out_of_memory,
+            left_out=dict(extracted.left_out),
             plain_forward_difference=list(self.extractor.verification.relative_difference),
             commits=list(self.extractor.commits),
             mean_norm=summary.mean_norm_M.tolist(),
@@ -264,6 +269,10 @@ def _remarks(counts: dict[str, Any], norm_cap: float | None) -> list[str]:
             f"activations: {num_sinks:,} rows ({share:.2%}) left out as attention sinks, whose norm is above "
             f"{norm_cap:g} times the median of their document (activations.norm_cap)"
         )
+    chosen = {why: num for why, num in counts["num_rows_left_out"].items() if why not in (BOS, FIRST_TOKENS)}
+    if chosen:
+        told = ", ".join(f"{num:,} ({why})" for why, num in chosen.items())
+        remarks.append(f"activations: {counts['num_rows']:,} rows; tokens left out beside them: {told}")
     if not 1 / _SIMILAR_SCALES <= counts["scale_ratio"] <= _SIMILAR_SCALES:
         remarks.append(
             f"activations: the chat model's rows are {counts['scale_ratio']:.3g} times as large as the base model's; "
@@ -284,6 +293,7 @@ def _counts(described: Sequence[ShardDescription]) -> dict[str, Any]:
         "num_rows_train": sum(own.num_rows for own in described if own.split == Split.TRAIN),
         "num_rows_validation": sum(own.num_rows for own in described if own.split == Split.VALIDATION),
         "num_rows_above_norm_cap": sum(own.num_capped for own in described),
+        "num_rows_left_out": dict(sum((Counter(own.left_out) for own in described), Counter())),
         "num_out_of_memory": sum(own.num_out_of_memory for own in described),
         "num_shards": len(described),
         "num_bytes": sum(own.num_bytes for own in described),

@@ -44,7 +44,7 @@ from pipeline.storage.activation_store import ActivationStore
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.tables import arrow_schema, read_table, write_frame
 from pipeline.terminal import Progress
-from pipeline.text.tokenise import token_texts
+from pipeline.text.tokenizers import token_texts
 
 TABLE_NAME = "autointerp.parquet"
 ANSWERS_NAME = "answers.parquet"

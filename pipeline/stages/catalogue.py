@@ -41,7 +41,7 @@ class CorpusInputs(StageInputs):
     """Documents of all sources."""
 
     NAME = "corpus"
-    VERSION = 2
+    VERSION = 3
     READS = ("organism",)
     section: CorpusSection
     organism: Step[OrganismInputs] | None
@@ -53,7 +53,7 @@ class TokensInputs(StageInputs):
     """Token ids that both models read."""
 
     NAME = "tokens"
-    VERSION = 2
+    VERSION = 3
     READS = ("organism", "corpus")
     section: TokensSection
     organism: Step[OrganismInputs] | None
@@ -218,10 +218,16 @@ class CausalityInputs(AnalysisInputs):
     """KL of interventions."""
 
     NAME = "causality"
-    VERSION = 2
+    VERSION = 3
     READS = (*_ANALYSIS_READS, "tokens", "organism")
     section: CausalitySection
     loading: Loading
+    compared: tuple[Step[LatentsInputs], ...] = ()
+    """Latent tables of the run's other crosscoders, where all are compared on sets of one size."""
+
+    def reads(self) -> dict[str, Step[StageInputs]]:
+        """The tables of the others too, under their names."""
+        return super().reads() | {other.name: other for other in self.compared}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -41,6 +42,7 @@ from pipeline.storage.activation_store import ActivationStore
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.tables import arrow_schema, numbers_of, read_table, write_frame
 from pipeline.terminal import Progress
+from pipeline.text.conversations import conversation_of
 
 TABLE_NAME = "causality.parquet"
 DIFFERENCES_NAME = "differences.parquet"
@@ -104,7 +106,12 @@ def run(steps: Sequence[Step[CausalityInputs]], context: StageContext) -> None:
 
 def _interventions(inputs: CausalityInputs, storage: Storage) -> tuple[Intervention, ...]:
     section, latents = inputs.section, read_latents(storage, inputs.latents)
-    chosen = causality_latents(latents, num_latents=section.max_latents, min_latents=section.min_latents)
+    limit, least = section.max_latents, section.min_latents
+    if section.set_size == "larger_class":
+        others = (read_latents(storage, other) for other in inputs.compared)
+        largest = max(len(causality_latents(table)) for table in (latents, *others))
+        limit = least = max(least, largest if limit is None else min(limit, largest))
+    chosen = causality_latents(latents, num_latents=limit, min_latents=least)
     return (
         *plan_interventions(
             chosen, num_random_halves=section.num_random_halves, seed=section.seed, with_mean_difference=True
@@ -126,10 +133,17 @@ def _dialogues(inputs: CausalityInputs, context: StageContext) -> pa.Table:
 def choose_dialogues(
     index: pa.Table, dialogue_corpora: Sequence[str], rejected: Set[int], num_conversations: int
 ) -> pa.Table:
-    """The first validation dialogues in order of their hash, without those that extraction has quarantined."""
+    """The first validation dialogues in order of their hash, without those that extraction has quarantined.
+
+    A dialogue that is several documents counts once, and all of them are taken.
+    """
     frame = index.to_pandas()
     chosen = frame[(frame["split"] == Split.VALIDATION) & frame["corpus"].isin(dialogue_corpora)]
-    chosen = chosen[~chosen["doc_id"].isin(rejected)].sort_values("doc_id").head(num_conversations)
+    chosen = chosen[~chosen["doc_id"].isin(rejected)].assign(
+        conversation=lambda rows: conversation_of(rows["doc_id"].to_numpy())
+    )
+    taken = np.unique(chosen["conversation"])[:num_conversations]
+    chosen = chosen[chosen["conversation"].isin(taken)].sort_values(["conversation", "doc_id"])
     if chosen.empty:
         raise InputError(
             "analyses.causality: expected validation dialogues, got none; add a corpus with messages_column or set "

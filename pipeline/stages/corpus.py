@@ -22,6 +22,7 @@ from pipeline.storage.tables import CORPUS_SCHEMA, read_table, write_table
 from pipeline.terminal import Progress
 from pipeline.text.documents import BEYOND_LIMIT, DUPLICATE, Document, document_id, read_documents, split_of
 from pipeline.text.files import expand_paths
+from pipeline.text.unusable import Unusable
 
 PART_CHARACTERS = 16_000_000
 """Characters of a part, which one worker tokenises in one call: a single large file still spreads over all workers."""
@@ -57,6 +58,8 @@ class FileRead(NamedTuple):
     parts: list[Part]
     dropped: Counter[str]
     """Documents left out, by reason."""
+    unusable: dict[str, str]
+    """The reasons that are a fault of the documents, each with the beginning of the first one."""
     labels: set[str]
     """Planted labels in its dialogues."""
 
@@ -71,6 +74,10 @@ def run(steps: Sequence[Step[CorpusInputs]], context: StageContext) -> None:
     progress = Progress(CorpusInputs.NAME, len(files), "files")
     results = sorted(context.follow(progress, run_pool(pool, files), lambda _: 1), key=lambda result: result.number)
     counts = remove_duplicates(context.storage, step.folder, results, section)
+    unusable = unusable_of(results, counts["num_documents"])
+    for line in unusable.remarks(CorpusInputs.NAME):
+        context.reporter.message(line)
+    unusable.check(section.max_unusable_frac)
     for name, count in counts["num_documents"].items():
         if count == 0:
             raise InputError(
@@ -114,6 +121,7 @@ class ReadFile:
         limit = source.get("max_documents")
         seen: set[int] = set()
         dropped: Counter[str] = Counter()
+        unusable: dict[str, str] = {}
         labels: set[str] = set()
         parts: list[Part] = []
         rows = _Rows()
@@ -122,6 +130,8 @@ class ReadFile:
             reason = document.reason or (DUPLICATE if doc_id in seen else "")
             if reason:
                 dropped[reason] += 1
+                if document.unusable:
+                    unusable.setdefault(reason, document.unusable)
                 continue
             if limit is not None and len(seen) == limit:
                 break
@@ -133,7 +143,7 @@ class ReadFile:
                 rows = _Rows()
         if rows.columns["doc_id"]:
             parts.append(self._publish(rows, file.number, len(parts)))
-        return FileRead(file.number, source["name"], parts, dropped, labels)
+        return FileRead(file.number, source["name"], parts, dropped, unusable, labels)
 
     def _publish(self, rows: "_Rows", file: int, number: int) -> Part:
         name = f"part-{file:05d}-{number:05d}.parquet"
@@ -160,6 +170,17 @@ class _Rows:
             column.append(value)
         self.lengths.append(document.num_characters)
         self.num_characters += document.num_characters
+
+
+def unusable_of(results: Sequence[FileRead], num_documents: Mapping[str, int]) -> Unusable:
+    """Documents that cannot be used, of all files; what filters and limits leave out is not among them."""
+    dropped: dict[str, Counter[str]] = {name: Counter() for name in num_documents}
+    examples: dict[str, dict[str, str]] = {}
+    for result in results:
+        dropped[result.corpus].update({why: n for why, n in result.dropped.items() if why in result.unusable})
+        examples[result.corpus] = {**result.unusable, **examples.get(result.corpus, {})}
+    num_read = {name: num + sum(dropped[name].values()) for name, num in num_documents.items()}
+    return Unusable(dropped, examples, num_read)
 
 
 def remove_duplicates(

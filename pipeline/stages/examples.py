@@ -32,7 +32,7 @@ from pipeline.storage.activation_store import ActivationStore
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.tables import arrow_schema, write_table
 from pipeline.terminal import Progress
-from pipeline.text.tokenise import token_texts
+from pipeline.text.tokenizers import token_texts
 
 EXAMPLES_NAME = "examples.parquet"
 EXAMPLE_SCHEMA = arrow_schema(EXAMPLE_COLUMNS)

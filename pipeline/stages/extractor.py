@@ -46,6 +46,8 @@ class Extracted(NamedTuple):
     """Rows left out for their norm."""
     num_out_of_memory: int
     """How often a batch did not fit and was run in halves."""
+    left_out: Mapping[str, int]
+    """Tokens that became no rows, by reason; without those left out for their norm."""
 
 
 class _Ready(NamedTuple):
@@ -142,12 +144,26 @@ class Extractor:
             dict(zip(("corpus", "split", "num_tokens"), about[doc_id], strict=True), doc_id=doc_id, reason=reason)
             for doc_id, reason in result.quarantined
         )
-        return Extracted(rows, rejected, extracted.real_token_frac, extracted.num_capped, extracted.num_out_of_memory)
+        return Extracted(
+            rows,
+            rejected,
+            extracted.real_token_frac,
+            extracted.num_capped,
+            extracted.num_out_of_memory,
+            extracted.left_out,
+        )
 
 
 def row_options(section: ActivationsSection, tokens_per_batch: int) -> RowOptions:
     """Which tokens become rows: those of the store, and those that have codes wherever else the models run."""
-    return RowOptions(tokens_per_batch, section.drop_first_tokens, section.drop_bos, section.norm_cap)
+    return RowOptions(
+        tokens_per_batch,
+        section.drop_first_tokens,
+        section.drop_bos,
+        section.norm_cap,
+        section.rows.keep,
+        section.rows.leave_out,
+    )
 
 
 def check_rejected(rejected: Sequence[Mapping[str, Any]], max_rejected: int) -> None:

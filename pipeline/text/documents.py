@@ -16,15 +16,16 @@ from pipeline.errors import InputError, first_line
 from pipeline.schema import Split
 from pipeline.text.files import as_input_error, open_text
 from pipeline.text.filters import Filters, filter_reason
+from pipeline.text.messages import read_messages, words_of
 
 EMPTY = "empty"
 NO_COLUMN = "column missing"
 NOT_TEXT = "not text"
-NOT_DIALOGUE = "not a dialogue"
-NOT_LABELS = "labels are not {name, start, end}"
 NOT_UNICODE = "not valid Unicode"
 DUPLICATE = "duplicate"
 BEYOND_LIMIT = "beyond max_documents"
+
+_NUM_EXAMPLE_CHARACTERS = 80
 
 _SPLIT_RESOLUTION = 1 << 32
 
@@ -35,13 +36,15 @@ class Document(NamedTuple):
     text: str | None = None
     """A plain document."""
     messages: str | None = None
-    """A dialogue as JSON list of {role, content, labels}."""
+    """A dialogue as JSON list of {role, content}, with labels, tool_calls and reasoning_content where it has them."""
     labels: frozenset[str] = frozenset()
     """Planted labels that occur in it."""
     reason: str = ""
     """Why it is not used; empty for a document that is."""
     num_characters: int = 0
     """Of the text, or of all contents."""
+    unusable: str = ""
+    """The beginning of a document that could not be used; empty for one that was left out on request (filters)."""
 
 
 def document_id(document: Document) -> int:
@@ -49,8 +52,7 @@ def document_id(document: Document) -> int:
     if document.text is not None:
         words = document.text
     else:
-        messages = json.loads(document.messages or "[]")
-        words = json.dumps([[message["role"], message["content"]] for message in messages], ensure_ascii=False)
+        words = json.dumps(words_of(json.loads(document.messages or "[]")), ensure_ascii=False)
     return int.from_bytes(hashlib.sha256(words.encode("utf-8", "surrogatepass")).digest()[:8]) >> 1
 
 
@@ -73,8 +75,8 @@ def read_documents(path: str, source: Mapping[str, Any]) -> Iterator[Document]:
 def _filtered(document: Document, filters: Filters) -> Document:
     messages = None if document.messages is None else json.loads(document.messages)
     contents = [document.text or ""] if messages is None else [message["content"] for message in messages]
-    if not all(_is_unicode(content) for content in contents):
-        return Document(reason=NOT_UNICODE)
+    if not all(_is_unicode(content) for content in (*contents, document.messages or "")):
+        return _unusable(NOT_UNICODE, contents)
     reason = filter_reason(document.text, messages, filters)
     return Document(reason=reason) if reason else document._replace(num_characters=sum(map(len, contents)))
 
@@ -172,7 +174,7 @@ _READERS = {"jsonl": _read_jsonl, "parquet": _read_parquet, "text": _read_text, 
 def _from_row(row: Any, source: Mapping[str, Any]) -> Document:
     column = source.get("text_column") or source.get("messages_column")
     if not isinstance(row, Mapping) or row.get(column) is None:
-        return Document(reason=NO_COLUMN)
+        return _unusable(NO_COLUMN, column)
     for name, expected in (source.get("where") or {}).items():
         if row.get(name) != expected:
             return Document(reason=f"{name} is not {expected!r}")
@@ -182,35 +184,23 @@ def _from_row(row: Any, source: Mapping[str, Any]) -> Document:
 
 def _from_text(value: Any) -> Document:
     if not isinstance(value, str):
-        return Document(reason=NOT_TEXT)
-    return Document(text=value.strip()) if value.strip() else Document(reason=EMPTY)
+        return _unusable(NOT_TEXT, value)
+    return Document(text=value.strip()) if value.strip() else _unusable(EMPTY, value)
 
 
 def _from_messages(value: Any, source: Mapping[str, Any]) -> Document:
-    """A dialogue from a list of mappings with role and content; of other keys only labels are kept."""
-    if not isinstance(value, (list, tuple)) or not value:
-        return Document(reason=NOT_DIALOGUE)
-    role_key, content_key = source.get("role_key", "role"), source.get("content_key", "content")
-    role_names = source.get("role_names") or {}
-    messages = []
-    labels: set[str] = set()
-    for message in value:
-        is_message = isinstance(message, Mapping) and isinstance(message.get(role_key), str)
-        if not is_message or not isinstance(message.get(content_key), str):
-            return Document(reason=NOT_DIALOGUE)
-        role = message[role_key]
-        kept = {"role": role_names.get(role, role), "content": message[content_key]}
-        if own := message.get("labels"):
-            if not isinstance(own, (list, tuple)) or not all(_is_named(label) for label in own):
-                return Document(reason=NOT_LABELS)
-            kept["labels"] = list(own)
-            labels |= {label["name"] for label in own}
-        messages.append(kept)
-    if not any(message["content"].strip() for message in messages):
-        return Document(reason=EMPTY)
-    return Document(messages=json.dumps(messages, ensure_ascii=False), labels=frozenset(labels))
+    messages, reason = read_messages(value, source)
+    if not reason and not any(_says_something(message) for message in messages):
+        reason = EMPTY
+    if reason:
+        return _unusable(reason, value)
+    labels = frozenset(label["name"] for message in messages for label in message.get("labels", ()))
+    return Document(messages=json.dumps(messages, ensure_ascii=False), labels=labels)
 
 
-def _is_named(label: Any) -> bool:
-    """Whether it can be a planted label; its place in the content is checked where the content becomes tokens."""
-    return isinstance(label, Mapping) and isinstance(label.get("name"), str)
+def _says_something(message: Mapping[str, Any]) -> bool:
+    return bool(message["content"].strip() or "tool_calls" in message or "reasoning_content" in message)
+
+
+def _unusable(reason: str, value: Any) -> Document:
+    return Document(reason=reason, unusable=ascii(value)[:_NUM_EXAMPLE_CHARACTERS])

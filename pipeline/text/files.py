@@ -65,15 +65,15 @@ def expand_paths(paths: Sequence[str], what: str) -> list[str]:
 
 @contextmanager
 def open_text(path: str) -> Iterator[Any]:
-    """The lines of a UTF-8 file; compression follows its name. Read it inside `as_input_error`."""
+    """The lines of a UTF-8 file without its BOM; compression follows its name. Read it inside `as_input_error`."""
     with fsspec.open(path, "rb", compression=None if path.endswith(".zst") else "infer") as raw:
         if not path.endswith(".zst"):
-            yield io.TextIOWrapper(raw, encoding="utf-8")
+            yield io.TextIOWrapper(raw, encoding="utf-8-sig")
             return
         import pyarrow as pa
 
         with pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd") as unpacked:
-            yield io.TextIOWrapper(io.BufferedReader(unpacked), encoding="utf-8")
+            yield io.TextIOWrapper(io.BufferedReader(unpacked), encoding="utf-8-sig")
 
 
 def read_text(path: str, what: str) -> str:

@@ -6,23 +6,25 @@ between two private-use characters, and removing those characters must give back
 repeat, or that contain role names and control words, are located exactly. Templates that write today's date get a
 fixed date, so that a dialogue gives the same tokens every day.
 
-It does not tokenise. The trade-off: a template that changes what a speaker wrote (drops reasoning, rewords, reorders
-characters) is refused, because no character span would be exact.
+It does not tokenise, and it renders the messages that it is given: turns.py decides which. The trade-off: a template
+that changes what a speaker wrote (rewords, reorders characters) is refused, because no character span would be exact.
 """
 
+import json
 import re
 from datetime import datetime
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pipeline.errors import InputError
+from pipeline.text.messages import TOOL_ROLES, DialogueError, split_reasoning
 
 FIRST_SENTINEL = 0xF0000
-"""First code point of Unicode's private-use plane 15; message i takes the points 2i (opens) and 2i + 1 (closes)."""
-MAX_MESSAGES = 0xFFFD // 2
+"""First code point of Unicode's private-use plane 15; piece i takes the points 2i (opens) and 2i + 1 (closes)."""
+MAX_PIECES = 0xFFFD // 2
 _SENTINEL = re.compile(f"[{chr(FIRST_SENTINEL)}-{chr(FIRST_SENTINEL + 0xFFFD)}]")
 
 REJECTED = "template_rejects"
@@ -50,26 +52,28 @@ _PROBE = (
 )
 
 
-class DialogueError(InputError):
-    """One dialogue that cannot be rendered with exact spans; `reason` is the name under which it is counted."""
+_REJECTIONS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+"""What a template raises on messages that it does not expect."""
 
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
+SpanKind = Literal["content", "reasoning", "tool_call"]
 
 
 class MessageSpan(NamedTuple):
-    """Place of one message's content in the rendered text."""
+    """Place of something that one message says in the rendered text."""
 
     message: int
     """Index of the message in the dialogue."""
     role: str
     start: int
-    """First character of the content in the rendered text, after the leading whitespace that the template trimmed."""
+    """First character in the rendered text, after the leading whitespace that the template trimmed."""
     end: int
-    """One past the last character of the content."""
-    content_offset: int
-    """Leading whitespace that was trimmed: character c of the content is at start + c - content_offset."""
+    """One past the last character."""
+    content_offset: int = 0
+    """Character c of the message's content is at start + c - content_offset."""
+    kind: SpanKind = "content"
+    """tool_call spans hold the name of the function that is called."""
+    is_of_content: bool = True
+    """Whether it is a part of the message's content, as labels are; reasoning may have a field of its own."""
 
 
 class RenderedDialogue(NamedTuple):
@@ -78,7 +82,7 @@ class RenderedDialogue(NamedTuple):
     text: str
     """Everything the template wrote, including its BOS where it writes one."""
     spans: tuple[MessageSpan, ...]
-    """One per message with a content that is not blank, ascending by start."""
+    """Contents that are not blank, reasoning and tool calls, ascending by start."""
 
 
 class TemplateShape(NamedTuple):
@@ -88,18 +92,38 @@ class TemplateShape(NamedTuple):
     """Per role: the characters just before a content that open its turn."""
     trailers: dict[str, str]
     """Per role: the characters after the content that close its turn."""
+    reads_reasoning: bool
+    """Whether it writes the field reasoning_content."""
+    keeps_history: bool
+    """Whether it writes an answer, with its reasoning, in the same way when more messages follow."""
 
 
-def render_dialogue(tokenizer: Any, messages: list[dict[str, Any]]) -> RenderedDialogue:
-    """The template's text of a dialogue and the span of every content.
+class _Piece(NamedTuple):
+    """Something that a message says, as it must occur in the rendered text."""
+
+    message: int
+    role: str
+    kind: SpanKind
+    text: str
+    content_offset: int = 0
+    is_of_content: bool = True
+
+    def span(self, start: int, end: int) -> MessageSpan:
+        return MessageSpan(
+            self.message, self.role, start, end, self.content_offset, kind=self.kind, is_of_content=self.is_of_content
+        )
+
+
+def render_dialogue(
+    tokenizer: Any, messages: list[dict[str, Any]], *, may_drop_reasoning: bool = False, is_prompt: bool = False
+) -> RenderedDialogue:
+    """The template's text of a dialogue and the span of everything that its messages say.
 
     Outer whitespace of a content belongs to its span unless the template trims it. Blank contents get no span. Raises
-    DialogueError where the template rejects the dialogue (REJECTED) or changes, drops or repeats a content (REWRITTEN).
+    DialogueError where the template rejects the dialogue (REJECTED) or changes, drops or repeats a content (REWRITTEN);
+    may_drop_reasoning: reasoning that it drops has no span instead. is_prompt: end with the header of a new answer.
     """
-    plain_messages = [{"role": m["role"], "content": m["content"]} for m in messages]
-    if len(messages) > MAX_MESSAGES:
-        raise DialogueError(REJECTED, f"expected at most {MAX_MESSAGES} messages in a dialogue, got {len(messages)}")
-    plain = _apply(tokenizer, plain_messages)
+    plain = _apply(tokenizer, [_template_fields(message) for message in messages], is_prompt=is_prompt)
     present = _SENTINEL.search(plain)
     if present is not None:
         raise DialogueError(
@@ -107,22 +131,34 @@ def render_dialogue(tokenizer: Any, messages: list[dict[str, Any]]) -> RenderedD
             f"expected a dialogue without characters of Unicode's private-use plane 15, which mark the contents here, "
             f"but it has U+{ord(present.group()):X}; remove it from the corpus",
         )
-    is_padded = any(message["content"] != message["content"].strip() for message in plain_messages)
+    is_padded = any(message["content"] != message["content"].strip() for message in messages)
     for is_trimmed in (False, True) if is_padded else (True,):
-        marked = _apply(tokenizer, [_mark(i, m, is_trimmed=is_trimmed) for i, m in enumerate(plain_messages)])
+        pieces: list[_Piece] = []
+        marked_messages = [_mark(i, message, pieces, is_trimmed=is_trimmed) for i, message in enumerate(messages)]
+        if len(pieces) > MAX_PIECES:
+            raise DialogueError(REJECTED, f"expected at most {MAX_PIECES} contents in a dialogue, got {len(pieces)}")
+        marked = _apply(tokenizer, marked_messages, is_prompt=is_prompt)
         if _SENTINEL.sub("", marked) == plain:
             break
     else:
-        raise _rewritten(plain_messages, "what it writes depends on how a content starts or ends")
+        raise _rewritten(messages, "what it writes depends on how a content starts or ends")
     places: dict[int, list[int]] = {}
     for num_before, match in enumerate(_SENTINEL.finditer(marked)):
         places.setdefault(ord(match.group()) - FIRST_SENTINEL, []).append(match.start() - num_before)
-    return RenderedDialogue(plain, _spans(plain_messages, places, plain, is_trimmed=is_trimmed))
+    spans = []
+    for index, piece in enumerate(pieces):
+        opened, closed = places.get(2 * index, []), places.get(2 * index + 1, [])
+        if may_drop_reasoning and piece.kind == "reasoning" and not opened and not closed:
+            continue
+        if len(opened) != 1 or len(closed) != 1 or not _says(plain[opened[0] : closed[0]], piece):
+            raise _rewritten(messages, f"message {piece.message} ({piece.role}) is not in its text once and unchanged")
+        spans.append(piece.span(opened[0], closed[0]))
+    return RenderedDialogue(plain, tuple(sorted(spans, key=lambda span: span.start)))
 
 
 def render_prompt(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
     """The template's text of a dialogue that ends with the header of the assistant turn to be generated."""
-    return _apply(tokenizer, [{"role": m["role"], "content": m["content"]} for m in messages], is_prompt=True)
+    return _apply(tokenizer, [_template_fields(message) for message in messages], is_prompt=True)
 
 
 def read_template_shape(tokenizer: Any) -> TemplateShape:
@@ -156,7 +192,30 @@ def read_template_shape(tokenizer: Any) -> TemplateShape:
             "assistant": gap_to_assistant[len(user_trailer) :],
         },
         trailers={"user": user_trailer, "assistant": assistant_trailer},
+        reads_reasoning=_reads_reasoning(tokenizer),
+        keeps_history=_keeps_history(tokenizer),
     )
+
+
+def _reads_reasoning(tokenizer: Any) -> bool:
+    answer = {**_PROBE[1], "reasoning_content": "Some thoughts."}
+    try:
+        return answer["reasoning_content"] in _apply(tokenizer, [dict(_PROBE[0]), answer])
+    except DialogueError:
+        return False
+
+
+def _keeps_history(tokenizer: Any) -> bool:
+    question, answer, *further = (dict(message) for message in _PROBE)
+    for reasoning in ("", "<think>\nSome thoughts.\n</think>\n\n"):
+        first = [question, {**answer, "content": reasoning + answer["content"]}]
+        try:
+            alone, continued = (render_dialogue(tokenizer, messages) for messages in (first, [*first, *further]))
+        except DialogueError:
+            return False
+        if not continued.text.startswith(alone.text[: alone.spans[-1].end]):
+            return False
+    return True
 
 
 def check_template(text: str, where: str) -> None:
@@ -172,25 +231,13 @@ def _without_generation(text: str) -> str:
     return re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", text)
 
 
-def strip_bos(tokenizer: Any, text: str) -> str:
-    """The text without the BOS that the template wrote, if the tokenizer adds one itself; else the text unchanged.
-
-    BOS then occurs exactly once either way. Tokenizers without a BOS leave the text as it is.
-    """
-    bos = tokenizer.bos_token
-    if not bos or not adds_bos(tokenizer):
-        return text
-    return text.removeprefix(bos)
+def _template_fields(message: dict[str, Any]) -> dict[str, Any]:
+    """What a template gets to see of a message."""
+    fields = ("role", "content", "reasoning_content", "tool_calls")
+    return {name: message[name] for name in fields if name in message}
 
 
-def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer itself puts its BOS in front of every text."""
-    if tokenizer.bos_token_id is None:
-        return False
-    return bool(tokenizer("a", add_special_tokens=True)["input_ids"][0] == tokenizer.bos_token_id)
-
-
-def _apply(tokenizer: Any, messages: list[dict[str, str]], *, is_prompt: bool = False) -> str:
+def _apply(tokenizer: Any, messages: list[dict[str, Any]], *, is_prompt: bool = False) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(
             f"expected a tokenizer with a chat template, but {tokenizer.name_or_path!r} has none; dialogues are "
@@ -205,7 +252,7 @@ def _apply(tokenizer: Any, messages: list[dict[str, str]], *, is_prompt: bool = 
             add_generation_prompt=is_prompt,
             chat_template=_FIXED_DATE + own if is_dated else None,
         )
-    except TemplateError as error:
+    except _REJECTIONS as error:
         roles = [message["role"] for message in messages[:8]]
         raise DialogueError(
             REJECTED,
@@ -215,34 +262,47 @@ def _apply(tokenizer: Any, messages: list[dict[str, str]], *, is_prompt: bool = 
     return text
 
 
-def _mark(index: int, message: dict[str, str], *, is_trimmed: bool) -> dict[str, str]:
-    """The message with its content between two sentinels; whitespace that is trimmed stays outside them."""
-    content = message["content"]
-    core = content.strip() if is_trimmed else content
-    if not content.strip():
-        return message
-    start = content.index(core)
-    opens, closes = chr(FIRST_SENTINEL + 2 * index), chr(FIRST_SENTINEL + 2 * index + 1)
-    return message | {"content": content[:start] + opens + core + closes + content[start + len(core) :]}
+def _mark(index: int, message: dict[str, Any], pieces: list[_Piece], *, is_trimmed: bool) -> dict[str, Any]:
+    """The message with each of its pieces between two sentinels; the pieces are added to the list.
 
+    Whitespace that is trimmed stays outside the sentinels, and so do the tags around reasoning.
+    """
+    marked, content, role = _template_fields(message), message["content"], message["role"]
 
-def _spans(
-    messages: list[dict[str, str]], places: dict[int, list[int]], text: str, *, is_trimmed: bool
-) -> tuple[MessageSpan, ...]:
-    spans = []
-    for index, message in enumerate(messages):
-        core = message["content"].strip() if is_trimmed else message["content"]
+    def between(text: str, kind: SpanKind, *, offset: int = 0, is_of_content: bool = False) -> str:
+        core = text.strip() if is_trimmed or kind == "reasoning" else text
         if not core.strip():
-            continue
-        opened, closed = places.get(2 * index, []), places.get(2 * index + 1, [])
-        if len(opened) != 1 or len(closed) != 1 or text[opened[0] : closed[0]] != core:
-            raise _rewritten(messages, f"message {index} ({message['role']}) is not in its text once and unchanged")
-        offset = message["content"].index(core)
-        spans.append(MessageSpan(index, message["role"], opened[0], closed[0], offset))
-    return tuple(sorted(spans, key=lambda span: span.start))
+            return text
+        start, number = text.index(core), len(pieces)
+        pieces.append(_Piece(index, role, kind, core, offset + start, is_of_content))
+        opens, closes = chr(FIRST_SENTINEL + 2 * number), chr(FIRST_SENTINEL + 2 * number + 1)
+        return text[:start] + opens + core + closes + text[start + len(core) :]
+
+    if "reasoning_content" in message:
+        marked["reasoning_content"] = between(message["reasoning_content"], "reasoning")
+    split = split_reasoning(message)
+    answer_start = 0 if split is None else split.answer
+    reasoned = ""
+    if split is not None:
+        thought = between(content[split.start : split.end], "reasoning", offset=split.start, is_of_content=True)
+        reasoned = content[: split.start] + thought + content[split.end : split.answer]
+    answer = between(content[answer_start:], "content", offset=answer_start, is_of_content=True)
+    marked["content"] = reasoned + answer
+    if "tool_calls" in message:
+        marked["tool_calls"] = [
+            {**call, "function": {**call["function"], "name": between(call["function"]["name"], "tool_call")}}
+            for call in message["tool_calls"]
+        ]
+    return marked
 
 
-def _rewritten(messages: list[dict[str, str]], detail: str) -> DialogueError:
+def _says(text: str, piece: _Piece) -> bool:
+    """Whether a text is a piece, word for word; what a tool answers may be written as JSON."""
+    is_json = piece.role in TOOL_ROLES and text == json.dumps(piece.text, ensure_ascii=False)[1:-1]
+    return text == piece.text or is_json
+
+
+def _rewritten(messages: list[dict[str, Any]], detail: str) -> DialogueError:
     start = messages[0]["content"][:40] if messages else ""
     return DialogueError(
         REWRITTEN,

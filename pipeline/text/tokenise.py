@@ -2,40 +2,35 @@
 
 Input: a batch of corpus rows (schema.CORPUS_COLUMNS); output: token rows (schema.TOKEN_COLUMNS) and, per row, why a
 document was dropped. Both models read these ids; text is tokenised once and never again. Dialogues are rendered by
-text/templates.py; the tokenizer's offsets carry roles and planted labels from characters to tokens.
+text/turns.py; the tokenizer's offsets carry roles and planted labels from characters to tokens.
 
 A token's role is that of its last character: " hello" after "USER:" is content, a separator is template. A planted
 label marks every token that it touches. Needs a fast tokenizer (one with offsets).
 """
 
-import hashlib
-import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pipeline.errors import InputError
 from pipeline.schema import MAX_PLANTED_LABELS, PLANTED_SHIFT, Flag
-from pipeline.text.templates import (
-    DialogueError,
-    RenderedDialogue,
-    TemplateShape,
-    adds_bos,
-    read_template_shape,
-    render_dialogue,
-    render_prompt,
-    strip_bos,
-)
+from pipeline.text.conversations import turn_id
+from pipeline.text.messages import TOOL_ROLES, DialogueError, parse_messages
+from pipeline.text.templates import MessageSpan, TemplateShape, read_template_shape
+from pipeline.text.tokenizers import BosUse, control_token_ids, encode, read_bos_use
+from pipeline.text.turns import DialogueDocument, Mode, closing_tag, dialogue_documents
 
 KEPT = ""
 EMPTY = "empty"
 """No token besides BOS and what the template writes."""
-UNREADABLE = "unreadable_messages"
-"""Messages that are not a JSON list of {role, content}, or labels outside their content."""
+CUT = "cut before its answer"
+"""A document of one answer whose history alone has max_tokens tokens."""
 
-_ROLE_FLAGS = {"user": int(Flag.USER), "assistant": int(Flag.ASSISTANT)}
+_ROLE_FLAGS = {"user": int(Flag.USER), "assistant": int(Flag.ASSISTANT)} | dict.fromkeys(TOOL_ROLES, int(Flag.TOOL))
+_KIND_FLAGS = {"content": 0, "reasoning": int(Flag.REASONING), "tool_call": int(Flag.TOOL)}
+_SPOKEN = Flag.USER | Flag.ASSISTANT | Flag.TOOL
 
 
 class DocumentTokens(NamedTuple):
@@ -53,10 +48,13 @@ class Tokenise:
     """Callable on one batch of corpus rows; picklable, so that it runs in any worker process.
 
     max_tokens: documents are cut after this many tokens, BOS included.
+    dialogues: whether a dialogue becomes one document or one per answer (turns.Mode).
     labels: names of the planted labels; label i sets bit PLANTED_SHIFT + i. Labels of other names are ignored.
     """
 
-    def __init__(self, tokenizer: Any, *, max_tokens: int, labels: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, *, max_tokens: int, labels: Sequence[str] = (), dialogues: Mode = "auto"
+    ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise InputError(
                 f"expected a fast tokenizer (its offsets locate the speakers), got {type(tokenizer).__name__} from "
@@ -69,213 +67,163 @@ class Tokenise:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.labels = tuple(labels)
+        self.mode = dialogues
         self._special_ids = np.array(sorted(control_token_ids(tokenizer)), dtype=np.int64)
         self._shape: TemplateShape | None = None
+        self._bos: BosUse | None = None
+
+    @property
+    def shape(self) -> TemplateShape:
+        """What the chat template writes around contents; InputError where it has no roles."""
+        if self._shape is None:
+            self._shape = read_template_shape(self.tokenizer)
+        return self._shape
+
+    @property
+    def bos(self) -> BosUse:
+        """Where the tokenizer's BOS stands."""
+        if self._bos is None:
+            self._bos = read_bos_use(self.tokenizer)
+        return self._bos
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        """Token rows in the order of the batch, with one more column `dropped`.
+        """Token rows in the order of the batch, with the columns `dropped` and `detail` besides.
 
-        `dropped` is "" for kept rows, else the reason, and the row's input_ids and flags are empty; split_dropped
-        takes the two apart. Columns: doc_id, corpus, split, input_ids (int32 [T]), flags (int32 [T]), num_cut, dropped.
+        A dialogue whose template rewrites history gives one row per answer. `dropped` is "" for kept rows, else the
+        reason, and the row's input_ids and flags are empty; split_dropped takes the two apart. Columns: doc_id, corpus,
+        split, input_ids (int32 [T]), flags (int32 [T]), num_cut, dropped, detail (the reason at length, or "").
         """
-        rows: dict[str, list[Any]] = {name: list(batch[name]) for name in ("doc_id", "corpus", "split")}
-        rows |= {"input_ids": [], "flags": [], "num_cut": [], "dropped": []}
-        for text, messages in zip(batch["text"], batch["messages"], strict=True):
-            document, reason = self._tokenise(text, messages)
-            rows["input_ids"].append(document.input_ids)
-            rows["flags"].append(document.flags)
-            rows["num_cut"].append(document.num_cut)
-            rows["dropped"].append(reason)
+        names = ("doc_id", "corpus", "split", "input_ids", "flags", "num_cut", "dropped", "detail")
+        rows: dict[str, list[Any]] = {name: [] for name in names}
+        columns = (batch[name] for name in ("doc_id", "corpus", "split", "text", "messages"))
+        for doc_id, corpus, split, text, messages in zip(*columns, strict=True):
+            for document in self._tokenise(int(doc_id), text, messages):
+                tokens = document.tokens
+                row = (document.doc_id, corpus, split, *tokens, document.reason, document.detail)
+                for name, value in zip(names, row, strict=True):
+                    rows[name].append(value)
         return rows
 
     def plain(self, text: str) -> DocumentTokens:
-        """A plain document: control tokens and BOS are flagged, nothing is template, user or assistant."""
-        encoding = self.tokenizer(text, add_special_tokens=True, verbose=False)
-        all_ids = encoding["input_ids"]
+        """A plain document: control tokens and BOS are flagged, nothing is template, user or assistant.
+
+        It begins with BOS where dialogues do.
+        """
+        all_ids = self.tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
+        if self.bos.opens_dialogues and all_ids[:1] != [self.bos.token_id]:
+            all_ids = [self.bos.token_id, *all_ids]
         ids = np.asarray(all_ids[: self.max_tokens], dtype=np.int32)
         return DocumentTokens(ids, self._control_flags(ids), len(all_ids) - len(ids))
 
     def dialogue(self, messages: list[dict[str, Any]]) -> DocumentTokens:
-        """A dialogue: every token carries its speaker or TEMPLATE; the tokenizer's BOS carries neither.
+        """A dialogue as one document: every token carries its speaker or TEMPLATE; the tokenizer's BOS carries neither.
 
         Raises DialogueError where the template cannot render it with exact spans, InputError where it has no roles.
         """
-        if self._shape is None:
-            self._shape = read_template_shape(self.tokenizer)
-        rendered = render_dialogue(self.tokenizer, messages)
-        text = strip_bos(self.tokenizer, rendered.text)
-        cut = len(rendered.text) - len(text)
-        char_flags = self._character_flags(rendered, messages)[cut:]
-        encoding = self.tokenizer(
-            text, add_special_tokens=adds_bos(self.tokenizer), return_offsets_mapping=True, verbose=False
-        )
-        all_ids = encoding["input_ids"]
-        ids = np.asarray(all_ids[: self.max_tokens], dtype=np.int32)
-        offsets = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)[: self.max_tokens]
-        flags = _token_flags(char_flags, offsets)
-        control = self._control_flags(ids)
-        is_bos = (control & Flag.BOS) != 0
-        flags = np.where(is_bos, control, flags | control).astype(np.int32)
-        return DocumentTokens(ids, flags, len(all_ids) - len(ids))
+        (document,) = dialogue_documents(self.tokenizer, messages, self.shape, "whole")
+        return self._tokens_of(document)
 
-    def _tokenise(self, text: Any, messages: Any) -> tuple[DocumentTokens, str]:
-        empty = DocumentTokens(np.zeros(0, np.int32), np.zeros(0, np.int32))
-        if isinstance(messages, str):
-            try:
-                document = self.dialogue(parse_messages(messages))
-            except DialogueError as error:
-                return empty, error.reason
-            has_content = bool(np.any(document.flags & (Flag.USER | Flag.ASSISTANT)))
-        else:
-            document = self.plain(text) if isinstance(text, str) else empty
-            has_content = bool(np.any((document.flags & Flag.SPECIAL) == 0))
-        return (document, KEPT) if has_content else (empty, EMPTY)
+    def _tokens_of(self, document: DialogueDocument) -> DocumentTokens:
+        text = document.rendered.text
+        encoding = encode(self.tokenizer, text, self.bos)
+        cut = len(text) - len(encoding.text)
+        char_flags = self._character_flags(document)[cut:]
+        ids = np.asarray(encoding.ids[: self.max_tokens], dtype=np.int32)
+        offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)[: self.max_tokens]
+        flags, control = _token_flags(char_flags, offsets), self._control_flags(ids)
+        is_bos = ((control & Flag.BOS) != 0) & ((flags & Flag.TEMPLATE) != 0)
+        flags = np.where(is_bos, control, flags | control)
+        if document.history_end:
+            flags[offsets[:, 1] <= document.history_end - cut] |= int(Flag.HISTORY)
+        return DocumentTokens(ids, flags.astype(np.int32), len(encoding.ids) - len(ids))
+
+    def _tokenise(self, doc_id: int, text: Any, messages: Any) -> "list[_Tokenised]":
+        """The documents of one row, at least one."""
+        if not isinstance(messages, str):
+            tokens = self.plain(text) if isinstance(text, str) else _NO_TOKENS
+            has_content = bool(np.any((tokens.flags & Flag.SPECIAL) == 0))
+            return [_Tokenised(doc_id, tokens) if has_content else _Tokenised(doc_id, _NO_TOKENS, EMPTY)]
+        try:
+            documents = dialogue_documents(self.tokenizer, parse_messages(messages), self.shape, self.mode)
+        except DialogueError as error:
+            return [_Tokenised(doc_id, _NO_TOKENS, error.reason, str(error))]
+        found = []
+        for document in documents:
+            own_id = doc_id if document.turn is None else turn_id(doc_id, document.turn)
+            tokens = self._tokens_of(document)
+            is_new = (tokens.flags & Flag.HISTORY) == 0
+            reason = KEPT if np.any(is_new & ((tokens.flags & _SPOKEN) != 0)) else EMPTY
+            if reason and tokens.num_cut:
+                reason = CUT if document.history_end else EMPTY
+            found.append(_Tokenised(own_id, _NO_TOKENS if reason else tokens, reason))
+        return found
 
     def _control_flags(self, ids: np.ndarray) -> np.ndarray:
         flags: np.ndarray = np.isin(ids, self._special_ids).astype(np.int32) * int(Flag.SPECIAL)
-        if len(ids) and self.tokenizer.bos_token_id is not None and ids[0] == self.tokenizer.bos_token_id:
-            flags[0] |= int(Flag.SPECIAL | Flag.BOS)
+        if self.bos.token_id is not None:
+            is_bos = ids == self.bos.token_id
+            if self.bos.opens_turns:
+                is_bos[1:] = False
+            flags[is_bos] |= int(Flag.SPECIAL | Flag.BOS)
         return flags
 
-    def _character_flags(self, rendered: RenderedDialogue, messages: list[dict[str, Any]]) -> np.ndarray:
-        """int32 per character of the rendered text: one role each, and any number of planted labels."""
-        assert self._shape is not None
-        chars = np.full(len(rendered.text), int(Flag.TEMPLATE), dtype=np.int32)
+    def _character_flags(self, document: DialogueDocument) -> np.ndarray:
+        """int32 per character of the rendered text: who wrote it, of what kind, and any number of planted labels."""
+        text, spans = document.rendered
+        chars = np.full(len(text), int(Flag.TEMPLATE), dtype=np.int32)
         previous_end = 0
-        for span in rendered.spans:
-            chars[span.start : span.end] = _ROLE_FLAGS.get(span.role, int(Flag.TEMPLATE))
-            header = self._shape.headers.get(span.role, "")
-            starts_with_header = bool(header) and rendered.text.endswith(header, previous_end, span.start)
+        for span in spans:
+            chars[span.start : span.end] = _ROLE_FLAGS.get(span.role, int(Flag.TEMPLATE)) | _KIND_FLAGS[span.kind]
+            if span.kind == "reasoning":
+                chars[slice(*closing_tag(text, span))] = int(Flag.TEMPLATE | Flag.REASONING)
+            header = self.shape.headers.get(span.role, "")
+            starts_with_header = bool(header) and text.endswith(header, previous_end, span.start)
             header_start = span.start - len(header) if starts_with_header else previous_end
-            for label in messages[span.message].get("labels") or ():
-                if label["name"] not in self.labels:
-                    continue
-                bit = 1 << (PLANTED_SHIFT + self.labels.index(label["name"]))
-                start = min(max(span.start + label["start"] - span.content_offset, span.start), span.end)
-                end = min(max(span.start + label["end"] - span.content_offset, start), span.end)
-                chars[start:end] |= bit
-                if label.get("turn_header"):
-                    chars[header_start : span.start] |= bit
+            labels = (document.messages[span.message].get("labels") or ()) if span.is_of_content else ()
+            self._add_labels(chars, span, labels, header_start)
             previous_end = span.end
         return chars
 
+    def _add_labels(
+        self, chars: np.ndarray, span: MessageSpan, labels: Sequence[Mapping[str, Any]], header_start: int
+    ) -> None:
+        """The bits of labels on the characters of their span, in place."""
+        for label in labels:
+            if label["name"] not in self.labels:
+                continue
+            bit = 1 << (PLANTED_SHIFT + self.labels.index(label["name"]))
+            start = min(max(span.start + label["start"] - span.content_offset, span.start), span.end)
+            end = min(max(span.start + label["end"] - span.content_offset, start), span.end)
+            chars[start:end] |= bit
+            if label.get("turn_header"):
+                chars[header_start : span.start] |= bit
+
+
+class _Tokenised(NamedTuple):
+    """One document of a row, or the reason why there is none."""
+
+    doc_id: int
+    tokens: DocumentTokens
+    reason: str = KEPT
+    detail: str = ""
+
+
+_NO_TOKENS = DocumentTokens(np.zeros(0, np.int32), np.zeros(0, np.int32))
+
 
 def split_dropped(rows: Mapping[str, Sequence[Any]]) -> tuple[dict[str, list[Any]], dict[str, Counter[str]]]:
-    """The kept rows without the column `dropped`, and per corpus the number of documents dropped for each reason."""
+    """The kept rows without the columns `dropped` and `detail`; per corpus, the documents dropped for each reason."""
     reasons = list(rows["dropped"])
     kept = {
         name: [value for value, reason in zip(column, reasons, strict=True) if reason == KEPT]
         for name, column in rows.items()
-        if name != "dropped"
+        if name not in ("dropped", "detail")
     }
     dropped: dict[str, Counter[str]] = {}
     for corpus, reason in zip(rows["corpus"], reasons, strict=True):
         if reason != KEPT:
             dropped.setdefault(corpus, Counter())[reason] += 1
     return kept, dropped
-
-
-def parse_messages(messages: str) -> list[dict[str, Any]]:
-    """Messages of one corpus row; DialogueError(UNREADABLE) where they are malformed."""
-    try:
-        parsed = json.loads(messages)
-    except json.JSONDecodeError as error:
-        raise DialogueError(UNREADABLE, f"expected messages as a JSON list, got {messages[:60]!r}: {error}") from error
-    if not isinstance(parsed, list) or not parsed:
-        raise DialogueError(UNREADABLE, f"expected a JSON list with at least one message, got {messages[:60]!r}")
-    for message in parsed:
-        is_message = isinstance(message, dict) and isinstance(message.get("role"), str)
-        if not is_message or not isinstance(message.get("content"), str):
-            raise DialogueError(
-                UNREADABLE, f"expected messages with role and content as text, got {str(message)[:60]!r}"
-            )
-        for label in message.get("labels") or ():
-            if not _is_label(label, len(message["content"])):
-                raise DialogueError(
-                    UNREADABLE,
-                    "expected labels as {name, start, end} inside their content of "
-                    f"{len(message['content'])} characters, got {str(label)[:60]!r}",
-                )
-    return parsed
-
-
-def _is_label(label: Any, num_characters: int) -> bool:
-    if not isinstance(label, dict) or not isinstance(label.get("name"), str):
-        return False
-    start, end = label.get("start"), label.get("end")
-    return isinstance(start, int) and isinstance(end, int) and 0 <= start <= end <= num_characters
-
-
-def prompt_ids(tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
-    """Token ids of a dialogue that ends where the model starts to answer, with BOS exactly once (or never)."""
-    text = strip_bos(tokenizer, render_prompt(tokenizer, messages))
-    ids: list[int] = tokenizer(text, add_special_tokens=adds_bos(tokenizer))["input_ids"]
-    return ids
-
-
-def end_of_turn_id(tokenizer: Any) -> int | None:
-    """The control token with which the chat template ends an assistant turn, None where it has no such token."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    trailer = read_template_shape(tokenizer).trailers["assistant"]
-    ids: list[int] = tokenizer(trailer, add_special_tokens=False)["input_ids"]
-    return ids[0] if ids and ids[0] in control_token_ids(tokenizer) else None
-
-
-def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the decoded text: joined, the texts give the document.
-
-    A token decoded alone would lose the space before it. Where a further token changes the text before it (bytes of one
-    character), the token is decoded alone.
-    """
-    texts, before = [], ""
-    for end in range(1, len(ids) + 1):
-        text = str(tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
-        is_continued = text.startswith(before)
-        texts.append(text[len(before) :] if is_continued else str(tokenizer.decode([ids[end - 1]])))
-        before = text
-    return texts
-
-
-def control_token_ids(tokenizer: Any) -> set[int]:
-    """Ids of the tokenizer's control tokens. The unknown token counts only where it is also another control token."""
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    named = {name: getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "sep", "cls", "mask")}
-    others = {index for index in named.values() if index is not None}
-    return (special - {tokenizer.unk_token_id}) | others
-
-
-def check_vocabularies(
-    base_tokenizer: Any, chat_tokenizer: Any, used_ids: Iterable[int], replaced: Iterable[int] = ()
-) -> None:
-    """InputError naming the first used id for which the two tokenizers have different tokens.
-
-    Ids in `replaced` may differ: one of the models reads other ids in their place.
-    """
-    ids = sorted({int(index) for index in used_ids} - set(replaced))
-    base_tokens = base_tokenizer.convert_ids_to_tokens(ids)
-    chat_tokens = chat_tokenizer.convert_ids_to_tokens(ids)
-    for index, base_token, chat_token in zip(ids, base_tokens, chat_tokens, strict=True):
-        if base_token != chat_token:
-            raise InputError(
-                f"expected the two models to share their vocabulary, but id {index} is {base_token!r} for the base "
-                f"model ({base_tokenizer.name_or_path!r}) and {chat_token!r} for the chat model "
-                f"({chat_tokenizer.name_or_path!r}); choose a pair with one tokenizer, or name in token_replacements "
-                "what one of them reads instead"
-            )
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """SHA-256 of everything that decides the ids: the tokenizer's rules and vocabulary, and the chat template.
-
-    Padding and truncation settings are left out: calls change them, and ids without padding do not depend on them.
-    """
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    rules.pop("padding", None)
-    rules.pop("truncation", None)
-    identity = {"rules": rules, "chat_template": tokenizer.chat_template, "bos": tokenizer.bos_token}
-    canonical = json.dumps(identity, sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _token_flags(char_flags: np.ndarray, offsets: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from pipeline.models.decoder import SplitDecoder
 from pipeline.models.pair import ModelPair
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.schema import BASE, CAUSALITY_COLUMNS, CHAT, Flag
+from pipeline.text.conversations import turn_id
 
 LAYER, WIDTH, VOCAB, NUM_LATENTS = 1, 16, 53, 24
 INTERVENTIONS = (
@@ -86,19 +87,39 @@ def crosscoder() -> Crosscoder:
 
 
 def _flags(text: str) -> np.ndarray:
-    """B = BOS, t = template, u = user, a = assistant."""
-    bits = {"B": Flag.BOS | Flag.SPECIAL, "t": Flag.TEMPLATE, "u": Flag.USER, "a": Flag.ASSISTANT}
+    """B = BOS, t = template, e = control token of the template, u = user, a = assistant, r = its reasoning, c = closing
+    tag of reasoning, k = tool call."""
+    bits = {
+        "B": Flag.BOS | Flag.SPECIAL,
+        "t": Flag.TEMPLATE,
+        "e": Flag.TEMPLATE | Flag.SPECIAL,
+        "u": Flag.USER,
+        "a": Flag.ASSISTANT,
+        "r": Flag.ASSISTANT | Flag.REASONING,
+        "c": Flag.TEMPLATE | Flag.REASONING,
+        "k": Flag.ASSISTANT | Flag.TOOL,
+    }
     return np.array([int(bits[letter]) for letter in text], np.int32)
 
 
-def _documents() -> dict[str, list[Any]]:
-    texts = ["Bttuuttaaatt", "Btuuu", "Bttutt" + "a" * 14 + "tuta" + "t", "ttuta", "Bttuttaatuutaaat"]
+TEXTS = ("Bttuuttaaatt", "Btuuu", "Bttutt" + "a" * 14 + "tuta" + "t", "ttuta", "Bttuttaatuutaaat")
+TURNS = ("Beuetrrrcaaaaaaaaaaetuet", "BetuetaaetueteukketaaeB")
+TURN_IDS = [turn_id(9000, 0), turn_id(9000, 1)]
+NUM_HISTORY = (0, 9)
+"""Two documents of one dialogue; the second begins with 9 tokens of the first turn."""
+
+
+def _documents(*, with_turns: bool = False) -> dict[str, list[Any]]:
+    texts = [*TEXTS, *TURNS] if with_turns else TEXTS
     generator = np.random.default_rng(0)
-    return {
-        "doc_id": [70, 71, 62, 73, 54],
+    documents = {
+        "doc_id": [70, 71, 62, 73, 54, *TURN_IDS][: len(texts)],
         "input_ids": [generator.integers(0, VOCAB, len(text)).astype(np.int32) for text in texts],
         "flags": [_flags(text) for text in texts],
     }
+    for flags, num_history in zip(documents["flags"][len(TEXTS) :], NUM_HISTORY, strict=False):
+        flags[:num_history] |= int(Flag.HISTORY)
+    return documents
 
 
 MEAN_D = torch.linspace(-1, 1, WIDTH, dtype=torch.float64)
@@ -126,13 +147,16 @@ def _plain(model: Any, ids: np.ndarray, edited: torch.Tensor | None = None) -> t
     return seen[0][0], logits.log_softmax(-1)
 
 
-def _brute_force(models: tuple[Any, Any], crosscoder: Crosscoder, drop_bos: bool) -> dict[str, np.ndarray]:
+def _brute_force(
+    models: tuple[Any, Any], crosscoder: Crosscoder, *, drop_bos: bool, drop_first_tokens: int
+) -> dict[str, np.ndarray]:
     """Summed KL and counts [document, position set] per intervention, full logits, one document at a time.
 
     Equal to about 1e-6: the architecture takes its softmax and norms in float32 whatever the weights are.
     """
-    documents = _documents()
-    result = {item.name: np.zeros((5, 3, 2)) for item in INTERVENTIONS}
+    documents = _documents(with_turns=True)
+    texts = (*TEXTS, *TURNS)
+    result = {item.name: np.zeros((len(texts), 3, 2)) for item in INTERVENTIONS}
     base_D, chat_D = crosscoder.W_dec_FMD.detach()[:, BASE], crosscoder.W_dec_FMD.detach()[:, CHAT]
     for row, (ids, flags) in enumerate(zip(documents["input_ids"], documents["flags"], strict=True)):
         x_base, base_log = _plain(models[0], ids)
@@ -141,6 +165,10 @@ def _brute_force(models: tuple[Any, Any], crosscoder: Crosscoder, drop_bos: bool
         is_kept = torch.ones(len(ids), 1, dtype=torch.float64)
         if drop_bos:
             is_kept[torch.from_numpy((flags & Flag.BOS) != 0)] = 0
+        is_kept[:drop_first_tokens] = 0
+        num_history = (*[0] * len(TEXTS), *NUM_HISTORY)[row]
+        is_kept[:num_history] = 0
+        num_leading = max(drop_first_tokens, int(drop_bos and texts[row].startswith("B")))
         code = code * is_kept
         is_template = torch.from_numpy((flags & Flag.TEMPLATE) != 0)
         for item in INTERVENTIONS:
@@ -157,25 +185,31 @@ def _brute_force(models: tuple[Any, Any], crosscoder: Crosscoder, drop_bos: bool
                 "replace": x_base + chosen @ (chat_D - base_D)[list(item.latents)],
                 "add": x_base + chosen @ chat_D[list(item.latents)],
             }
-            log = base_log if item.kind == "base" else _plain(models[1], ids, edited[item.kind])[1]
+            if item.kind != "base":
+                edited[item.kind][:num_leading] = x_chat[:num_leading]
+            log = base_log if item.kind == "base" else _plain(models[1], ids, edited[item.kind].clone())[1]
             kl = (chat_log.exp() * (chat_log - log)).sum(-1).numpy()
             place = 0
             for t in range(1, len(ids)):
-                place = place + 1 if flags[t] & Flag.ASSISTANT and flags[t - 1] & Flag.ASSISTANT else 0
-                if flags[t] & Flag.ASSISTANT:
-                    member = [True, place < 10 and not flags[t - 1] & Flag.TEMPLATE, place >= 10]
+                letter, before = texts[row][t], texts[row][t - 1]
+                is_predicted = t >= num_history and (letter in "arck" or (letter == "e" and before in "arck"))
+                place = place + 1 if is_predicted and before in "arck" and t > num_history else 0
+                if is_predicted:
+                    is_first_9 = place < 10 and before not in "te"
+                    member = [True, is_first_9, not is_first_9]
                     result[item.name][row] += np.array(member)[:, None] * np.array([kl[t - 1], 1.0])
     return result
 
 
-@pytest.mark.parametrize("drop_bos", [False, True])
+@pytest.mark.parametrize(("drop_bos", "drop_first_tokens"), [(False, 0), (True, 0), (True, 3)])
 def test_kl_equals_brute_force_over_full_logits(
-    models: tuple[Any, Any], pair: ModelPair, crosscoder: Crosscoder, drop_bos: bool
+    models: tuple[Any, Any], pair: ModelPair, crosscoder: Crosscoder, drop_bos: bool, drop_first_tokens: int
 ) -> None:
     analysis = Causality(crosscoder, INTERVENTIONS)
-    sums = _sums(pair, analysis, _documents(), RowOptions(40, drop_bos=drop_bos))
+    options = RowOptions(40, drop_bos=drop_bos, drop_first_tokens=drop_first_tokens)
+    sums = _sums(pair, analysis, _documents(with_turns=True), options)
     table = analysis.tables(sums).kl.set_index(["intervention", "positions"])
-    expected = _brute_force(models, crosscoder, drop_bos)
+    expected = _brute_force(models, crosscoder, drop_bos=drop_bos, drop_first_tokens=drop_first_tokens)
     for item in INTERVENTIONS:
         for s, positions in enumerate(POSITION_SETS):
             kl, tokens = expected[item.name][:, s].sum(0)
@@ -188,7 +222,7 @@ def test_kl_equals_brute_force_over_full_logits(
     assert (table.loc["half_add", "num_latents"] == 12).all()
     assert (table.loc["all", "num_latents"] == NUM_LATENTS).all()
     assert table.loc[("none", "all"), "kl"] > 0.01
-    assert table.loc[("all", "all"), "num_conversations"] == 4
+    assert table.loc[("all", "all"), "num_conversations"] == 5  # the last two documents are one conversation
     names = [item.name for item in INTERVENTIONS if item.name != "chat"]
     distinct = {round(float(table.loc[(name, "all"), "kl"]), 10) for name in names}
     assert len(distinct) == len(names) - 2  # empty_replace equals none, same_half_replace equals half_replace
@@ -257,9 +291,22 @@ def test_predicting_positions_of_two_turns() -> None:
     assert position.tolist() == [*range(3, 15), 17, 19, 20]
     first_9 = [False] + [True] * 9 + [False] * 2 + [True] + [False, True]
     assert in_set[:, POSITION_SETS.index("first_9")].tolist() == first_9
-    assert in_set[:, POSITION_SETS.index("rest")].tolist() == [False] * 10 + [True] * 2 + [False] * 3
+    assert in_set[:, POSITION_SETS.index("rest")].tolist() == [not is_first for is_first in first_9]
     assert len(predicting_positions(_flags("Btuut")).position_P) == 0
     assert predicting_positions(_flags("aa")).position_P.tolist() == [0]
+
+
+def test_the_token_that_ends_a_turn_is_predicted_and_the_tag_that_closes_reasoning_belongs_to_the_turn() -> None:
+    position, in_set = predicting_positions(_flags("Betuet" + "rrcaa" + "et" + "ut" + "kk" + "e"))
+    assert position.tolist() == [5, 6, 7, 8, 9, 10, 14, 15, 16]
+    first_9 = [False, True, True, True, True, True, False, True, True]
+    assert in_set[:, POSITION_SETS.index("first_9")].tolist() == first_9
+
+
+def test_earlier_turns_of_a_document_are_not_predicted() -> None:
+    flags = _flags("Betuetaaetuetaae")
+    flags[:9] |= int(Flag.HISTORY)
+    assert predicting_positions(flags).position_P.tolist() == [12, 13, 14]
 
 
 def test_wrong_sets_and_missing_dialogues_are_input_errors(pair: ModelPair, crosscoder: Crosscoder) -> None:

@@ -25,7 +25,7 @@ from pipeline.models.generation import Positions, Sampling, Steering
 from pipeline.models.pair import ModelPair
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.schema import BASE, CHAT, MODEL_NAMES, STEERING_COLUMNS, STEERING_SAMPLE_COLUMNS, Verdict
-from pipeline.text.tokenise import prompt_ids
+from pipeline.text.tokenizers import prompt_ids
 
 WIDTH = 32
 WORDS = [f"w{i}" for i in range(40)]

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from pipeline.errors import InputError
-from pipeline.extraction.activations import ExtractRows, RowOptions, plan_batches
+from pipeline.extraction.activations import (
+    ExtractRows,
+    RowOptions,
+    check_options,
+    count_left_out,
+    kept_positions,
+    num_leading,
+    plan_batches,
+)
 from pipeline.models.loading import LoadOptions, ModelSpec
 from pipeline.models.memory import automatic_tokens_per_batch, is_out_of_memory, tokens_that_fit
 from pipeline.models.pair import ModelPair
@@ -217,3 +225,60 @@ def test_meaningless_options_are_input_errors(saved_pairs: Callable[[str], tuple
         ExtractRows(pair, RowOptions(0))
     with pytest.raises(InputError, match="at least 0, got -1"):
         ExtractRows(pair, RowOptions(64, drop_first_tokens=-1))
+
+
+def _flags(text: str) -> np.ndarray:
+    """B = BOS, e = control token of the template, t = template, u = user, a = assistant, r = its reasoning, c = closing
+    tag, k = tool call, o = tool answer, p = plain, s = control token of a plain document."""
+    bits = {
+        "B": Flag.BOS | Flag.SPECIAL,
+        "e": Flag.TEMPLATE | Flag.SPECIAL,
+        "t": Flag.TEMPLATE,
+        "u": Flag.USER,
+        "a": Flag.ASSISTANT,
+        "r": Flag.ASSISTANT | Flag.REASONING,
+        "c": Flag.TEMPLATE | Flag.REASONING,
+        "k": Flag.ASSISTANT | Flag.TOOL,
+        "o": Flag.TOOL,
+        "p": Flag(0),
+        "s": Flag.SPECIAL,
+    }
+    return np.array([int(bits[letter]) for letter in text], np.int32)
+
+
+@pytest.mark.parametrize(
+    ("keep", "leave_out", "expected"),
+    [
+        ((), (), "etuarckopsB"),
+        ((), ("template",), "uarkopsB"),
+        ((), ("special",), "tuarckop"),
+        (("assistant",), (), "ark"),
+        (("assistant",), ("reasoning",), "ak"),
+        (("assistant", "plain"), ("tool",), "arp"),
+        (("reasoning",), (), "rc"),
+        (("user", "tool"), (), "uko"),
+    ],
+)
+def test_rows_are_chosen_by_the_kind_of_token(keep: tuple[str, ...], leave_out: tuple[str, ...], expected: str) -> None:
+    letters = "etuarckopsB"
+    kept = kept_positions(_flags(letters), RowOptions(1, keep=keep, leave_out=leave_out))
+    assert "".join(letters[place] for place in kept) == expected
+
+
+def test_tokens_left_out_are_counted_once_under_their_first_reason() -> None:
+    flags = _flags("BettuuB" + "etaae")
+    flags[:2] |= int(Flag.HISTORY)
+    options = RowOptions(1, drop_first_tokens=3, drop_bos=True, keep=("assistant", "user"), leave_out=("special",))
+    assert count_left_out(flags, options) == {
+        "earlier turns": 2,
+        "first tokens": 1,
+        "BOS": 1,
+        "special": 2,
+        "not among activations.rows.keep": 2,
+    }
+    assert kept_positions(flags, options).tolist() == [4, 5, 9, 10]
+    assert num_leading(flags, options) == 3
+    assert num_leading(flags, RowOptions(1, drop_bos=True)) == 1
+    assert num_leading(flags[1:], RowOptions(1, drop_bos=True)) == 0
+    with pytest.raises(InputError, match="got nonsense"):
+        check_options(RowOptions(1, keep=("nonsense",)))

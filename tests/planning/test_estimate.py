@@ -156,6 +156,7 @@ def test_mixing_is_predicted_as_it_is_done(mixing: str, budget: int | None) -> N
         "corpus": ["web"] * 500 + ["chat"] * 300,
         "split": ["train"] * 800,
         "num_tokens": [length for own in lengths.values() for length in own],
+        "num_history": [0] * 800,
         "part": ["p"] * 800,
         "row": list(range(800)),
     }

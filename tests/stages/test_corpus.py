@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from pipeline.config.data import CorpusSection
-from pipeline.stages.corpus import ReadFile, SourceFile, remove_duplicates
+from pipeline.errors import InputError
+from pipeline.stages.corpus import ReadFile, SourceFile, remove_duplicates, unusable_of
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.tables import read_table
 from pipeline.text.documents import Document, document_id
@@ -67,3 +68,21 @@ def test_the_split_is_the_hash_of_the_words(tmp_path: Path) -> None:
     expected = ["validation" if document_id(Document(text=t)) % 2**32 < 2**31 else "train" for t in table["text"]]
     assert table["split"].tolist() == expected
     assert 70 < expected.count("train") < 130
+
+
+def test_documents_that_cannot_be_used_are_told_with_reasons_and_examples_and_limited(tmp_path: Path) -> None:
+    rows = [{"text": "fine"}] * 2 + [{"text": 5}] * 3 + [{"body": "x"}, {"text": "shrt"}, {"text": "fine too"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"name": "a", "kind": "jsonl", "text_column": "text", "filters": {"min_characters": 4}}
+    read = ReadFile(Storage(str(tmp_path / "runs")), "corpus/x", 0.5)(SourceFile(0, str(path), source))
+    assert read.dropped == {"not text": 3, "column missing": 1, "duplicate": 1}
+    unusable = unusable_of([read], {"a": 3})
+    assert unusable.num_read == {"a": 7}
+    (line,) = unusable.remarks("corpus")
+    assert line.startswith("corpus: corpus 'a': 4 of 7 documents")
+    assert "3 not text (such as 5)" in line
+    unusable.check(4 / 7)
+    with pytest.raises(InputError, match=r"max_unusable_frac.* 4 of 7 .*3 not text"):
+        unusable.check(0.5)
+    assert unusable_of([read._replace(unusable={})], {"a": 3}).remarks("corpus") == []

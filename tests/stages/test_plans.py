@@ -19,6 +19,7 @@ def index(lengths: dict[str, list[int]], *, split: str = "train") -> pa.Table:
         "corpus": [name for name, _ in rows],
         "split": [split] * (len(rows) - 1) + ["validation"],
         "num_tokens": [length for _, length in rows],
+        "num_history": [0] * len(rows),
         "part": ["p"] * len(rows),
         "row": list(range(len(rows))),
     }

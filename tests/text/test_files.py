@@ -26,6 +26,17 @@ def test_a_path_without_a_file_is_named(tmp_path: Path, name: str) -> None:
         expand_paths([str(tmp_path / name)], "corpus 'a': paths")
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "text"])
+def test_a_byte_order_mark_belongs_to_no_document(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + (b'{"text": "one"}\n' if kind == "jsonl" else b"one\n"))
+    source = {"name": "a", "kind": kind, "text_column": "text", "split_on": "line"}
+    assert [document.text for document in read_documents(str(path), source)] == ["one"]
+    template = tmp_path / "template.jinja"
+    template.write_bytes(b"\xef\xbb\xbf{{ x }}")
+    assert read_text(str(template), "template") == "{{ x }}"
+
+
 def test_an_unknown_protocol_is_named() -> None:
     with pytest.raises(InputError, match="corpus: expected a path or a URL that fsspec knows, got 'nowhere://x'"):
         expand_paths(["nowhere://x"], "corpus")

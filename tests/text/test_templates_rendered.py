@@ -4,18 +4,17 @@ from typing import Any
 import pytest
 
 from pipeline.errors import InputError
+from pipeline.text.messages import DialogueError
 from pipeline.text.templates import (
     PRIVATE_USE,
     REJECTED,
     REWRITTEN,
-    DialogueError,
-    adds_bos,
     check_template,
     read_template_shape,
     render_dialogue,
     render_prompt,
-    strip_bos,
 )
+from pipeline.text.tokenizers import adds_bos, encode, read_bos_use
 
 STYLES = ("gemma", "llama", "qwen")
 
@@ -176,9 +175,12 @@ def test_shape_holds_the_generation_prompt_and_the_end_of_turn(
 def test_bos_is_removed_only_where_the_tokenizer_adds_it(
     build_tokenizer: Callable[..., Any], tokenizers: dict[str, Any]
 ) -> None:
+    def text_of(tokenizer: Any, text: str) -> str:
+        return encode(tokenizer, text, read_bos_use(tokenizer)).text
+
     assert adds_bos(tokenizers["gemma"])
-    assert strip_bos(tokenizers["gemma"], "<bos>x") == "x"
+    assert text_of(tokenizers["gemma"], "<bos>x") == "x"
     assert not adds_bos(tokenizers["qwen"])
-    assert strip_bos(tokenizers["qwen"], "<bos>x") == "<bos>x"
+    assert text_of(tokenizers["qwen"], "<bos>x") == "<bos>x"
     without = build_tokenizer("llama", adds_bos=False)
-    assert strip_bos(without, "<|begin_of_text|>x") == "<|begin_of_text|>x"
+    assert text_of(without, "<|begin_of_text|>x") == "<|begin_of_text|>x"

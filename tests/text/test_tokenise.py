@@ -5,19 +5,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from pipeline.errors import InputError
 from pipeline.schema import PLANTED_SHIFT, TOKEN_COLUMNS, Flag
-from pipeline.text.tokenise import (
-    EMPTY,
-    KEPT,
-    UNREADABLE,
-    Tokenise,
+from pipeline.text.messages import UNREADABLE
+from pipeline.text.tokenise import EMPTY, KEPT, Tokenise, split_dropped
+from pipeline.text.tokenizers import (
     check_vocabularies,
     control_token_ids,
     end_of_turn_id,
     prompt_ids,
-    split_dropped,
     token_texts,
     tokenizer_hash,
 )
@@ -200,6 +198,73 @@ def test_wrong_settings_are_input_errors(tokenizers: dict[str, Any]) -> None:
         Tokenise(tokenizers["qwen"], max_tokens=0)
     with pytest.raises(InputError, match="at most 16 planted labels, got 17"):
         Tokenise(tokenizers["qwen"], max_tokens=9, labels=[str(i) for i in range(17)])
+
+
+def _adds_eos(tokenizer: Any, *, bos: bool) -> Any:
+    """The tokenizer with EOS (and BOS) put around every text by itself."""
+    eos = tokenizer.eos_token
+    front, names = (f"{tokenizer.bos_token} ", [tokenizer.bos_token, eos]) if bos else ("", [eos])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{front}$A {eos}", special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in names]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(("style", "bos"), [("llama", True), ("qwen", False)])
+def test_an_eos_of_the_tokenizer_ends_no_dialogue_and_no_prompt(
+    build_tokenizer: Callable[..., Any], tokenizers: dict[str, Any], style: str, bos: bool
+) -> None:
+    adding, plain = _adds_eos(build_tokenizer(style), bos=bos), tokenizers[style]
+    assert adding("hello")["input_ids"][-1] == adding.eos_token_id
+    ours, expected = (Tokenise(one, max_tokens=999).dialogue(DIALOGUE) for one in (adding, plain))
+    assert np.array_equal(ours.input_ids, expected.input_ids)
+    assert np.array_equal(ours.flags, expected.flags)
+    assert prompt_ids(adding, DIALOGUE[:1]) == prompt_ids(plain, DIALOGUE[:1])
+
+
+def test_plain_documents_begin_with_the_bos_that_the_template_writes(build_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = build_tokenizer("llama", adds_bos=False)
+    ids, flags, _ = Tokenise(tokenizer, max_tokens=4).plain("hello world, hello again and again")
+    assert ids.tolist() == [tokenizer.bos_token_id, *tokenizer("hello world, hello again and again")["input_ids"][:3]]
+    assert flags.tolist() == [Flag.BOS | Flag.SPECIAL, 0, 0, 0]
+
+
+def test_a_token_that_opens_every_turn_is_no_bos_of_plain_documents(build_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = build_tokenizer("qwen")
+    tokenizer.bos_token = "<|im_start|>"
+    tokenise = Tokenise(tokenizer, max_tokens=999)
+    assert tokenise.plain("hello").input_ids.tolist() == tokenizer("hello")["input_ids"]
+    ids, flags, _ = tokenise.dialogue(DIALOGUE)
+    opens = np.flatnonzero(ids == tokenizer.bos_token_id)
+    assert len(opens) == 5
+    assert np.flatnonzero(flags & Flag.BOS).tolist() == [0]
+    assert (flags[opens[1:]] & Flag.TEMPLATE != 0).all()
+
+
+def test_bos_is_flagged_wherever_it_stands(build_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = build_tokenizer("llama")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ (bos_token if m.role == 'user' else '') + m.role + ': ' + m.content }}{% endfor %}"
+    )
+    ids, flags, _ = Tokenise(tokenizer, max_tokens=999).dialogue(DIALOGUE)
+    places = np.flatnonzero(ids == tokenizer.bos_token_id)
+    assert len(places) == 2
+    assert flags[places].tolist() == [Flag.BOS | Flag.SPECIAL] * 2
+    row = Tokenise(tokenizer, max_tokens=99).plain("hello<|begin_of_text|>again").flags
+    assert (row & Flag.BOS != 0).sum() == 2
+
+
+def test_characters_that_span_tokens_are_shown_whole(tokenizers: dict[str, Any]) -> None:
+    tokenizer = tokenizers["qwen"]  # bytes: each of these characters is two to four tokens
+    text = "a\u00e9\u20ac b\U0001f600\u00fc.\ufffdx"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    texts = token_texts(tokenizer, ids)
+    assert "".join(texts) == text
+    assert len(ids) == 19
+    assert texts == ["a", "\u00e9", "", "\u20ac", "", "", " ", "b", "\U0001f600", "", "", "", "\u00fc", "", ".",
+                     "\ufffd", "", "", "x"]  # fmt: skip
+    cut = token_texts(tokenizer, ids[:2])
+    assert "".join(cut) == "a\ufffd"
 
 
 @pytest.mark.parametrize("style", ["gemma", "llama", "qwen"])
