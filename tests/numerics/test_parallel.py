@@ -32,6 +32,8 @@ SPEC = CrosscoderSpec(
     ),
     lr=3e-3,
     lr_warmup_steps=10,
+    init_norm=1.0,
+    clip_norm=1.0,
 )
 SPECS = {
     "batch_topk": SPEC,

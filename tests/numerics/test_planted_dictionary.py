@@ -27,6 +27,8 @@ SPEC = CrosscoderSpec(
     lr=1e-2,
     lr_warmup_steps=20,
     lr_decay_frac=0.3,
+    init_norm=1.0,
+    clip_norm=1.0,
 )
 SPECS = {
     "batch_topk": SPEC,
