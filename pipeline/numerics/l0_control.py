@@ -2,12 +2,14 @@
 
 A proportional-integral controller on the logarithm of the weight, multiplicative because L0 answers to ratios of mu:
 
-    e = log(mean L0 / target), at most 1/2 in size        mean L0: moving average in the logarithm, decay 0.9
+    e = log(mean L0 / target) within [-1, 1/2]            mean L0: moving average in the logarithm, decay 0.9
     log factor = integral + 0.5 e                         integral grows by 20 e / num_steps per step
 
-The weight in use is factor times what the sparsity says. Over a whole run the integral can change mu by e^9 either way.
-Steering begins when the penalty has its whole weight. Over the last tenth of the run the factor is the integral and no
-longer changes. L0 is that of the global batch, so every rank computes the same factor; the state is two numbers.
+The weight in use is factor times what the sparsity says. It falls faster than it rises, since latents die under a mu
+that is too large. In one run the integral can raise mu by at most e^9, so mu should start within a factor of ten or so
+of what is needed. Steering begins when the penalty has its whole weight. Over the last twentieth of the run the factor
+is the integral and no longer changes. L0 is that of the global batch, so every rank computes the same factor; the state
+is two numbers.
 """
 
 import math
@@ -20,8 +22,8 @@ from pipeline.numerics.spec import CrosscoderSpec
 _DECAY = 0.9
 _PROPORTIONAL = 0.5
 _INTEGRAL_PER_RUN = 20.0
-_LARGEST_ERROR = 0.5
-_FROZEN_FRAC = 0.1
+_ERRORS = (-1.0, 0.5)
+_FROZEN_FRAC = 0.05
 _SMALLEST_L0 = 1e-3
 """Taken in place of an L0 of 0, whose logarithm does not exist."""
 
@@ -64,7 +66,7 @@ class L0Control:
         self.state.copy_(torch.where(is_finite, moved, self.state))
 
     def _error(self, mean: float) -> float:
-        return min(_LARGEST_ERROR, max(-_LARGEST_ERROR, mean - math.log(self._target)))
+        return min(_ERRORS[1], max(_ERRORS[0], mean - math.log(self._target)))
 
     def _is_frozen(self, step: int) -> bool:
         return step >= (1 - _FROZEN_FRAC) * self._num_steps
