@@ -67,7 +67,7 @@ def published_settings(checkpoint: PublishedCrosscoder) -> dict[str, Any]:
         "num_layers": checkpoint.num_models,
         "encoder_layers": None,
         "same_init_for_all_layers": found.get("same_init_for_all_layers", True),
-        "norm_init_scale": found.get("norm_init_scale", checkpoint.sparsity.published_init_norm),
+        "norm_init_scale": found.get("norm_init_scale", checkpoint.sparsity.default_init_norm),
         "init_with_transpose": found.get("init_with_transpose", True),
         "code_normalization": checkpoint.code_weight.upper(),
         "dict_class": checkpoint.dict_class,

@@ -134,6 +134,17 @@ class CrosscoderSection(_FittedCrosscoder):
         """The settings that training takes beside the sparsity's; raises ValueError where two of them disagree."""
         return FitSettings(**self.model_dump(include={field.name for field in fields(FitSettings)}))
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_sparsity(cls, value: Any) -> Any:
+        """Writes the numbers in place of `auto`, so that identities and records hold them."""
+        sparsity = value.get("sparsity") if isinstance(value, dict) else None
+        kind = sparsity.get("kind") if isinstance(sparsity, dict) else getattr(sparsity, "kind", None)
+        if kind not in SPARSITIES:
+            return value
+        own = {"init_norm": SPARSITIES[kind].default_init_norm, "clip_norm": SPARSITIES[kind].default_clip_norm}
+        return value | {name: number for name, number in own.items() if value.get(name, "auto") == "auto"}
+
     @model_validator(mode="after")
     def _one_size(self) -> Self:
         if (self.num_latents is None) == (self.expansion is None):

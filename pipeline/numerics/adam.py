@@ -15,6 +15,9 @@ from pipeline.numerics.parallel import Mesh
 from pipeline.numerics.parameters import Parameters
 from pipeline.numerics.spec import CrosscoderSpec
 
+_NUM_WEIGHTS = Parameters._fields.index("log_threshold_F")
+"""Tensors before the trained thresholds, which have a learning rate of their own."""
+
 
 class Adam:
     """First and second moments, and the count of updates."""
@@ -30,26 +33,28 @@ class Adam:
     ) -> None:
         """Changes parameters in place (not at all where the boolean is_finite is false); uses up the gradients."""
         scale = None
-        if self._spec.clip_norm is not None:
-            scale = (grad_norm / self._spec.clip_norm).clamp(min=1).to(self.num_updates.dtype)
-        adam(
-            parameters.tensors(),
-            gradients.tensors(),
-            self.means,
-            self.squares,
-            [],
-            [self.num_updates.clone() for _ in self.means],
-            fused=True,
-            grad_scale=scale,
-            found_inf=(~is_finite).to(self.num_updates.dtype),
-            amsgrad=False,
-            beta1=self._spec.beta1,
-            beta2=self._spec.beta2,
-            lr=lr,
-            weight_decay=0.0,
-            eps=self._spec.epsilon,
-            maximize=False,
-        )
+        if self._spec.max_grad_norm is not None:
+            scale = (grad_norm / self._spec.max_grad_norm).clamp(min=1).to(self.num_updates.dtype)
+        groups = [(slice(_NUM_WEIGHTS), lr), (slice(_NUM_WEIGHTS, None), lr * self._spec.sparsity.threshold_lr_factor)]
+        for own, rate in groups[: 1 + (parameters.log_threshold_F is not None)]:
+            adam(
+                parameters.tensors()[own],
+                gradients.tensors()[own],
+                self.means[own],
+                self.squares[own],
+                [],
+                [self.num_updates.clone() for _ in self.means[own]],
+                fused=True,
+                grad_scale=scale,
+                found_inf=(~is_finite).to(self.num_updates.dtype),
+                amsgrad=False,
+                beta1=self._spec.beta1,
+                beta2=self._spec.beta2,
+                lr=rate,
+                weight_decay=0.0,
+                eps=self._spec.epsilon,
+                maximize=False,
+            )
         self.num_updates += is_finite
 
 

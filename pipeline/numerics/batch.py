@@ -1,10 +1,9 @@
 """Rows as a sparsity sees them: the global batch of a training step, and a block of rows at inference.
 
 Both offer what a sparsity is made of: codes from pre-activations, and the exact selections of selection.py. The batch
-hides blocks, ranks and dead latents: pre-activations exist for one block of rows at a time, and with every block the
-strongest dead latents of its rows are gathered on the way.
+hides blocks and ranks: pre-activations exist for one block of rows at a time.
 
-Shapes: B rows, M models, F latents of this rank, P pairs, K dead latents per row.
+Shapes: B rows, M models, F latents of this rank, P pairs.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,17 +24,7 @@ from pipeline.numerics.selection import (
     select_batch,
     select_batch_per_model,
     top_codes_of_rows,
-    top_of_rows,
 )
-
-
-class DeadLatents(NamedTuple):
-    """Latents that explain the residual in the auxiliary loss."""
-
-    latents: Tensor
-    """int64: those of this rank."""
-    k: int
-    """How many of them per row, over all latent ranks."""
 
 
 @dataclass
@@ -58,9 +47,6 @@ class TrainingBatch:
     mesh: Mesh
     last_floor: float | None = None
     """Guess of a floor from the last step."""
-    dead: DeadLatents | None = None
-    auxiliary: SparseCodes | None = None
-    """The strongest dead latents of every row, known after `encode`."""
 
     @property
     def num_rows(self) -> int:
@@ -69,13 +55,7 @@ class TrainingBatch:
 
     def encode(self, sparsify: Callable[[Tensor], SparseCodes]) -> SparseCodes:
         """What sparsify keeps of every block's pre-activations, as the codes of all rows of this rank."""
-        parts, auxiliary = [], []
-        for preact_BF in self.blocks():
-            if self.dead is not None:
-                auxiliary.append(self._strongest_dead(preact_BF, self.dead))
-            parts.append(sparsify(preact_BF))
-        self.auxiliary = concatenate(auxiliary) if auxiliary else None
-        return concatenate(parts)
+        return concatenate([sparsify(preact_BF) for preact_BF in self.blocks()])
 
     def positive(self, preact_BF: Tensor) -> SparseCodes:
         """Every positive pair of a block."""
@@ -114,14 +94,6 @@ class TrainingBatch:
         if self.is_decoupled:
             return select_batch_per_model(candidates, score_PM, num_keep=num_keep, mesh=self.mesh)
         return select_batch(candidates, score_PM.squeeze(1), num_keep=num_keep, mesh=self.mesh)
-
-    def _strongest_dead(self, preact_BF: Tensor, dead: DeadLatents) -> SparseCodes:
-        preact_dead = preact_BF[:, dead.latents]
-        scores_BK, places_BK = top_of_rows(preact_dead * self.weight_F[dead.latents], dead.k, self.mesh)
-        rows_P, slots_P = (scores_BK > 0).nonzero(as_tuple=True)
-        places_P = places_BK[rows_P, slots_P]
-        offsets = torch.nn.functional.pad((scores_BK > 0).sum(1).cumsum(0), (1, 0))
-        return SparseCodes(preact_dead[rows_P, places_P], dead.latents[places_P], offsets, len(self.weight_F))
 
 
 class InferenceBlock(NamedTuple):

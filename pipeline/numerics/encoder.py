@@ -6,22 +6,24 @@ estimate from a few rows; else 0) that only saves work, because a floor that pro
 are encoded again. Blocks are therefore gradient accumulation that equals the large batch exactly, for selections over
 the whole batch as well.
 
-Shapes: B local rows, N = M * D, F latents of this rank, P pairs.
+Shapes: B local rows, N = M * D, F latents of this rank, P pairs, K dead latents per row.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipeline.numerics.batch import DeadLatents, TrainingBatch
+from pipeline.numerics.batch import InferenceBlock, TrainingBatch
 from pipeline.numerics.code_weight import code_weights, decoder_norms
-from pipeline.numerics.gradients import Encoded
+from pipeline.numerics.codes import SparseCodes, concatenate, row_offsets
 from pipeline.numerics.kernels.base import Kernels
 from pipeline.numerics.parallel import Mesh
 from pipeline.numerics.parameters import Parameters
+from pipeline.numerics.selection import top_of_rows
+from pipeline.numerics.sparsities.base import Kept
 from pipeline.numerics.spec import CrosscoderSpec
 
 _FLOOR_SHARE = 0.9
@@ -31,14 +33,6 @@ _BLOCK_NUMBERS = {"cpu": 1 << 23, "cuda": 1 << 29}
 _MIN_BLOCK_ROWS = 256
 _SAMPLE_ROWS = 32
 """Rows from which the first floor is estimated."""
-
-
-class Selected(NamedTuple):
-    """What a step works on."""
-
-    encoded: Encoded
-    smallest: Tensor | None
-    """float64, scalar or [M]: the smallest kept score of the global batch; None if scores are not compared over it."""
 
 
 class TrainingEncoder:
@@ -87,13 +81,9 @@ class TrainingEncoder:
     def _sample(self, parameters: Parameters, x_BN: Tensor) -> Tensor:
         return self._preactivations(parameters, x_BN[: min(_SAMPLE_ROWS, self._block_rows)])
 
-    def select(self, parameters: Parameters, x_BN: Tensor, *, k: float, dead_F: Tensor | None) -> Selected:
-        """The pairs that this step keeps, and the dead latents that explain the residual if dead_F is given.
-
-        k is the step's Sparsity.active_latents. dead_F holds the indices of this rank's dead latents. Collective over
-        the mesh.
-        """
-        norm_FM = decoder_norms(parameters.W_dec_FN.view(len(parameters.b_enc_F), self._spec.fitted_models, -1))
+    def select(self, parameters: Parameters, x_BN: Tensor, *, k: float) -> Kept:
+        """The pairs that this step keeps; k is the step's Sparsity.active_latents. Collective over the mesh."""
+        norm_FM = self._decoder_norms(parameters)
         batch = TrainingBatch(
             blocks=lambda: (preact_BF for _, preact_BF in self.blocks(parameters, x_BN)),
             sample=lambda: self._sample(parameters, x_BN),
@@ -105,32 +95,91 @@ class TrainingEncoder:
             kernels=self._kernels,
             mesh=self._mesh,
             last_floor=self.floor,
-            dead=self._dead_latents(dead_F),
         )
         kept = self._spec.sparsity.select_in_training(batch, k)
         if kept.smallest is not None:
             self.floor = float(kept.smallest.min()) * _FLOOR_SHARE
-        return Selected(Encoded(kept.codes, batch.auxiliary, kept.preact_P), kept.smallest)
+        return kept
 
-    def _dead_latents(self, dead_F: Tensor | None) -> DeadLatents | None:
-        if dead_F is None:
-            return None
+    def strongest_dead(self, parameters: Parameters, x_BN: Tensor, dead_F: Tensor) -> SparseCodes | None:
+        """The dead latents with the largest positive scores on every row, which explain the residual.
+
+        dead_F holds the indices of this rank's dead latents; None if no rank has one. Costs their share of the
+        encoder's product. Collective over latent ranks.
+        """
         num_dead = int(self._mesh.sum_(torch.tensor(len(dead_F), device=dead_F.device), "latent"))
-        return DeadLatents(dead_F, min(self._spec.aux_latents, num_dead))
+        if num_dead == 0:
+            return None
+        k, num_latents = min(self._spec.aux_latents, num_dead), len(parameters.b_enc_F)
+        weight_F = code_weights(self._decoder_norms(parameters), self._spec.code_weight)[dead_F]
+        W_enc_FN, bias_F, parts = self._W_enc_FN(parameters)[dead_F], parameters.b_enc_F[dead_F], []
+        for block_BN in torch.split(x_BN, self._block_rows):
+            preact_BF = _product(block_BN, W_enc_FN, bias_F, out_BF=block_BN.new_empty(len(block_BN), len(dead_F)))
+            scores_BK, places_BK = top_of_rows(preact_BF * weight_F, k, self._mesh)
+            rows_P, slots_P = (scores_BK > 0).nonzero(as_tuple=True)
+            places_P = places_BK[rows_P, slots_P]
+            offsets = row_offsets(rows_P, len(block_BN))
+            parts.append(SparseCodes(preact_BF[rows_P, places_P], dead_F[places_P], offsets, num_latents))
+        return concatenate(parts)
+
+    def l0_at_inference(self, parameters: Parameters, x_BN: Tensor, threshold: Tensor) -> float:
+        """Mean active latents per row of the global batch by the rule of inference, where it compares scores.
+
+        Collective over the mesh.
+        """
+        norm_FM = self._decoder_norms(parameters)
+        num_active = torch.zeros((), dtype=torch.float64, device=x_BN.device)
+        for _, preact_BF in self.blocks(parameters, x_BN):
+            block = InferenceBlock(
+                preact_BF,
+                code_weights(norm_FM, self._spec.code_weight),
+                parameters.W_dec_FN.view(*norm_FM.shape, -1),
+                is_decoupled=self._spec.code_weight == "decoupled",
+                kernels=self._kernels,
+                k=self._spec.sparsity.k,
+                threshold=threshold,
+                jump_threshold_F=norm_FM.new_zeros(0),
+            )
+            num_active += self._spec.sparsity.select_at_inference(block).num_pairs
+        return float(self._mesh.sum_(num_active, "world")) / (len(x_BN) * self._mesh.data_size)
+
+    def typical_preactivation(self, parameters: Parameters, x_BN: Tensor) -> float:
+        """Geometric mean of the absolute pre-activations of the global batch, which a few huge rows do not move.
+
+        1 if all are 0. Collective over the mesh.
+        """
+        total = torch.zeros(2, dtype=torch.float64, device=x_BN.device)
+        for _, preact_BF in self.blocks(parameters, x_BN):
+            log_BF = preact_BF.abs().log()
+            is_any_BF = log_BF.isfinite()
+            total += torch.stack([log_BF.where(is_any_BF, 0.0).sum(dtype=torch.float64), is_any_BF.sum()])
+        log_sum, count = self._mesh.sum_(total, "world").tolist()
+        return math.exp(log_sum / max(count, 1.0))
+
+    def _decoder_norms(self, parameters: Parameters) -> Tensor:
+        return decoder_norms(parameters.W_dec_FN.view(len(parameters.b_enc_F), self._spec.fitted_models, -1))
+
+    def _W_enc_FN(self, parameters: Parameters) -> Tensor:  # noqa: N802 (shape letter)
+        return parameters.W_enc_FN if self._W_half_FN is None else self._W_half_FN
 
     def _preactivations(self, parameters: Parameters, block_BN: Tensor) -> Tensor:
         """x W_enc + b_enc for a block, in reused memory."""
         if self._buffer_BF is None or len(self._buffer_BF) < len(block_BN):
             self._buffer_BF = block_BN.new_empty(len(block_BN), len(parameters.b_enc_F))
         out_BF = self._buffer_BF[: len(block_BN)]
-        if self._W_half_FN is not None:
-            half_BN = block_BN.bfloat16()
-            if out_BF.is_cuda:
-                # Rounded factors, but sums and results in float32: scores stay distinct.
-                torch.mm(half_BN, self._W_half_FN.T, out_dtype=torch.float32, out=out_BF)
-                return out_BF.add_(parameters.b_enc_F)
-            return torch.add(half_BN @ self._W_half_FN.T, parameters.b_enc_F, out=out_BF)
-        return torch.addmm(parameters.b_enc_F, block_BN, parameters.W_enc_FN.T, out=out_BF)
+        return _product(block_BN, self._W_enc_FN(parameters), parameters.b_enc_F, out_BF=out_BF)
+
+
+def _product(block_BN: Tensor, W_enc_FN: Tensor, bias_F: Tensor, *, out_BF: Tensor) -> Tensor:
+    """x W_enc + b_enc into out_BF; in bfloat16 where the weights are."""
+    if W_enc_FN.dtype == torch.bfloat16:
+        half_BN = block_BN.bfloat16()
+        if out_BF.is_cuda:
+            # Rounded factors, but sums and results in float32: scores stay distinct.
+            torch.mm(half_BN, W_enc_FN.T, out_dtype=torch.float32, out=out_BF)
+            return out_BF.add_(bias_F)
+        return torch.add(half_BN @ W_enc_FN.T, bias_F, out=out_BF)
+    return torch.addmm(bias_F, block_BN, W_enc_FN.T, out=out_BF)
 
 
 def _block_numbers(device: torch.device) -> int:

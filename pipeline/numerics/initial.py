@@ -21,7 +21,7 @@ _BLOCK_LATENTS = 1024
 
 
 def initial_parameters(spec: CrosscoderSpec, latents: slice, device: torch.device) -> Parameters:
-    """Weights of the latents in `latents`: decoder rows of norm init_norm per model, encoder equal, biases 0.
+    """Weights of the latents in `latents`: decoder rows of norm start_norm per model, encoder equal, biases 0.
 
     Rows that a dedicated latent does not have are 0.
     """
@@ -32,7 +32,7 @@ def initial_parameters(spec: CrosscoderSpec, latents: slice, device: torch.devic
             for block in range(latents.start // _BLOCK_LATENTS * _BLOCK_LATENTS, latents.stop, _BLOCK_LATENTS)
         ]
     )
-    W_dec_FN = (spec.init_norm * direction_FD).to(device, dtype).repeat(1, spec.fitted_models)
+    W_dec_FN = (spec.start_norm * direction_FD).to(device, dtype).repeat(1, spec.fitted_models)
     log_threshold_F, threshold = None, spec.sparsity.initial_threshold
     if threshold is not None:
         log_threshold_F = torch.full((len(W_dec_FN),), math.log(threshold), dtype=dtype, device=device)

@@ -23,7 +23,10 @@ def learning_rate(step: int, *, lr: float, warmup_steps: int, num_steps: int, de
 
 
 def active_latents(step: int, *, k: int, k_start: int | None, anneal_steps: int) -> float:
-    """Mean active latents per row at a step: linear from k_start to k over anneal_steps, then k."""
+    """Active latents per row at a step: linear from k_start to k over anneal_steps and rounded, then k.
+
+    Rounded to whole latents per row as the paper's code does, so that a step keeps the same number of codes.
+    """
     if k_start is None or anneal_steps <= 0 or step >= anneal_steps:
         return float(k)
-    return k_start + (k - k_start) * step / anneal_steps
+    return float(max(1, round(k_start + (k - k_start) * step / anneal_steps)))

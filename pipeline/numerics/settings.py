@@ -76,8 +76,11 @@ def _check(name: str, value: Any, annotation: Any) -> None:
     if origin is Literal:
         check_choice(name, value, arguments)
     elif origin in (Union, UnionType):
-        if value is not None:
-            _check(name, value, next(one for one in arguments if one is not type(None)))
+        names = next((get_args(one) for one in arguments if get_origin(one) is Literal), ())
+        if isinstance(value, str):
+            check_choice(name, value, names)
+        elif value is not None or type(None) not in arguments:
+            _check(name, value, next(one for one in arguments if get_origin(one) is Annotated))
     elif origin is Annotated:
         kind, bounds = arguments
         if value is None or not bounds.hold(value):

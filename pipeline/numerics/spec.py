@@ -9,8 +9,9 @@ Shapes: M models, D width, F latents.
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
+from pipeline.numerics import schedule
 from pipeline.numerics.settings import (
     Bounds,
     CodeWeight,
@@ -42,16 +43,18 @@ class FitSettings(Settings):
     """What a latent costs: sum of its decoder norms, norm of both together, a mix, 1, or per model."""
     reconstruction: Reconstruction = "l2"
     """Mean unsquared L2 norm of the error, or the squared one."""
-    init_norm: PositiveFloat = 1.0
-    """Decoder norm per latent and model at the start (0.005 for L1 in the paper)."""
+    init_norm: PositiveFloat | Literal["auto"] = "auto"
+    """Decoder norm per latent and model at the start; auto is the sparsity's own, the paper's 0.005 for L1 and 1 for
+    all others."""
     lr: PositiveFloat = 1e-4
     """Adam's learning rate after warm-up."""
     lr_warmup_steps: NonNegativeInt = 1000
     """Linear warm-up; a run shorter than this reaches only part of lr."""
     lr_decay_frac: Annotated[float, Bounds(ge=0, le=1)] = 0.0
     """Share of the run's end over which lr falls linearly to 0; 0 keeps it constant."""
-    clip_norm: PositiveFloat | None = 1.0
-    """Global gradient norm limit; None does not clip."""
+    clip_norm: PositiveFloat | Literal["auto"] | None = "auto"
+    """Global gradient norm limit; None does not clip. auto is the sparsity's own: as in the paper, L1 is not clipped,
+    all others at 1."""
     seed: NonNegativeInt = 0
     """Seed of the initial weights."""
 
@@ -110,6 +113,22 @@ class CrosscoderSpec(FitSettings):
                 f"expected num_models = 2 for inputs {self.inputs!r} and dedicated_frac {self.dedicated_frac}, got "
                 f"{self.num_models}: a difference and dedicated latents belong to one base and one chat model"
             )
+
+    @property
+    def start_norm(self) -> float:
+        """init_norm, or the sparsity's own."""
+        return self.sparsity.default_init_norm if self.init_norm == "auto" else self.init_norm
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """clip_norm, or the sparsity's own."""
+        return self.sparsity.default_clip_norm if self.clip_norm == "auto" else self.clip_norm
+
+    def learning_rate(self, step: int) -> float:
+        """Adam's learning rate at a step, after warm-up and decay."""
+        return schedule.learning_rate(
+            step, lr=self.lr, warmup_steps=self.lr_warmup_steps, num_steps=self.num_steps, decay_frac=self.lr_decay_frac
+        )
 
     @property
     def fitted_models(self) -> int:

@@ -14,21 +14,25 @@ Shapes: B local rows, M models, D width, N = M * D, F latents (of this rank wher
 """
 
 import logging
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipeline.numerics import moments, schedule
+from pipeline.numerics import moments
 from pipeline.numerics.adam import Adam, global_norm
 from pipeline.numerics.bad_rows import describe_bad_step
+from pipeline.numerics.codes import SparseCodes
 from pipeline.numerics.crosscoder import Crosscoder, Normalisation, check_activations, check_normalisation
 from pipeline.numerics.encoder import TrainingEncoder, check_precision, matrix_products
-from pipeline.numerics.gradients import Losses, Setting, sparse_gradients, sum_over_ranks
+from pipeline.numerics.evaluation import evaluate_rows
+from pipeline.numerics.gradients import Encoded, Losses, Setting, sparse_gradients, sum_over_ranks
 from pipeline.numerics.gradients_dense import Block, dense_gradients, merge_losses
 from pipeline.numerics.initial import initial_parameters
 from pipeline.numerics.kernels.choose import choose_kernels
-from pipeline.numerics.objective import Objective, reconstruction_loss
+from pipeline.numerics.l0_control import L0Control
+from pipeline.numerics.objective import Objective
 from pipeline.numerics.parallel import Mesh, check_equal_rows
 from pipeline.numerics.parameters import Parameters
 from pipeline.numerics.recipes import (
@@ -43,6 +47,8 @@ from pipeline.numerics.spec import CrosscoderSpec
 
 __all__ = ["CrosscoderSpec", "CrosscoderTrainer"]
 _log = logging.getLogger(__name__)
+_L0_GAP = 0.1
+"""Share of training's L0 by which that of inference may differ at the end without a warning."""
 
 
 class _Step(NamedTuple):
@@ -50,13 +56,19 @@ class _Step(NamedTuple):
 
     totals: Tensor
     """float64 [4]: reconstruction, penalty and auxiliary loss, number of active pairs."""
-    num_rows: int
+    objective: Objective
     k: float
     lr: float
     grad_norm: Tensor
-    x: moments.Moments
-    """Of this rank's rows, as are those of the residual."""
+    x_BN: Tensor
+    """This rank's rows."""
     residual: moments.Moments
+    """Of this rank's rows."""
+
+    @property
+    def l0(self) -> float:
+        """Mean active latents per row."""
+        return float(self.totals[3]) / self.objective.num_rows
 
 
 class CrosscoderTrainer:
@@ -89,22 +101,28 @@ class CrosscoderTrainer:
         shape = (spec.num_models,) if spec.has_threshold_per_model else ()
         start = spec.sparsity.start_threshold
         self._threshold = torch.full(shape, start, dtype=torch.float64, device=self.device)
+        self._l0_control = L0Control.of(spec, self.device)
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         self._last: _Step | None = None
         _log.info("%s on %s with %s kernels, rank %s", spec, self.device, self.kernels.name, self.mesh[:4])
 
     @torch.no_grad()
     def initialise(self, x_BMD: Tensor) -> None:
-        """Sets the decoder bias to the rows' geometric median per model, where the sparsity asks for it (BatchTopK).
+        """Sets what depends on the size of the activations, where the sparsity asks for it.
 
+        BatchTopK's decoder bias becomes the rows' geometric median per model; JumpReLU's thresholds are multiplied by
+        the typical pre-activation, without this call they start at initial_threshold itself.
         Call once, before the first step, with the first batch; collective over the mesh.
         """
         if self.num_steps_done:
             raise ValueError(f"expected no step before initialise, got {self.num_steps_done} done: call it first")
         x_BN = self._prepare(x_BMD)
         if self.spec.sparsity.starts_at_median:
-            median_MD = moments.geometric_median(self._per_model(x_BN), self.mesh)
-            self._parameters.b_dec_N.copy_(median_MD.flatten())
+            self._parameters.b_dec_N.copy_(moments.geometric_median(self._per_model(x_BN), self.mesh).flatten())
+        if self._parameters.log_threshold_F is not None:
+            self._encoder.refresh(self._parameters)
+            typical = self._encoder.typical_preactivation(self._parameters, x_BN)
+            self._parameters.log_threshold_F.add_(math.log(typical))
 
     @torch.no_grad()
     def step(self, x_BMD: Tensor) -> None:
@@ -121,19 +139,20 @@ class CrosscoderTrainer:
         with matrix_products(self.spec.precision, self.device):
             losses, smallest = self._differentiate(x_BN, objective, k)
         totals = sum_over_ranks(losses, self._gradients, self.mesh)
-        for gradient in (self._gradients.W_enc_FN, self._gradients.W_dec_FN):
-            zero_fixed_rows(gradient, self._fixed_rows)
+        zero_fixed_rows(self._gradients.W_enc_FN, self._fixed_rows)
+        zero_fixed_rows(self._gradients.W_dec_FN, self._fixed_rows)
         grad_norm = global_norm(self._gradients, self.mesh)
         is_finite = totals.isfinite().all() & grad_norm.isfinite() & (self._bad_step < 0)
         if self.device.type == "cpu" and not bool(is_finite):
             raise FloatingPointError(
                 describe_bad_step(x_BMD, totals[:3], grad_norm=grad_norm, step=self.num_steps_done)
             )
-        lr = self._learning_rate(self.num_steps_done)
+        lr = self.spec.learning_rate(self.num_steps_done)
         self._adam.update(self._parameters, self._gradients, lr=lr, grad_norm=grad_norm, is_finite=is_finite)
+        if self._l0_control is not None:
+            self._l0_control.update(totals[3] / objective.num_rows, self.num_steps_done, is_finite)
         self._count(losses.fired_F, smallest, objective.num_rows, is_finite)
-        x = moments.moments_of(self._per_model(x_BN))
-        self._last = _Step(totals, objective.num_rows, k, lr, grad_norm, x, losses.residual)
+        self._last = _Step(totals, objective, k, lr, grad_norm, x_BN, losses.residual)
 
     def _prepare(self, x_BMD: Tensor) -> Tensor:
         """What the dictionary reads, x_BN on the trainer's device in its dtype: the only place that normalises."""
@@ -148,68 +167,63 @@ class CrosscoderTrainer:
         return x_BN.view(len(x_BN), self.spec.fitted_models, -1)
 
     def _objective(self, num_local_rows: int) -> Objective:
-        spec = self.spec
+        spec, control = self.spec, self._l0_control
+        factor = 1.0 if control is None else control.factor(self.num_steps_done)
         return Objective(
             sparsity=spec.sparsity,
             code_weight=spec.code_weight,
             reconstruction=spec.reconstruction,
             num_rows=num_local_rows * self.mesh.data_size,
-            penalty=spec.sparsity.penalty_weight(self.num_steps_done),
+            penalty=spec.sparsity.penalty_weight(self.num_steps_done) * factor,
             aux_weight=spec.sparsity.aux_weight,
         )
 
     def _differentiate(self, x_BN: Tensor, objective: Objective, k: float) -> tuple[Losses, Tensor | None]:
         """This rank's share of losses and gradients, and the smallest kept score if there was a selection."""
-        setting = Setting(self.spec.fitted_models, self.kernels, self.mesh)
+        setting, out = Setting(self.spec.fitted_models, self.kernels, self.mesh), self._gradients
         if self._encoder.is_dense(self._parameters, x_BN):
             parts: list[Losses] = []
             for rows_BN, preact_BF in self._encoder.blocks(self._parameters, x_BN):
                 block = Block(preact_BF, self._encoder.scratch(preact_BF), is_first=not parts)
-                parts.append(
-                    dense_gradients(
-                        self._parameters,
-                        rows_BN,
-                        block=block,
-                        objective=objective,
-                        setting=setting,
-                        out=self._gradients,
-                    )
+                losses = dense_gradients(
+                    self._parameters, rows_BN, block=block, objective=objective, setting=setting, out=out
                 )
+                parts.append(losses)
             return merge_losses(parts), None
-        selected = self._encoder.select(self._parameters, x_BN, k=k, dead_F=self._dead_latents())
+        kept = self._encoder.select(self._parameters, x_BN, k=k)
+        dead_F = self._dead_latents(kept.codes, objective.num_rows)
+        auxiliary = None if dead_F is None else self._encoder.strongest_dead(self._parameters, x_BN, dead_F)
         losses = sparse_gradients(
             self._parameters,
             x_BN,
-            encoded=selected.encoded,
+            encoded=Encoded(kept.codes, auxiliary, kept.preact_P),
             objective=objective,
             setting=setting,
-            out=self._gradients,
+            out=out,
         )
-        return losses, selected.smallest
+        return losses, kept.smallest
 
-    def _dead_latents(self) -> Tensor | None:
-        """This rank's dead latents; None if no rank has one or there is no auxiliary loss."""
+    def _dead_latents(self, codes: SparseCodes, num_rows: int) -> Tensor | None:
+        """This rank's latents that have not fired for dead_after_rows, this batch included as in the paper's code.
+
+        None where there is no auxiliary loss or nothing can be dead yet. Collective over data ranks.
+        """
         sparsity = self.spec.sparsity
-        if sparsity.aux_weight == 0 or self.num_rows_seen < sparsity.dead_after_rows:
+        if sparsity.aux_weight == 0 or self.num_rows_seen + num_rows < sparsity.dead_after_rows:
             return None
-        dead_F = (self._rows_since_fired_F >= sparsity.dead_after_rows).nonzero().squeeze(1)
-        count = self.mesh.sum_(torch.tensor(len(dead_F), device=self.device), "latent")
-        return dead_F if int(count) else None
-
-    def _learning_rate(self, step: int) -> float:
-        return schedule.learning_rate(
-            step,
-            lr=self.spec.lr,
-            warmup_steps=self.spec.lr_warmup_steps,
-            num_steps=self.spec.num_steps,
-            decay_frac=self.spec.lr_decay_frac,
-        )
+        fired_F = torch.zeros_like(self._rows_since_fired_F)
+        fired_F[codes.latents_P] = 1
+        self.mesh.max_(fired_F, "data")
+        is_silent_F = self._rows_since_fired_F + num_rows >= sparsity.dead_after_rows
+        return (is_silent_F & (fired_F == 0)).nonzero().squeeze(1)
 
     def _count(self, fired_F: Tensor, smallest: Tensor | None, num_rows: int, is_finite: Tensor) -> None:
         """Updates dead counters, threshold, and counts of steps and rows."""
         self._rows_since_fired_F.add_(num_rows * is_finite).masked_fill_(fired_F & is_finite, 0)
         if smallest is not None:
-            moved = self.spec.sparsity.next_threshold(self._threshold, smallest, step=self.num_steps_done)
+            moved = self.spec.sparsity.next_threshold(
+                self._threshold, smallest, step=self.num_steps_done, num_steps=self.spec.num_steps
+            )
             self._threshold = torch.where(is_finite, moved, self._threshold)
         self._bad_step = torch.where(is_finite | (self._bad_step >= 0), self._bad_step, self.num_steps_done)
         self.num_steps_done += 1
@@ -227,7 +241,8 @@ class CrosscoderTrainer:
         """Numbers of the last step; collective over the mesh, waits for the device.
 
         loss (with its parts loss_reconstruction, loss_penalty, loss_auxiliary; lower is better), l0 (mean active
-        latents per row), fve_<model> and fve (fraction of variance explained of this batch, at most 1, higher is
+        latents per row), l0_inference (the same rows by the rule of inference), mu (weight of the penalty in use, 0
+        without one), fve_<model> and fve (fraction of variance explained of this batch, at most 1, higher is
         better), dead_frac (latents that have not fired for dead_after_rows), threshold (mean over models if per
         model), lr, k, grad_norm (before clipping), rows (seen so far). Raises ValueError before the first step.
         """
@@ -235,8 +250,8 @@ class CrosscoderTrainer:
         if last is None:
             raise ValueError(f"expected at least one step before metrics, got {self.num_steps_done}: call step first")
         self._raise_if_bad()
-        reconstruction, penalty, auxiliary, num_active = last.totals.tolist()
-        x = moments.all_reduce(last.x, self.mesh)
+        reconstruction, penalty, auxiliary, _ = last.totals.tolist()
+        x = moments.all_reduce(moments.moments_of(self._per_model(last.x_BN)), self.mesh)
         residual = moments.all_reduce(last.residual, self.mesh)
         num_dead = (self._rows_since_fired_F >= self.spec.sparsity.dead_after_rows).sum()
         return {
@@ -244,7 +259,9 @@ class CrosscoderTrainer:
             "loss_reconstruction": reconstruction,
             "loss_penalty": penalty,
             "loss_auxiliary": auxiliary,
-            "l0": num_active / last.num_rows,
+            "l0": last.l0,
+            "l0_inference": self._l0_at_inference(last),
+            "mu": last.objective.penalty,
             **fve_metrics(x, residual, self.spec.inputs),
             "dead_frac": float(self.mesh.sum_(num_dead, "latent")) / self.spec.num_latents,
             "threshold": float(self._threshold.mean()),
@@ -255,27 +272,30 @@ class CrosscoderTrainer:
         }
 
     @torch.no_grad()
+    def _l0_at_inference(self, last: _Step) -> float:
+        """L0 of the last batch by the rule of inference; warns after the last step where training's is far from it."""
+        if not self.spec.sparsity.compares_scores:  # all others keep in training what they keep at inference
+            return last.l0
+        self._encoder.refresh(self._parameters)
+        l0_inference = self._encoder.l0_at_inference(self._parameters, last.x_BN, self._threshold)
+        if self.num_steps_done >= self.spec.num_steps and abs(l0_inference - last.l0) > _L0_GAP * last.l0:
+            _log.warning(
+                "expected L0 at inference within 10%% of training's %.4g, got %.4g: train longer with the final k",
+                last.l0,
+                l0_inference,
+            )
+        return l0_inference
+
+    @torch.no_grad()
     def evaluate(self, x_BMD: Tensor) -> dict[str, float]:
         """Reconstruction loss, l0, fve and share of silent latents on this rank's rows, in inference mode.
 
-        No counter, threshold or weight changes. Collective over latent ranks, not over data ranks.
+        No counter, threshold or weight changes. Collective over latent ranks, not over data ranks. The L0 of training
+        mode stands beside that of inference in `metrics`.
         """
         self._raise_if_bad()
-        crosscoder = self.crosscoder()
         x_BMD = x_BMD.to(self.device, self._parameters.b_dec_N.dtype)
-        x_hat_BMD, codes = crosscoder(x_BMD, output_features=True)
-        scale = 1.0 if self.normalisation is None else self.normalisation.scale_M[:, None]
-        inputs = self.spec.inputs
-        fitted_BMD = fitted_activations(x_BMD * scale, inputs)
-        residual_BMD = fitted_activations((x_BMD - x_hat_BMD) * scale, inputs)
-        fired_F = torch.zeros(self.spec.num_latents, dtype=torch.bool, device=self.device)
-        fired_F[codes.latents_P] = True
-        return {
-            "loss_reconstruction": float(reconstruction_loss(residual_BMD, self.spec.reconstruction, len(x_BMD)).loss),
-            "l0": float(codes.l0()),
-            **fve_metrics(moments.moments_of(fitted_BMD), moments.moments_of(residual_BMD), inputs),
-            "dead_frac": float((~fired_F).double().mean()),
-        }
+        return evaluate_rows(self.crosscoder(), x_BMD, inputs=self.spec.inputs, loss=self.spec.reconstruction)
 
     @torch.no_grad()
     def crosscoder(self) -> Crosscoder:
@@ -299,6 +319,8 @@ class CrosscoderTrainer:
         state["rows_since_fired_F"] = self._whole("rows_since_fired_F", self._rows_since_fired_F).clone()
         state["threshold"] = self._threshold.clone()
         state["adam_step"] = self._adam.num_updates.clone()
+        if self._l0_control is not None:
+            state["l0_control"] = self._l0_control.state.clone()
         if self.normalisation is not None:
             state |= {name: tensor.clone() for name, tensor in self.normalisation._asdict().items()}
         return state
@@ -317,6 +339,7 @@ class CrosscoderTrainer:
         }
         targets |= {"rows_since_fired_F": self._rows_since_fired_F, "threshold": self._threshold}
         targets |= {"adam_step": self._adam.num_updates}
+        targets |= {} if self._l0_control is None else {"l0_control": self._l0_control.state}
         normalisation = self._normalisation_of(state)
         expected = targets.keys() | {"num_steps_done", "num_rows_seen"}
         if missing := sorted(expected ^ (state.keys() - set(Normalisation._fields))):

@@ -37,6 +37,8 @@ def make_spec(**changes: Any) -> CrosscoderSpec:
         sparsity=BatchTopK(k=3, threshold_start_step=5, threshold_decay=0.5),
         lr=1e-2,
         lr_warmup_steps=5,
+        init_norm=1.0,
+        clip_norm=1.0,
     )
     return changed(spec, **changes)
 

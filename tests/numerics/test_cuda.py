@@ -21,6 +21,8 @@ SPEC = CrosscoderSpec(
     sparsity=BatchTopK(k=8, threshold_start_step=10, threshold_decay=0.9, dead_after_rows=8 * B),
     lr=1e-3,
     lr_warmup_steps=5,
+    init_norm=1.0,
+    clip_norm=1.0,
 )
 
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.numerics.encoder import Selected, TrainingEncoder
+from pipeline.numerics.encoder import TrainingEncoder
 from pipeline.numerics.initial import initial_parameters
 from pipeline.numerics.kernels.cpu import CpuKernels
 from pipeline.numerics.parallel import Mesh
+from pipeline.numerics.sparsities.base import Kept
 from pipeline.numerics.sparsities.batch_topk import BatchTopK
 from pipeline.numerics.trainer import CrosscoderSpec, CrosscoderTrainer
 from tests.numerics.small import changed
@@ -21,6 +22,8 @@ SPEC = CrosscoderSpec(
     lr=1e-2,
     lr_warmup_steps=2,
     dtype="float64",
+    init_norm=1.0,
+    clip_norm=1.0,
 )
 
 
@@ -28,11 +31,11 @@ def rows(seed: int, num_rows: int = 50) -> Tensor:
     return torch.randn(num_rows, 2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def select(spec: CrosscoderSpec, floor: float | None) -> Selected:
+def select(spec: CrosscoderSpec, floor: float | None) -> Kept:
     parameters = initial_parameters(spec, slice(0, spec.num_latents), torch.device("cpu"))
     encoder = TrainingEncoder(spec, CpuKernels(), Mesh(), torch.device("cpu"))
     encoder.floor = floor
-    return encoder.select(parameters, rows(0).flatten(1), k=float(spec.sparsity.k or 0), dead_F=None)
+    return encoder.select(parameters, rows(0).flatten(1), k=float(spec.sparsity.k or 0))
 
 
 @pytest.mark.parametrize("code_weight", ["crosscoder", "decoupled"])
@@ -44,7 +47,7 @@ def test_the_floor_and_the_blocks_never_change_the_selection(code_weight: str, f
     actual = select(changed(spec, block_rows=block_rows), floor)
     assert actual.smallest is not None and expected.smallest is not None
     assert torch.equal(actual.smallest, expected.smallest)
-    for ours, theirs in zip(actual.encoded.codes, expected.encoded.codes, strict=True):
+    for ours, theirs in zip(actual.codes, expected.codes, strict=True):
         if isinstance(ours, Tensor) and isinstance(theirs, Tensor) and ours.is_floating_point():
             torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=0)
         elif isinstance(ours, Tensor):

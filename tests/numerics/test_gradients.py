@@ -127,7 +127,9 @@ def make_spec(kind: str, num_models: int = M, **changes: object) -> CrosscoderSp
 
 def encode(case: Case, spec: CrosscoderSpec, dead_F: Tensor | None = None) -> Encoded:
     encoder = TrainingEncoder(spec, choose_kernels(torch.device("cpu")), Mesh(), torch.device("cpu"))
-    return encoder.select(case.parameters, case.x_BN, k=float(spec.sparsity.k or 0), dead_F=dead_F).encoded
+    kept = encoder.select(case.parameters, case.x_BN, k=float(spec.sparsity.k or 0))
+    auxiliary = None if dead_F is None else encoder.strongest_dead(case.parameters, case.x_BN, dead_F)
+    return Encoded(kept.codes, auxiliary, kept.preact_P)
 
 
 @pytest.mark.parametrize("kernels", ["reference", "cpu"])
@@ -208,8 +210,9 @@ def test_jumprelu_follows_its_straight_through_formula_on_both_paths() -> None:
     residual = case.x_BN - (preact_BF * active_BF) @ parameters.W_dec_FN - parameters.b_dec_N
     unit = torch.nn.functional.normalize(residual.view(B, M, D), dim=2).flatten(1)
     grad_f_BF = -unit @ parameters.W_dec_FN.T / (B * M)
-    near_BF = (preact_BF - theta_F).abs() < 0.25
-    grad_theta_F = -((theta_F * grad_f_BF + 0.3 / B) * near_BF).sum(0) / 0.5
+    width_F = 0.5 * theta_F
+    near_BF = (preact_BF - theta_F).abs() < width_F / 2
+    grad_theta_F = -((theta_F * grad_f_BF + 0.3 / B) * near_BF).sum(0) / width_F
     for actual in (run_sparse(case, encode(case, spec), objective, M, "cpu"), run_dense(case, objective, spec)):
         assert_same(actual, expected)
         torch.testing.assert_close(actual[1].log_threshold_F, grad_theta_F * theta_F)

@@ -261,6 +261,8 @@ def test_training_is_the_same_as_with_the_reference(code_weight: str) -> None:
         code_weight=code_weight,
         lr_warmup_steps=0,
         kernels="triton",
+        init_norm=1.0,
+        clip_norm=1.0,
     )
     trainers = [
         CrosscoderTrainer(spec, device=DEVICE),

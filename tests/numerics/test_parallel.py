@@ -32,6 +32,8 @@ SPEC = CrosscoderSpec(
     ),
     lr=3e-3,
     lr_warmup_steps=10,
+    init_norm=1.0,
+    clip_norm=1.0,
 )
 SPECS = {
     "batch_topk": SPEC,
@@ -39,9 +41,10 @@ SPECS = {
     "mixed mse": changed(SPEC, code_weight="mixed", reconstruction="mse", dtype="float64", block_rows=3),
     "topk": changed(SPEC, kind="topk", dtype="float64", dead_after_rows=2 * B),
     "l1": changed(SPEC, kind="l1", mu=0.05, code_weight="sae", dtype="float64"),
+    "l1 target": changed(SPEC, kind="l1", mu=0.05, target_l0=6.0, dtype="float64"),
     "difference": changed(SPEC, inputs="difference", dtype="float64", dead_after_rows=2 * B),
     "dedicated": changed(SPEC, dedicated_frac=0.3, dtype="float64", dead_after_rows=2 * B),
-    "jumprelu": changed(SPEC, kind="jumprelu", mu=0.02, bandwidth=0.1, dtype="float64"),
+    "jumprelu": changed(SPEC, kind="jumprelu", mu=0.02, target_l0=6.0, dtype="float64"),
 }
 LAYOUTS = {"data 4": (4, 1), "latent 4": (1, 4), "data 2 latent 2": (2, 2), "data 2": (2, 1), "latent 2": (1, 2)}
 

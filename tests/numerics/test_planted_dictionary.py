@@ -27,6 +27,8 @@ SPEC = CrosscoderSpec(
     lr=1e-2,
     lr_warmup_steps=20,
     lr_decay_frac=0.3,
+    init_norm=1.0,
+    clip_norm=1.0,
 )
 SPECS = {
     "batch_topk": SPEC,
@@ -35,7 +37,7 @@ SPECS = {
     ),
     "topk": changed(SPEC, kind="topk", k=3),
     "l1": changed(SPEC, kind="l1", mu=0.1, mu_warmup_steps=100, init_norm=0.1),
-    "jumprelu": changed(SPEC, kind="jumprelu", mu=0.02, mu_warmup_steps=100, bandwidth=0.5, initial_threshold=0.1),
+    "jumprelu": changed(SPEC, kind="jumprelu", mu=0.02, threshold_lr_factor=1.0),
 }
 
 

@@ -92,7 +92,7 @@ def test_fault_5_evaluation_changes_no_state(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["batch_topk", "l1", "topk", "jumprelu"])
 def test_fault_7_accumulated_gradients_equal_the_large_batch(kind: str) -> None:
-    spec = make_spec(kind=kind, mu=0.1, dtype="float64", dead_after_rows=48, mu_warmup_steps=3)
+    spec = make_spec(kind=kind, mu=0.1, dtype="float64", dead_after_rows=48, mu_warmup_steps=3, threshold_lr_factor=1.0)
     whole, pieces = (train(changed(spec, block_rows=size), num_steps=8) for size in (1000, 5))
     assert_equal_states(whole, pieces, rtol=1e-9)
 

@@ -88,8 +88,11 @@ class Sparsity(Settings):
     """`dict_class` in the published layout."""
     published_tensors: ClassVar[tuple[str, ...]] = ()
     """What inference needs and files hold, in this order: k, threshold, jump_threshold (one per latent)."""
-    published_init_norm: ClassVar[float] = 1.0
-    """`norm_init_scale` written to files: the decoder norm at the start that published code uses."""
+    default_init_norm: ClassVar[float] = 1.0
+    """Decoder norm at the start where the settings name none; also `norm_init_scale` in files of crosscoders whose
+    training is not known."""
+    default_clip_norm: ClassVar[float | None] = 1.0
+    """Gradient norm limit where the settings name none."""
     compares_scores: ClassVar[bool] = False
     """Whether scores are held against one threshold; it is one per model under the decoupled code weight."""
     starts_at_median: ClassVar[bool] = False
@@ -120,9 +123,25 @@ class Sparsity(Settings):
         return DEAD_AFTER_ROWS
 
     @property
-    def initial_threshold(self) -> float | None:
-        """Every latent's trained threshold at the start; None where none is trained."""
+    def target_l0(self) -> float | None:
+        """L0 that the penalty's weight is steered to; None where the weight stays what the settings say."""
         return None
+
+    @property
+    def mu_warmup_steps(self) -> int:
+        """Steps before the penalty has its whole weight."""
+        return 0
+
+    @property
+    def initial_threshold(self) -> float | None:
+        """Every latent's trained threshold at the start, in units of the first batch's pre-activations; None where
+        none is trained."""
+        return None
+
+    @property
+    def threshold_lr_factor(self) -> float:
+        """Learning rate of the trained thresholds' logarithms, as a multiple of the weights'."""
+        return 1.0
 
     @property
     def start_threshold(self) -> float:
@@ -146,8 +165,8 @@ class Sparsity(Settings):
         """The pairs of a global batch that a step keeps, with k = active_latents(step). Collective over the mesh."""
         raise NotImplementedError(f"{self.kind} does not say what it keeps in training")
 
-    def next_threshold(self, threshold: Tensor, smallest: Tensor, *, step: int) -> Tensor:  # noqa: ARG002
-        """The threshold of inference after a step, float64, from what it was and from Kept.smallest."""
+    def next_threshold(self, threshold: Tensor, smallest: Tensor, *, step: int, num_steps: int) -> Tensor:  # noqa: ARG002
+        """The threshold of inference after a step of num_steps, float64, from what it was and from Kept.smallest."""
         return threshold
 
     def code_penalty(self, sums_F: Tensor, weight_F: Tensor, *, scale: float) -> CodePenalty:

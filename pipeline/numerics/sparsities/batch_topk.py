@@ -1,8 +1,9 @@
 """BatchTopK: the k * rows largest scores of the whole global batch (arXiv 2412.06410; 2504.02922, section 2).
 
 Kept values are the raw codes and the selection passes no gradient to the code weight. At inference a row must not
-depend on its neighbours, so a code is kept where its score is above a threshold: the moving average of the smallest
-score that training kept. Under the decoupled code weight the models are selected one by one, each with a threshold.
+depend on its neighbours, so a code is kept where its score is above a threshold: the average, over the last steps, of
+the smallest score that training kept of the whole global batch, which every rank knows. Under the decoupled code weight
+the models are selected one by one, each with a threshold.
 
 Shapes: B rows, M models, F latents, P pairs.
 """
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from pipeline.numerics.batch import InferenceBlock, TrainingBatch
     from pipeline.numerics.codes import SparseCodes
 
+_AVERAGED_FRAC = 0.05
+"""Share of the run over which the threshold is averaged at most: the scores drift while weights are trained."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchTopK(CountedSparsity):
@@ -36,13 +40,13 @@ class BatchTopK(CountedSparsity):
     starts_at_median: ClassVar[bool] = True
 
     k_start: PositiveInt | None = None
-    """Begin with this k and go down linearly; None starts at k."""
+    """Begin with this k and go down linearly, in whole latents per row; None starts at k."""
     k_anneal_steps: NonNegativeInt = 0
     """Steps from k_start to k; 0 means k from the first step."""
     threshold_decay: DecayFloat = 0.999
-    """Decay per step of the inference threshold's moving average."""
+    """Decay per step of the inference threshold's moving average, which covers at most a twentieth of the run."""
     threshold_start_step: NonNegativeInt = 1000
-    """First step that enters the threshold's moving average."""
+    """The threshold's moving average begins after this step, and not before k is final."""
 
     def check_size(self, num_latents: int) -> None:
         """Raises ValueError unless the dictionary has at least k and k_start latents."""
@@ -69,10 +73,16 @@ class BatchTopK(CountedSparsity):
         selection = batch.largest(candidates, score_PM, num_keep)
         return Kept(selection.codes, selection.smallest)
 
-    def next_threshold(self, threshold: Tensor, smallest: Tensor, *, step: int) -> Tensor:
-        """The moving average; until it starts, the step's own smallest kept score. Unchanged if none was kept."""
-        decay = self.threshold_decay if step > self.threshold_start_step else 0.0
-        return (decay * threshold + (1 - decay) * smallest).where(smallest > 0, threshold)
+    def next_threshold(self, threshold: Tensor, smallest: Tensor, *, step: int, num_steps: int) -> Tensor:
+        """The mean of the smallest kept scores, then a moving average of them; a step's own before it begins.
+
+        It begins after threshold_start_step and not before k is final, since scores kept with a larger k are smaller
+        and would lower the threshold for long. Unchanged if nothing was kept.
+        """
+        begin = max(self.threshold_start_step + 1, self.k_anneal_steps if self.k_start is not None else 0)
+        num_averaged = min(step - begin + 1, 1 / (1 - self.threshold_decay), num_steps * _AVERAGED_FRAC)
+        share = 1 / max(1.0, num_averaged)
+        return (threshold + share * (smallest - threshold)).where(smallest > 0, threshold)
 
     @classmethod
     def select_at_inference(cls, block: InferenceBlock) -> SparseCodes:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from pipeline.numerics import schedule
-from pipeline.numerics.settings import NonNegativeFloat, NonNegativeInt
-from pipeline.numerics.sparsities.base import CodePenalty, Kept, Sparsity
+from pipeline.numerics.settings import NonNegativeFloat
+from pipeline.numerics.sparsities.base import CodePenalty, Kept
+from pipeline.numerics.sparsities.penalised import PenalisedSparsity
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,24 +21,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class L1(Sparsity):
+class L1(PenalisedSparsity):
     """ReLU codes with a penalty; kept as the field's reference, known to invent chat-only latents."""
 
     kind: ClassVar[str] = "l1"
     activation: ClassVar[str] = "relu"
     published_class: ClassVar[str] = "CrossCoder"
-    published_init_norm: ClassVar[float] = 0.005
+    default_init_norm: ClassVar[float] = 0.005
+    default_clip_norm: ClassVar[float | None] = None
     penalises_codes: ClassVar[bool] = True
     may_be_dense: ClassVar[bool] = True
 
     mu: NonNegativeFloat = 4.1e-2
-    """Weight of the penalty; raising it lowers L0."""
-    mu_warmup_steps: NonNegativeInt = 0
-    """The penalty grows linearly from 0 over this many steps."""
-
-    def penalty_weight(self, step: int) -> float:
-        """mu, after its warm-up."""
-        return self.mu * schedule.ramp(step, self.mu_warmup_steps)
+    """Weight of the sum of weighted codes; raising it lowers L0."""
 
     def select_in_training(self, batch: TrainingBatch, k: float) -> Kept:  # noqa: ARG002
         """Every positive pair."""
