@@ -5,21 +5,18 @@ in pipeline/analyses), so that a page made from them can be judged by eye as wel
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from pipeline import schema
 from pipeline.analyses.autointerp_columns import InterpStatus
-from pipeline.report.data import (
-    CrosscoderReport,
-    LineageRow,
-    ModelPairInfo,
-    ReportData,
-)
+from pipeline.analyses.ownership import classify
+from pipeline.report.data import CrosscoderReport, LineageRow, ModelPairInfo, ReportData
 from pipeline.schema import Verdict
 
 BEHAVIORS = ("refusal_harm", "refusal_secret", "correction", "personal")
@@ -39,16 +36,9 @@ def latent_table(num_latents: int, num_chat_only: int, artifact_frac: float, see
     random = np.random.default_rng(seed)
     num_base_only, num_other = max(num_chat_only // 6, 1), num_latents // 9
     rest = num_latents - num_chat_only - num_base_only - num_other
-    delta = np.concatenate(
-        [
-            random.uniform(0.9, 1.0, num_chat_only),
-            random.uniform(0.0, 0.1, num_base_only),
-            np.where(
-                random.random(num_other) < 0.5, random.uniform(0.1, 0.4, num_other), random.uniform(0.6, 0.9, num_other)
-            ),
-            np.clip(random.normal(0.5, 0.025, rest), 0.4, 0.6),
-        ]
-    )
+    parts = [random.uniform(0.9, 1.0, num_chat_only), random.uniform(0.0, 0.1, num_base_only)]
+    is_low, low, high = (random.uniform(*ends, num_other) for ends in ((0, 1), (0.1, 0.4), (0.6, 0.9)))
+    delta = np.concatenate([*parts, np.where(is_low < 0.5, low, high), random.normal(0.5, 0.025, rest).clip(0.4, 0.6)])
     is_chat_only = delta >= 0.9
     high_eps = is_chat_only & (random.random(num_latents) < artifact_frac * 0.75)
     high_r = is_chat_only & (random.random(num_latents) < artifact_frac * 0.45)
@@ -72,9 +62,7 @@ def latent_table(num_latents: int, num_chat_only: int, artifact_frac: float, see
         "verdict": verdict,
         "is_confident": confident,
         "delta_norm": delta,
-        "ownership": np.select(
-            [delta <= 0.1, (delta >= 0.4) & (delta <= 0.6), delta >= 0.9], ["base-only", "shared", "chat-only"], "other"
-        ),
+        "ownership": classify(torch.from_numpy(delta)),
         "decoder_norm_chat": norm_chat,
         "decoder_norm_base": norm_chat * (2 * (1 - delta)),
         "decoder_cosine": np.where(is_chat_only, random.uniform(-0.3, 0.6, num_latents), 0.97),
@@ -82,17 +70,14 @@ def latent_table(num_latents: int, num_chat_only: int, artifact_frac: float, see
         "num_documents": np.ceil(frequency * 900).astype(int),
         "max_activation": random.gamma(3, 4, num_latents),
         "mean_activation": random.gamma(3, 1, num_latents),
-        "template_frac": mix[:, 0],
-        "user_frac": mix[:, 1],
-        "assistant_frac": mix[:, 2],
+        **dict(zip(("template_frac", "user_frac", "assistant_frac"), mix.T, strict=True)),
         "reason": [f"nu_eps {eps:.2f}, nu_r {r:.2f}" for eps, r in zip(nu_eps, nu_r, strict=True)],
         "twin": -1,
         "artifact_probability": np.where(high_eps | high_r, 0.98, random.beta(1, 12, num_latents)),
         "frequency_web": frequency * np.where(is_chat_only, 0.05, random.uniform(0.5, 1.5, num_latents)),
-        "frequency_chat": np.minimum(
-            1.0, frequency * np.where(is_chat_only, 1.9, random.uniform(0.5, 1.5, num_latents))
-        ),
     }
+    on_chat = frequency * np.where(is_chat_only, 1.9, random.uniform(0.5, 1.5, num_latents))
+    table["frequency_chat"] = np.minimum(1.0, on_chat)
     for name, nu in (("nu_eps", nu_eps), ("nu_r", nu_r)):
         table |= {name: nu, f"{name}_low": nu - width, f"{name}_high": nu + width}
     result = pd.DataFrame(table, index=range(num_latents))
@@ -101,73 +86,41 @@ def latent_table(num_latents: int, num_chat_only: int, artifact_frac: float, see
 
 def _verdicts(delta: np.ndarray, nu_eps: np.ndarray, nu_r: np.ndarray, dead: np.ndarray) -> np.ndarray:
     high_eps, high_r = nu_eps >= 0.2, nu_r >= 0.5
-    undefined = np.isnan(nu_eps) | np.isnan(nu_r)
-    chat_only = delta >= 0.9
-    return np.select(
-        [
-            dead,
-            delta <= 0.1,
-            (delta >= 0.4) & (delta <= 0.6),
-            ~chat_only,
-            undefined,
-            high_eps & high_r,
-            high_eps,
-            high_r,
-        ],
-        [
-            Verdict.DEAD,
-            Verdict.BASE_ONLY,
-            Verdict.SHARED,
-            Verdict.OTHER,
-            Verdict.UNDECIDED,
-            Verdict.BOTH,
-            Verdict.SHRINKAGE,
-            Verdict.DECOUPLING,
-        ],
-        Verdict.CHAT_SPECIFIC,
+    cases = (
+        (dead, Verdict.DEAD),
+        (delta <= 0.1, Verdict.BASE_ONLY),
+        ((delta >= 0.4) & (delta <= 0.6), Verdict.SHARED),
+        (delta < 0.9, Verdict.OTHER),
+        (np.isnan(nu_eps) | np.isnan(nu_r), Verdict.UNDECIDED),
+        (high_eps & high_r, Verdict.BOTH),
+        (high_eps, Verdict.SHRINKAGE),
+        (high_r, Verdict.DECOUPLING),
     )
+    return np.select([case for case, _ in cases], [verdict for _, verdict in cases], Verdict.CHAT_SPECIFIC)
+
+
+def table_of(rows: Sequence[tuple[object, ...]], columns: Sequence[schema.Column]) -> pd.DataFrame:
+    """Rows in the order of the columns."""
+    return pd.DataFrame(rows, columns=[column.name for column in columns])
 
 
 def causality_table(separation: float) -> pd.DataFrame:
     """KL rows as the paper's table has them; best and worst half differ by `separation` times the baseline."""
-    rows = []
+    shares = {"all": 0.41, "error": 0.33, "mean_difference": 0.88, "mean_difference_projection": 0.7}
+    random = {"random_half_0_replace": 0.64, "random_half_0_add": 0.63}
+    random |= {"random_half_1_replace": 0.61, "random_half_1_add": 0.62}
+    halves = {}
+    for half, sign in (("best", -1), ("worst", 1)):
+        for kind, level in (("replace", 0.62), ("add", 0.6)):
+            halves[f"{half}_half_{kind}"] = level + sign * separation
+            halves[f"{half}_half_{kind}_by_delta_norm"] = 0.61 + sign * separation / 2
+    rows: list[tuple[object, ...]] = []
     for positions, none, template, tokens in (("all", 0.482, 0.239, 21_400), ("first_9", 1.69, 0.507, 2_700)):
-        values = {
-            "none": none,
-            "template": template,
-            "chat": 0.0,
-            "base": none,
-            "all": none * 0.41,
-            "error": none * 0.33,
-            "best_half_replace": none * (0.62 - separation),
-            "worst_half_replace": none * (0.62 + separation),
-            "best_half_add": none * (0.6 - separation),
-            "worst_half_add": none * (0.6 + separation),
-            "best_half_replace_by_delta_norm": none * (0.61 - separation / 2),
-            "worst_half_replace_by_delta_norm": none * (0.61 + separation / 2),
-            "best_half_add_by_delta_norm": none * (0.61 - separation / 2),
-            "worst_half_add_by_delta_norm": none * (0.61 + separation / 2),
-            "random_half_0_replace": none * 0.64,
-            "random_half_0_add": none * 0.63,
-            "random_half_1_replace": none * 0.61,
-            "random_half_1_add": none * 0.62,
-            "mean_difference": none * 0.88,
-            "mean_difference_projection": none * 0.7,
-        }
+        values = {"none": none, "template": template, "chat": 0.0, "base": none}
+        values |= {name: none * share for name, share in (shares | halves | random).items()}
         for name, kl in values.items():
-            rows.append(
-                {
-                    "intervention": name,
-                    "positions": positions,
-                    "kl": kl,
-                    "kl_low": kl * 0.93,
-                    "kl_high": kl * 1.08,
-                    "num_tokens": tokens,
-                    "num_conversations": 300,
-                    "num_latents": 24 if "half" in name else 0,
-                }
-            )
-    return pd.DataFrame(rows)
+            rows.append((name, positions, kl, kl * 0.93, kl * 1.08, tokens, 300, 24 if "half" in name else 0))
+    return table_of(rows, schema.CAUSALITY_COLUMNS)
 
 
 def difference_table(separation: float) -> pd.DataFrame:
@@ -181,7 +134,7 @@ def difference_table(separation: float) -> pd.DataFrame:
             ("none", "all", 0.28),
         ):
             rows.append((intervention, reference, positions, value, value - 0.02, value + 0.02, 21_400, 300))
-    return pd.DataFrame(rows, columns=[column.name for column in schema.CAUSALITY_DIFFERENCE_COLUMNS])
+    return table_of(rows, schema.CAUSALITY_DIFFERENCE_COLUMNS)
 
 
 def kl_curve_table(num_latents: int, bend: float) -> pd.DataFrame:
@@ -193,52 +146,28 @@ def kl_curve_table(num_latents: int, bend: float) -> pd.DataFrame:
             for size in sizes:
                 kl = 0.48 - 0.18 * (size / num_latents) ** (1 / power)
                 rows.append((order, positions, size, kl, kl - 0.015, kl + 0.015, 0.01, 0.008, 0.012))
-    return pd.DataFrame(rows, columns=[column.name for column in schema.CAUSALITY_CURVE_COLUMNS])
+    return table_of(rows, schema.CAUSALITY_CURVE_COLUMNS)
 
 
 def control_table(name: str, num_specific: int) -> pd.DataFrame:
     """Every control but the pairs."""
-    stated = 0.18 if name == "l1" else 0.05
-    other = f"{name}_seed1"
+    stated, other, nan = 0.18 if name == "l1" else 0.05, f"{name}_seed1", np.nan
     rows = [
-        (
-            "stated error",
-            "expected share of artifacts",
-            stated,
-            stated / 3,
-            stated * 1.8,
-            np.nan,
-            num_specific,
-            "by it",
-        ),
+        ("stated error", "expected share of artifacts", stated, stated / 3, stated * 1.8, nan, num_specific, "by it"),
         ("random directions", "share called with a random direction", 1 / 36, 0.0, 0.14, 0.0, 36, "1 of 36"),
-        (
-            f"seed {other}",
-            "Jaccard index of two seeds",
-            0.71,
-            0.52,
-            0.85,
-            np.nan,
-            num_specific,
-            f"matched with {other}",
-        ),
+        (f"seed {other}", "Jaccard index of two seeds", 0.71, 0.52, 0.85, nan, num_specific, f"matched with {other}"),
     ]
-    return pd.DataFrame(rows, columns=[column.name for column in schema.CONTROL_COLUMNS])
+    return table_of(rows, schema.CONTROL_COLUMNS)
 
 
 def seed_table(name: str, latents: list[int]) -> pd.DataFrame:
     """Every second latent has a match."""
+    matches = [(7, Verdict.CHAT_SPECIFIC) if index % 2 else (-1, None) for index in range(len(latents))]
     rows = [
-        (
-            f"{name}_seed1",
-            latent,
-            7 if index % 2 else -1,
-            Verdict.CHAT_SPECIFIC if index % 2 else None,
-            0.9 - index / 50,
-        )
-        for index, latent in enumerate(latents)
+        (f"{name}_seed1", latent, *match, 0.9 - index / 50)
+        for index, (latent, match) in enumerate(zip(latents, matches, strict=True))
     ]
-    return pd.DataFrame(rows, columns=[column.name for column in schema.SEED_COLUMNS])
+    return table_of(rows, schema.SEED_COLUMNS)
 
 
 def steering_table(latents: list[int], strength: float, seed: int) -> pd.DataFrame:
@@ -305,7 +234,7 @@ def example_table(latents: list[int], seed: int, hostile: bool) -> pd.DataFrame:
             activations = 12 * np.exp(-0.9 * np.abs(np.arange(len(tokens)) - peak)) * (1 - 0.12 * rank)
             activations[activations < 0.5] = 0
             rows.append((latent, rank, 7_000 + rank, peak, float(activations.max()), "chat", tokens, activations))
-    return pd.DataFrame(rows, columns=[column.name for column in schema.EXAMPLE_COLUMNS])
+    return table_of(rows, schema.EXAMPLE_COLUMNS)
 
 
 def planted_table(latents: list[int], quality: float) -> pd.DataFrame:
@@ -319,7 +248,7 @@ def planted_table(latents: list[int], quality: float) -> pd.DataFrame:
             ("mean difference", -1, 0.78 - 0.04 * index),
         ):
             rows.append((behavior, candidate, name, auroc, auroc - 0.012, min(auroc + 0.011, 1.0), 812, 30_124))
-    return pd.DataFrame(rows, columns=[column.name for column in schema.PLANTED_COLUMNS])
+    return table_of(rows, schema.PLANTED_COLUMNS)
 
 
 SENTENCES = (
@@ -332,28 +261,14 @@ SENTENCES = (
 
 def autointerp_table(latents: list[int], hostile: bool) -> pd.DataFrame:
     """Explanations of falling quality; the last latent has none."""
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for index, latent in enumerate(latents):
         score = max(0.45, 0.98 - 0.04 * index)
-        rows.append(
-            {
-                "latent": latent,
-                "status": InterpStatus.SCORED,
-                "explanation": HOSTILE if hostile and index == 1 else SENTENCES[index % len(SENTENCES)],
-                "balanced_accuracy": score,
-                "balanced_accuracy_low": score - 0.2,
-                "balanced_accuracy_high": min(1.0, score + 0.09),
-                "true_positive_frac": score,
-                "true_negative_frac": score,
-            }
-        )
-    missing = dict.fromkeys(rows[0], float("nan")) | {
-        "latent": latents[-1], "status": InterpStatus.UNEXPLAINED, "explanation": None,
-    }  # fmt: skip
-    table = pd.DataFrame([*rows[:-1], missing]).assign(
-        control_accuracy=0.52, num_active=6, num_quiet=6, num_malformed=0
-    )
-    return table.assign(tokens_in=900, tokens_out=60)
+        words = HOSTILE if hostile and index == 1 else SENTENCES[index % len(SENTENCES)]
+        scores = (score, score - 0.2, min(1.0, score + 0.09), score, score)
+        rows.append((latent, InterpStatus.SCORED, words, *scores, 0.52, 6, 6, 0, 900, 60))
+    rows[-1] = (latents[-1], InterpStatus.UNEXPLAINED, None, *[np.nan] * 5, 0.52, 6, 6, 0, 900, 60)
+    return table_of(rows, schema.AUTOINTERP_COLUMNS)
 
 
 def curve_table(num_steps: int, final_loss: float, l0: float, seed: int) -> pd.DataFrame:
@@ -378,31 +293,17 @@ def curve_table(num_steps: int, final_loss: float, l0: float, seed: int) -> pd.D
 def crosscoder_report(kind: str, *, num_latents: int = 2048, hostile: bool = False) -> CrosscoderReport:
     """One crosscoder with every analysis present."""
     is_l1 = kind == "l1"
-    seed = 1 if is_l1 else 2
+    seed, l0, fves = (1, 33.9, (0.846, 0.851, 0.849)) if is_l1 else (2, 32.0, (0.872, 0.879, 0.876))
     num_chat_only, artifact_frac = (130, 0.9) if is_l1 else (38, 0.25)
     latents = latent_table(num_latents, num_chat_only, artifact_frac, seed)
     order = latents[latents["verdict"] == Verdict.CHAT_SPECIFIC].sort_values("nu_eps")["latent"].astype(int)
     chosen = [int(latent) for latent in order[: len(BEHAVIORS)]]
+    twins = [(chosen[0], 5, 0.94, 0.31, 812), (chosen[1], 9, 0.91, 0.88, 420)]
     return CrosscoderReport(
         name=kind,
         kind=kind,
-        settings={
-            "num_latents": num_latents,
-            "k": 32,
-            "lr": 1e-4,
-            "num_steps": 2000,
-            "sparsity": {"kind": kind, "k": 32},
-        },
-        fidelity={
-            "fve_base": 0.846 if is_l1 else 0.872,
-            "fve_chat": 0.851 if is_l1 else 0.879,
-            "fve": 0.849 if is_l1 else 0.876,
-            "l0": 33.9 if is_l1 else 32.0,
-            "dead_frac": 0.041,
-            "mean_norm_base": 21.4,
-            "mean_norm_chat": 22.9,
-            "num_rows": float(ROWS),
-        },
+        settings={"num_latents": num_latents, "lr": 1e-4, "num_steps": 2000, "sparsity": {"kind": kind, "k": 32}},
+        fidelity=dict(zip(schema.FIDELITY_KEYS, (*fves, l0, 0.041, 21.4, 22.9, float(ROWS)), strict=True)),
         latents=latents,
         causality=causality_table(0.01 if is_l1 else 0.13),
         causality_differences=difference_table(0.01 if is_l1 else 0.13),
@@ -413,13 +314,10 @@ def crosscoder_report(kind: str, *, num_latents: int = 2048, hostile: bool = Fal
         steering_samples=sample_table(chosen),
         examples=example_table([int(latent) for latent in order], seed, hostile),
         planted=planted_table(chosen, 0.93 if is_l1 else 0.985),
-        twins=pd.DataFrame(
-            [(chosen[0], 5, 0.94, 0.31, 812), (chosen[1], 9, 0.91, 0.88, 420)][: 2 if is_l1 else 0],
-            columns=[column.name for column in schema.TWIN_COLUMNS],
-        ),
+        twins=table_of(twins if is_l1 else [], schema.TWIN_COLUMNS),
         autointerp=autointerp_table([int(latent) for latent in order[:12]], hostile),
         autointerp_model="tiny-reader",
-        curves=curve_table(2000, 9.4 if is_l1 else 8.1, 33.9 if is_l1 else 32.0, seed),
+        curves=curve_table(2000, 9.4 if is_l1 else 8.1, l0, seed),
     )
 
 
@@ -439,10 +337,7 @@ def full_report(*, hostile: bool = False, num_latents: int = 2048) -> ReportData
             num_tokens=412_345,
             num_rows=400_128,
         ),
-        crosscoders=[
-            crosscoder_report("l1", num_latents=num_latents, hostile=hostile),
-            crosscoder_report("batchtopk", num_latents=num_latents, hostile=hostile),
-        ],
+        crosscoders=[crosscoder_report(kind, num_latents=num_latents, hostile=hostile) for kind in ("l1", "batchtopk")],
         lineage=[
             LineageRow(
                 stage=stage,
@@ -472,18 +367,12 @@ def without_chat_only(data: ReportData) -> ReportData:
     for one in data.crosscoders:
         assert one.latents is not None
         latents = one.latents[~one.latents["ownership"].isin(["chat-only", "base-only"])].reset_index(drop=True)
-        planted = one.planted
-        assert planted is not None
+        assert one.planted is not None
+        planted = one.planted.copy()
         missing = planted["candidate"] == "chat-specific latent"
-        planted = planted.assign(
-            latent=planted["latent"].where(~missing, -1),
-            **{name: planted[name].where(~missing, np.nan) for name in ("auroc", "auroc_low", "auroc_high")},
-        )
-        emptied.append(
-            dataclasses.replace(
-                one, latents=latents, examples=None, steering=None, steering_samples=None, planted=planted
-            )
-        )
+        planted.loc[missing, ["latent", "auroc", "auroc_low", "auroc_high"]] = [-1, np.nan, np.nan, np.nan]
+        tables = {"latents": latents, "planted": planted, "examples": None, "steering": None, "steering_samples": None}
+        emptied.append(dataclasses.replace(one, **tables))
     return dataclasses.replace(data, crosscoders=emptied)
 
 

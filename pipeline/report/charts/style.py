@@ -79,7 +79,10 @@ def rows_of(frame: pd.DataFrame, column: str, names: Sequence[str]) -> tuple[dic
 
 
 def spec_of(chart: Chart, description: str) -> dict[str, Any]:
-    """The chart as Vega-Lite JSON without configuration: floats of six digits, NaN as null, text for screen readers."""
+    """The chart as Vega-Lite JSON without configuration, with a description for screen readers.
+
+    Floats are cut to six digits; NaN becomes null.
+    """
     with alt.data_transformers.enable("default", max_rows=None):
         spec: dict[str, Any] = chart.to_dict(validate=False)  # validating takes a second; the tests compile every chart
     for key in ("$schema", "config"):
