@@ -58,7 +58,8 @@ def lead(data: ReportData) -> Lead | None:
         sure = ["Controls were not run: this rests on intervals over documents alone."]
     if nothing := cannot_tell(data):
         return Lead(place, crosscoder.name, why, nothing, sure, _does(crosscoder))
-    return Lead(place, crosscoder.name, why, _new(counts), sure, _does(crosscoder))
+    new = f"{data.layer_note} {_new(counts)}".strip()
+    return Lead(place, crosscoder.name, why, new, sure, _does(crosscoder))
 
 
 def _trust(counts: VerdictCounts) -> tuple[float, int]:

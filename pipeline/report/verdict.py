@@ -52,6 +52,8 @@ def verdict_text(data: ReportData) -> str:
         lines.insert(0, nothing)
     elif data.evidence is not None:
         lines.append(data.evidence.reason)
+    if data.layer_note:
+        lines.append(data.layer_note)
     lines.append("")
     lines.extend(_aligned(verdict_table(data)))
     planted = _planted_table(data)
