@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (
         ("plan", "print every step with its state, and what the run will cost; touches nothing"),
         ("run", "make what is missing, then print the verdict"),
+        ("layers", "measure at which layer the models differ, and name the layer to look at"),
         ("report", "render the report again from finished artifacts"),
         ("benchmark", "score recipes by planted truth: a benchmark file, or a finished run with planted labels"),
         ("submit", "run as a job of a Ray cluster and follow its log; the job goes on without this terminal"),
@@ -181,6 +182,17 @@ def _console() -> Iterator["Console"]:
 
     with os.fdopen(os.dup(2), "w") as terminal, closing(Console(terminal)) as console:
         yield console
+
+
+def _layers(parsed: argparse.Namespace) -> int:
+    from pipeline.run import runner
+
+    with _console() as console:
+        curve = runner.layers(_config(parsed), console)
+    print(curve.table)
+    print(curve.reason)
+    print(f"layers   {curve.folder}")
+    return 0
 
 
 def _report(parsed: argparse.Namespace) -> int:
@@ -287,6 +299,7 @@ def _stop(parsed: argparse.Namespace) -> int:
 
 def _verify(parsed: argparse.Namespace) -> int:
     from pipeline.run.flow import build_flow
+    from pipeline.run.runner import with_measured_layer
     from pipeline.run.verify import all_folders, verify
     from pipeline.storage.filesystem import Storage
 
@@ -296,7 +309,7 @@ def _verify(parsed: argparse.Namespace) -> int:
     else:
         config = _config(parsed)
         storage = Storage(config.storage.root)
-        folders = [step.folder for step in build_flow(config).steps]
+        folders = [step.folder for step in build_flow(with_measured_layer(config, storage)).steps]
     with _console() as console:
         result = verify(storage, folders, console)
     unfinished = f", {result.num_unfinished} unfinished" if result.num_unfinished else ""
@@ -307,6 +320,7 @@ def _verify(parsed: argparse.Namespace) -> int:
 _COMMANDS = {
     "plan": _plan,
     "run": _run,
+    "layers": _layers,
     "report": _report,
     "benchmark": _benchmark,
     "verify": _verify,

@@ -27,6 +27,22 @@ class EvidenceSection(Section):
     """Tokens in one forward pass, padding included. Raising it needs more memory."""
 
 
+class LayersSection(Section):
+    """At which layer the difference between the models happens (`crossray layers`, activations.layer: auto)."""
+
+    num_documents: PositiveInt = 200
+    """Validation dialogues, and as many plain documents, that both models read. More narrow the intervals and take
+    proportionally longer."""
+    max_positions: PositiveInt = 64
+    """Predicted tokens compared in each document, drawn at random, once per layer."""
+    max_layers: PositiveInt | None = None
+    """Layers to measure, evenly spaced. null measures all."""
+    min_share: float = Field(0.5, gt=0, le=1)
+    """The earliest layer that carries this share of the difference in behaviour is named."""
+    tokens_per_batch: PositiveInt = 2048
+    """Tokens in one forward pass, padding included. The streams of all layers of both models are held for them."""
+
+
 class LatentScalingSection(Section):
     """Latent Scaling: how strongly each latent is present in each model (arXiv 2504.02922, section 3)."""
 
@@ -191,6 +207,8 @@ class AnalysesSection(Section):
 
     evidence: EvidenceSection | None = EvidenceSection()
     """null skips the comparison of the models; then no call is withheld where they cannot be told apart."""
+    layers: LayersSection = LayersSection()
+    """Used by `crossray layers` and activations.layer: auto alone."""
     fidelity: FidelitySection = FidelitySection()
     """Always on."""
     latent_scaling: LatentScalingSection = LatentScalingSection()

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from pipeline.config.section import Fraction, Name, Section
+from pipeline.errors import InputError
 
 
 class OrganismSection(Section):
@@ -264,9 +265,10 @@ class ActivationsSection(Section):
     mode: Literal["store", "stream"] = "store"
     """store extracts all rows once and keeps them. stream keeps the validation rows only: training rows go straight to
     the trainer, and every epoch costs another pass of both models."""
-    layer: NonNegativeInt
+    layer: NonNegativeInt | Literal["auto"]
     """Number of the decoder layer whose output is read, counted from 0 as papers do: the output of model.layers[layer]
-    in transformers, which is hidden_states[layer + 1], before the final norm."""
+    in transformers, which is hidden_states[layer + 1], before the final norm. auto measures first (analyses.layers) and
+    takes the layer that `crossray layers` names."""
     drop_first_tokens: NonNegativeInt = 0
     """Leading tokens of each document to drop, such as a default system prompt: 25 for Llama 3, 21 for Qwen 2.5."""
     drop_bos: bool = True
@@ -288,3 +290,13 @@ class ActivationsSection(Section):
     max_rejected_frac: float = Field(0.01, ge=0, le=1)
     """Largest share of documents that may go into quarantine because they cannot be read, fail, or give NaN or Inf. A
     larger share ends the run. 0 allows none."""
+
+    @property
+    def layer_number(self) -> int:
+        """The layer as a number; InputError where it is yet to be measured."""
+        if self.layer == "auto":
+            raise InputError(
+                "activations.layer: expected a number, got auto, which is measured when the run starts; `crossray "
+                "layers` measures it now"
+            )
+        return self.layer

@@ -86,7 +86,9 @@ def estimate_text(config: RunConfig, states: "Sequence[StepState]", storage: "St
             result.data.source
         ]
         lines.append(f"  tokens       {bound}{result.data.num_tokens:,} ({result.data.source})")
-        lines.append(f"  rows         {bound}{result.data.num_rows:,} (both models, layer {config.activations.layer})")
+        lines.append(
+            f"  rows         {bound}{result.data.num_rows:,} (both models, layer {config.activations.layer_number})"
+        )
     training = config.resources.training
     mesh = f"{training.data} data x {training.latent} latent"
     for name, value, note in (

@@ -209,7 +209,9 @@ def batch_tokens(config: RunConfig) -> int:
 
 def extraction_bytes(config: RunConfig, shape: "ModelShape") -> int:
     """Both models up to layer L, a shard's rows twice (made and packed), and one batch's hidden states."""
-    weights = NUM_MODELS * ((config.activations.layer + 1) * shape.layer_parameters + shape.vocab_size * shape.width)
+    weights = NUM_MODELS * (
+        (config.activations.layer_number + 1) * shape.layer_parameters + shape.vocab_size * shape.width
+    )
     shard = 2 * config.activations.rows_per_shard * NUM_MODELS * shape.width * 2
     hidden = 6 * batch_tokens(config) * shape.width * 4
     return int(weights * _DTYPE_BYTES[config.models.dtype] + shard + hidden)
@@ -230,7 +232,7 @@ def model_config(config: RunConfig, data: "DataSteps", records: "Mapping[str, Re
         assert config.organism is not None
         return organism_model(organism_of(config.organism.size).model, vocab_size=500)
     with local_specs(storage, *models) as (base, chat):
-        check_pair(base, chat, layer=config.activations.layer)
+        check_pair(base, chat, layer=config.activations.layer_number)
         folder = Path(chat.source).expanduser()
         source = str(folder) if folder.exists() else chat.source
         loaded = AutoConfig.from_pretrained(source, revision=chat.revision, trust_remote_code=chat.trust_remote_code)

@@ -180,7 +180,7 @@ def _extraction_seconds(inputs: PlanInputs, data: DataSize, shape: ModelShape, s
     num_read = 1 if _is_one_model(config) else NUM_MODELS
     num_shards = math.ceil(data.stored_rows / config.activations.rows_per_shard)
     num_tokens = data.num_tokens * data.stored_rows / max(1, data.num_rows)
-    work = num_tokens * (config.activations.layer + 1) * num_read * speeds.layer_token_seconds
+    work = num_tokens * (config.activations.layer_number + 1) * num_read * speeds.layer_token_seconds
     num_bytes = sizes.store_bytes(data.stored_rows, shape.width, config.activations.compression)
     written = num_bytes / speeds.write_bytes_per_second if speeds.write_bytes_per_second else 0.0
     workers = _workers(config.resources.extraction, speeds, num_shards)
@@ -200,7 +200,7 @@ def _crosscoder_seconds(inputs: PlanInputs, data: DataSize, shape: ModelShape, s
         if config.activations.mode == "stream":
             num_read = 1 if _is_one_model(config) else NUM_MODELS
             tokens = training.num_rows * data.num_tokens / max(1, data.num_rows)
-            work = tokens * (config.activations.layer + 1) * num_read * speeds.layer_token_seconds
+            work = tokens * (config.activations.layer_number + 1) * num_read * speeds.layer_token_seconds
             workers = _workers(config.resources.extraction, speeds, 64)
             seconds["crosscoder"] += START_SECONDS["activations"] * speeds.slowness + work / workers
     if inputs.missing & {"latents", "examples", "planted"}:
@@ -217,7 +217,7 @@ def _crosscoder_seconds(inputs: PlanInputs, data: DataSize, shape: ModelShape, s
 def _model_seconds(inputs: PlanInputs, data: DataSize, shape: ModelShape, speeds: Speeds) -> dict[str, float]:
     """evidence, causality and steering: all layers, upper ones per intervention, all per generated token."""
     config, seconds = inputs.config, {}
-    num_fits, upper = len(config.crosscoders), shape.num_layers - config.activations.layer - 1
+    num_fits, upper = len(config.crosscoders), shape.num_layers - config.activations.layer_number - 1
     causality, steering = config.analyses.causality, config.analyses.steering
     if "evidence" in inputs.missing and config.analyses.evidence is not None:
         section = config.analyses.evidence

@@ -118,6 +118,8 @@ class ReportData:
     models: ModelPairInfo
     evidence: EvidenceReport | None = None
     """None where the run has not compared the models."""
+    layer_note: str = ""
+    """A sentence where the layer is known to carry little of the difference between the models."""
     crosscoders: Sequence[CrosscoderReport] = ()
     lineage: Sequence[LineageRow] = ()
     settings: Mapping[str, object] = field(default_factory=dict)

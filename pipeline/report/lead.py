@@ -57,7 +57,8 @@ def lead(data: ReportData) -> Lead | None:
         sure = ["Controls were not run: this rests on intervals over documents alone."]
     if nothing := cannot_tell(data):
         return Lead(place, crosscoder.name, why, nothing, sure, _effects_and_words(crosscoder))
-    return Lead(place, crosscoder.name, why, _new_sentence(counts), sure, _effects_and_words(crosscoder))
+    new = f"{data.layer_note} {_new_sentence(counts)}".strip()
+    return Lead(place, crosscoder.name, why, new, sure, _effects_and_words(crosscoder))
 
 
 def _trust(counts: VerdictSummary) -> tuple[float, int]:

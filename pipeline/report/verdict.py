@@ -53,6 +53,8 @@ def verdict_text(data: ReportData) -> str:
         lines.insert(0, nothing)
     elif data.evidence is not None:
         lines.append(data.evidence.reason)
+    if data.layer_note:
+        lines.append(data.layer_note)
     header, *rows = verdict_table(data)
     lines += ["", text_table(header, map(_ascii, rows))]
     header, *rows = _planted_table(data)

@@ -15,7 +15,7 @@ from pipeline.config.run_file import RunConfig
 from pipeline.errors import CrossrayError
 from pipeline.models.loading import check_pair
 from pipeline.planning.sizes import check_space
-from pipeline.run.flow import AnyStep, Flow, Group
+from pipeline.run.flow import AnyStep, Flow, Group, LayersFlow
 from pipeline.stages.adopt import read_checkpoint
 from pipeline.stages.autointerp import endpoint_options
 from pipeline.stages.catalogue import AdoptedCrosscoderInputs
@@ -49,6 +49,24 @@ def execute(config: RunConfig, flow: Flow, storage: Storage, reporter: Reporter,
         raise
     log.close(succeeded=True)
     return log.link
+
+
+def measure_layers(flow: LayersFlow, context: StageContext) -> None:
+    """Make what is missing of the curve over layers; a later run finds it, and logs what it uses of it."""
+    context.storage.check_writable()
+    with ExitStack() as stack:
+        is_connected = False
+        for group in flow.groups:
+            missing = [step for step in group.steps if read_record(context.storage, step.key) is None]
+            if not missing:
+                continue
+            if group.needs_cluster and not is_connected:
+                stack.enter_context(connected(context.resources.cluster, _log_path(context.storage)))
+                is_connected = True
+            started = time.monotonic()
+            _make(group, missing, context)
+            names = ", ".join(step.name for step in missing)
+            context.reporter.message(f"{names}: done in {format_seconds(time.monotonic() - started)}")
 
 
 def _check_models(flow: Flow) -> None:

@@ -34,6 +34,7 @@ from pipeline.stages.catalogue import (
     ExamplesInputs,
     FittedCrosscoderInputs,
     LatentsInputs,
+    LayersInputs,
     OrganismInputs,
     PlantedInputs,
     ReportInputs,
@@ -106,14 +107,31 @@ def _present(steps: Sequence[_Kept | None]) -> tuple[_Kept, ...]:
     return tuple(step for step in steps if step is not None)
 
 
+class LayersFlow(NamedTuple):
+    """The steps that lead to the curve over layers; they need no layer."""
+
+    groups: tuple[Group, ...]
+    layers: Step[LayersInputs]
+
+
+def build_layers_flow(config: RunConfig) -> LayersFlow:
+    """The steps up to the curve over layers, the same as the run's own. Raises InputError as `build_flow`."""
+    text = _text_steps(config)
+    layers = _layers_step(config, text)
+    groups = (
+        Group("organism", _present([text.organism])),
+        Group("corpus", (text.corpus,)),
+        Group("tokens", (text.tokens,)),
+        Group("layers", (layers,)),
+    )
+    return LayersFlow(tuple(group for group in groups if group.steps), layers)
+
+
 def build_flow(config: RunConfig) -> Flow:
-    """The run's steps. Raises InputError where a local model or corpus is missing."""
+    """The run's steps. Raises InputError where a local model or corpus is missing, or the layer is not measured yet."""
     _check_analyses(config)
-    models = {
-        "base": model_identity(config.models.base, "models.base"),
-        "chat": model_identity(config.models.chat, "models.chat"),
-    }
-    data = _data_steps(config, models)
+    text = _text_steps(config)
+    models, data = text.models, _data_steps(config, text)
     crosscoders = [_crosscoder_step(section, config, data) for section in config.crosscoders]
     latents = [
         _step(
@@ -130,6 +148,7 @@ def build_flow(config: RunConfig) -> Flow:
             data=data,
             # Adopted crosscoders come first on the page.
             crosscoders=tuple(sorted(measured, key=lambda own: own.crosscoder.inputs.section.kind != "adopted")),
+            layers=_layers_step(config, text),
             run_settings=config.model_dump(mode="json"),
         ),
         identity={"name": config.name, "crosscoders": [section.name for section in config.crosscoders]},
@@ -144,7 +163,21 @@ def _step(inputs: _Inputs, *, crosscoder_name: str = "", identity: Identity | No
     return Step(artifact_key(inputs.NAME, inputs.VERSION, section, read), inputs, crosscoder_name)
 
 
-def _data_steps(config: RunConfig, models: Mapping[str, Identity]) -> DataSteps:
+class _TextSteps(NamedTuple):
+    """What a run needs of models and texts before a layer is chosen."""
+
+    models: Mapping[str, Identity]
+    pair: ModelPairLocation
+    organism: Step[OrganismInputs] | None
+    corpus: Step[CorpusInputs]
+    tokens: Step[TokensInputs]
+
+
+def _text_steps(config: RunConfig) -> _TextSteps:
+    models = {
+        "base": model_identity(config.models.base, "models.base"),
+        "chat": model_identity(config.models.chat, "models.chat"),
+    }
     organism = None if config.organism is None else _step(OrganismInputs(section=config.organism))
     template = _chat_template(config)
     folder = "" if organism is None else organism.folder
@@ -160,14 +193,43 @@ def _data_steps(config: RunConfig, models: Mapping[str, Identity]) -> DataSteps:
         TokensInputs(section=config.tokens, organism=organism, corpus=corpus, models=pair, weights=weights),
         identity=config.tokens.model_dump(mode="json") | about_tokens,
     )
-    dtype, attention, pool = config.models.dtype, config.models.attn_implementation, config.resources.extraction
-    loading = Loading(pair, config.activations.layer, dtype, attention, pool.placement, pool.gpus)
-    about_models: Identity = {"models": models, "dtype": dtype, "attn_implementation": attention}
-    activations = _step(
-        ActivationsInputs(section=config.activations, organism=organism, tokens=tokens, loading=loading),
-        identity=config.activations.model_dump(mode="json") | about_models,
+    return _TextSteps(models, pair, organism, corpus, tokens)
+
+
+def _layers_step(config: RunConfig, text: _TextSteps) -> Step[LayersInputs]:
+    pool = config.resources.analyses
+    loading = _loading(config, text, layer=0)._replace(placement=pool.placement, gpus=pool.gpus)
+    rows = config.activations.model_dump(mode="json", include={"drop_first_tokens", "drop_bos", "norm_cap"})
+    return _step(
+        LayersInputs(
+            section=config.analyses.layers,
+            rows=config.activations,
+            organism=text.organism,
+            tokens=text.tokens,
+            loading=loading,
+        ),
+        identity=config.analyses.layers.model_dump(mode="json") | rows | _about_models(config, text),
     )
-    return DataSteps(organism, corpus, tokens, activations, _evidence_step(config, activations))
+
+
+def _loading(config: RunConfig, text: _TextSteps, *, layer: int) -> Loading:
+    models, pool = config.models, config.resources.extraction
+    return Loading(text.pair, layer, models.dtype, models.attn_implementation, pool.placement, pool.gpus)
+
+
+def _about_models(config: RunConfig, text: _TextSteps) -> Identity:
+    models = config.models
+    return {"models": text.models, "dtype": models.dtype, "attn_implementation": models.attn_implementation}
+
+
+def _data_steps(config: RunConfig, text: _TextSteps) -> DataSteps:
+    loading = _loading(config, text, layer=config.activations.layer_number)
+    activations = _step(
+        ActivationsInputs(section=config.activations, organism=text.organism, tokens=text.tokens, loading=loading),
+        identity=config.activations.model_dump(mode="json") | _about_models(config, text),
+    )
+    evidence = _evidence_step(config, activations)
+    return DataSteps(text.organism, text.corpus, text.tokens, activations, evidence)
 
 
 def _evidence_step(config: RunConfig, activations: Step[ActivationsInputs]) -> Step[EvidenceInputs] | None:

@@ -20,7 +20,7 @@ def renumbering_note(step: Step[ActivationsInputs], run_name: str, storage: Stor
     """One line where the run file would now read another layer than its artifacts hold; empty elsewhere."""
     if read_record(storage, step.key) is not None:
         return ""
-    layer = step.inputs.section.layer
+    layer = step.inputs.section.layer_number
     for folder in storage.folders(step.key.stage):
         record_key = f"{step.key.stage}/{folder}/{RECORD_NAME}"
         if storage.exists(record_key) and _is_former(storage.read_json(record_key), step, run_name):

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pipeline.config.run_file import RunConfig
-from pipeline.run.flow import AnyStep, build_flow
+from pipeline.errors import InputError
+from pipeline.run.flow import AnyStep, build_flow, build_layers_flow
 from pipeline.run.layer_count import renumbering_note
 from pipeline.stages.step import StageContext
 from pipeline.storage.artifacts import Record, nearest_drift, read_record
@@ -46,9 +47,9 @@ class Outcome(NamedTuple):
 
 
 def inspect(config: RunConfig, storage: Storage) -> list[StepState]:
-    """The state of every step, in order. Reads records only."""
+    """The state of every step, in order. Reads records only. InputError where the layer is yet to be measured."""
     states = []
-    for step in build_flow(config).steps:
+    for step in build_flow(with_measured_layer(config, storage)).steps:
         record = read_record(storage, step.key)
         if record is not None:
             states.append(StepState(step, DONE, [], record))
@@ -61,7 +62,7 @@ def inspect(config: RunConfig, storage: Storage) -> list[StepState]:
 
 def notes(config: RunConfig, storage: Storage) -> list[str]:
     """What a user should know before the run: lines for `plan`."""
-    note = renumbering_note(build_flow(config).data.activations, config.name, storage)
+    note = renumbering_note(build_flow(with_measured_layer(config, storage)).data.activations, config.name, storage)
     return [note] if note else []
 
 
@@ -69,6 +70,7 @@ def run(config: RunConfig, reporter: Reporter, tracker: Tracker | None = None) -
     """Make what is missing and return where the report is; raises InputError before anything is written."""
     started = time.monotonic()
     storage = Storage(config.storage.root)
+    config = with_layer(config, reporter)
     flow = build_flow(config)
     num_missing = sum(read_record(storage, step.key) is None for step in flow.steps)
     link = None
@@ -87,10 +89,64 @@ def render(config: RunConfig, reporter: Reporter) -> Outcome:
     """Render the report again from the artifacts that are there; nothing else is made."""
     started = time.monotonic()
     storage = Storage(config.storage.root)
-    flow = build_flow(config)
+    flow = build_flow(with_layer(config, reporter))
     context = StageContext(storage, config.resources, reporter, Unlogged(), config.name, log_every_steps=1)
     flow.groups[-1].run([flow.report], context)
     return _outcome(storage, flow.report, None, 1, started)
+
+
+class LayerCurve(NamedTuple):
+    """What `crossray layers` prints."""
+
+    table: str
+    layer: int | None
+    """From 0; None where no layer can be named."""
+    reason: str
+    folder: str
+    """Path or URL of the artifact."""
+
+
+def layers(config: RunConfig, reporter: Reporter) -> LayerCurve:
+    """The curve over layers, measured if it is not there yet."""
+    from pipeline.run.execution import measure_layers
+    from pipeline.stages.layers import choice_of, curve_text
+
+    storage, flow = Storage(config.storage.root), build_layers_flow(config)
+    context = StageContext(storage, config.resources, reporter, Unlogged(), config.name, log_every_steps=1)
+    measure_layers(flow, context)
+    choice = choice_of(flow.layers, context)
+    return LayerCurve(curve_text(flow.layers, storage), choice.layer, choice.reason, storage.url(flow.layers.folder))
+
+
+def with_layer(config: RunConfig, reporter: Reporter) -> RunConfig:
+    """The run file with a number for activations.layer: auto, measured if it is not there yet.
+
+    Raises InputError where no layer can be named.
+    """
+    storage = Storage(config.storage.root)
+    known = with_measured_layer(config, storage)
+    if known.activations.layer == "auto":
+        layers(config, reporter)
+        known = with_measured_layer(config, storage)
+    if config.activations.layer == "auto":
+        reporter.message(f"activations.layer: auto is {known.activations.layer}, as `crossray layers` names it")
+    return known
+
+
+def with_measured_layer(config: RunConfig, storage: Storage) -> RunConfig:
+    """The run file with a number for activations.layer: auto if the curve over layers is there; nothing is made.
+
+    Raises InputError where the curve names no layer.
+    """
+    if config.activations.layer != "auto":
+        return config
+    record = read_record(storage, build_layers_flow(config).layers.key)
+    if record is None:
+        return config
+    if record.counts["layer"] is None:
+        raise InputError(f"activations.layer: auto: {record.counts['reason']}")
+    activations = config.activations.model_copy(update={"layer": record.counts["layer"]})
+    return config.model_copy(update={"activations": activations})
 
 
 class Unlogged:

@@ -48,7 +48,7 @@ def _adopt(step: Step[AdoptedCrosscoderInputs], context: StageContext) -> None:
     found = first_rows_fidelity(crosscoder, ActivationStore(context.storage, activations.folder))
     for line in (
         settings_mismatch(checkpoint.settings.get("trainer"), activations.inputs),
-        fidelity_mismatch(found, checkpoint.k, layer=activations.inputs.section.layer),
+        fidelity_mismatch(found, checkpoint.k, layer=activations.inputs.section.layer_number),
     ):
         if line:
             context.reporter.message(f"{step.name}: {line}")
@@ -118,7 +118,7 @@ def settings_mismatch(trainer: Any, activations: ActivationsInputs) -> str:
     are missing, or not a number or a text, say nothing.
     """
     named = trainer if isinstance(trainer, Mapping) else {}
-    layer, name, own = named.get("layer"), named.get("lm_name"), activations.section.layer
+    layer, name, own = named.get("layer"), named.get("lm_name"), activations.section.layer_number
     faults = []
     if isinstance(layer, int) and not isinstance(layer, bool) and layer != own:
         faults.append(f"layer {layer} and not activations.layer = {own}")

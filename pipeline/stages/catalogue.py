@@ -18,6 +18,7 @@ from pipeline.config.analyses import (
     EvidenceSection,
     ExamplesSection,
     LatentScalingSection,
+    LayersSection,
     PlantedSection,
     SteeringSection,
 )
@@ -61,6 +62,21 @@ class TokensInputs(StageInputs):
     models: ModelPairLocation
     weights: Mapping[str, float]
     """Share of the token budget by corpus, not normalised."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayersInputs(StageInputs):
+    """The curve over layers, from which the layer is chosen."""
+
+    NAME = "layers"
+    VERSION = 1
+    READS = ("organism", "tokens")
+    section: LayersSection
+    rows: ActivationsSection
+    """Which tokens count as rows; its layer is not read."""
+    organism: Step[OrganismInputs] | None
+    tokens: Step[TokensInputs]
+    loading: Loading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,6 +302,8 @@ class ReportInputs(StageInputs):
     section: AnalysesSection
     data: DataSteps
     crosscoders: tuple[CrosscoderSteps, ...]
+    layers: Step[LayersInputs]
+    """The curve over layers; read where somebody has measured it, and no part of the identity."""
     run_settings: Mapping[str, Any]
     """The resolved run file, as the page prints it."""
 

@@ -23,7 +23,7 @@ from pipeline.stages.finished_crosscoder import read_curve
 from pipeline.stages.latents import FIDELITY_NAME, TWINS_NAME, read_latents
 from pipeline.stages.planted import PLANTED_NAME
 from pipeline.stages.step import StageContext, StageInputs, Step
-from pipeline.storage.artifacts import provenance
+from pipeline.storage.artifacts import provenance, read_record
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.tables import read_table
 
@@ -35,6 +35,10 @@ _LINEAGE_SETTINGS = {
     "crosscoder": ("sparsity", "num_latents", "expansion", "lr", "seed", "source", "revision"),
 }
 """Fields of a stage's section that the lineage table shows."""
+
+
+LITTLE_SHARE = 0.2
+"""A run at a layer that carries less of the difference in behaviour says so first."""
 
 
 def run(steps: Sequence[Step[ReportInputs]], context: StageContext) -> None:
@@ -58,6 +62,7 @@ def _report_data(inputs: ReportInputs, context: StageContext) -> ReportData:
         code_version=str(created["code_version"]),
         models=_models(inputs.data, context),
         evidence=_evidence(inputs.data, context),
+        layer_note=_layer_note(inputs, context),
         crosscoders=[_crosscoder(own, context) for own in inputs.crosscoders],
         lineage=[_lineage(source, context) for source in inputs.reads().values()],
         settings=inputs.run_settings,
@@ -70,7 +75,7 @@ def _models(data: DataSteps, context: StageContext) -> ModelPairInfo:
     return ModelPairInfo(
         base=models.base.label,
         chat=models.chat.label,
-        layer=data.activations.inputs.section.layer,
+        layer=data.activations.inputs.section.layer_number,
         num_layers=activations.counts["num_layers"],
         num_documents=tokens.counts["num_documents"],
         num_tokens=tokens.counts["num_tokens"],
@@ -85,6 +90,20 @@ def _evidence(data: DataSteps, context: StageContext) -> EvidenceReport | None:
     judgement = judgement_of(data.evidence, context)
     return EvidenceReport(
         is_distinguishable=judgement.is_distinguishable, reason=judgement.reason, distance=distance, streams=streams
+    )
+
+
+def _layer_note(inputs: ReportInputs, context: StageContext) -> str:
+    """Where the curve over layers has been measured, and this layer is on it with a small share."""
+    record, layer = read_record(context.storage, inputs.layers.key), inputs.data.activations.inputs.section.layer_number
+    found = None if record is None else record.counts["share"].get(str(layer))
+    if record is None or found is None or found[0] >= LITTLE_SHARE:
+        return ""
+    share, low, high = found
+    better = f" `crossray layers` names layer {record.counts['layer']}." if record.counts["layer"] is not None else ""
+    return (
+        f"Layer {layer} carries only {share:.0%} [{low:.0%}, {high:.0%}] of the difference in behaviour between the "
+        f"models.{better}"
     )
 
 

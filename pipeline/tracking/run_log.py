@@ -144,7 +144,7 @@ def _dataset(step: AnyStep, record: Record, storage: Storage) -> Dataset:
 
 def _note(config: RunConfig, flow: Flow) -> str:
     """The description shown on the run's page."""
-    models, layer = flow.data.tokens.inputs.models, flow.data.activations.inputs.section.layer
+    models, layer = flow.data.tokens.inputs.models, flow.data.activations.inputs.section.layer_number
     lines = [
         f"**{models.chat.label}** against **{models.base.label}**, layer {layer}, "
         f"{len(config.crosscoders)} crosscoder(s): {', '.join(section.name for section in config.crosscoders)}.",

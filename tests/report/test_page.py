@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline.report.data import CrosscoderReport, ReportData
+from pipeline.report.data import CrosscoderReport, EvidenceReport, ReportData
 from pipeline.report.figures import vega_runtime
 from pipeline.report.formatting import visible
 from pipeline.report.headlines import does_sentences
@@ -21,6 +21,7 @@ from pipeline.report.latents import LatentCard, card_sources, latent_cards
 from pipeline.report.lead import lead
 from pipeline.report.page import SECTIONS, flat_settings, render
 from pipeline.report.summary import verdict_summary
+from pipeline.report.verdict import verdict_text
 from pipeline.schema import Verdict
 
 HOSTILE = [
@@ -341,3 +342,31 @@ def test_twins_and_the_ratio_that_decides_stand_on_the_card(report: ReportData) 
     facts = dict(cards_of(dataclasses.replace(one, latents=latents), 1)[0].facts)
     assert facts["twin"] == "5, cosine 0.94, divergence 0.31"
     assert facts["nu_act, centred"] == "0.12 [0.10, 0.20]"
+
+
+def test_what_the_models_themselves_say_comes_first(report: ReportData) -> None:
+    """No crosscoder outranks it: neither where the models are equal nor where the layer carries little."""
+    evidence = EvidenceReport(
+        is_distinguishable=False, reason="KL is 0.", distance=pd.DataFrame(), streams=pd.DataFrame()
+    )
+    one = report.crosscoders[0]
+    assert one.latents is not None
+    is_specific = one.latents["verdict"] == Verdict.CHAT_SPECIFIC
+    latents = one.latents.assign(
+        verdict=one.latents["verdict"].replace(Verdict.CHAT_SPECIFIC, Verdict.WITHHELD),
+        is_confident=one.latents["is_confident"] & ~is_specific,
+    )
+    equal = dataclasses.replace(
+        report, evidence=evidence, crosscoders=[dataclasses.replace(one, latents=latents, planted=None, steering=None)]
+    )
+    sentence = f"no latent is called chat-specific ({is_specific.sum()} calls withheld). KL is 0."
+    found = lead(equal)
+    assert found is not None and sentence in found.new
+    assert sentence in text_of(render(equal))
+    text = verdict_text(equal).splitlines()
+    assert sentence in text[0]
+    assert any(line.startswith("  withheld") and str(is_specific.sum()) in line for line in text)
+    little = lead(dataclasses.replace(report, layer_note="Layer 2 carries only 1%."))
+    assert little is not None and little.new.startswith("Layer 2 carries only 1%. ")
+    told = dataclasses.replace(evidence, is_distinguishable=True, reason="The two models differ.")
+    assert verdict_text(dataclasses.replace(report, evidence=told)).splitlines()[1] == "The two models differ."

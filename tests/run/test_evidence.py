@@ -13,8 +13,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from pipeline.analyses.distance import DISTANCE_COLUMNS, KL_FLOOR
 from pipeline.analyses.evidence import STREAM_COLUMNS
 from pipeline.config.run_file import load
+from pipeline.errors import InputError
 from pipeline.run import runner
+from pipeline.run.flow import build_layers_flow
 from pipeline.schema import Verdict
+from pipeline.storage.artifacts import read_record
 from pipeline.storage.filesystem import Storage
 from pipeline.terminal import SilentReporter
 from pipeline.tracking.tracker import RecordingTracker
@@ -109,9 +112,9 @@ def test_where_the_models_cannot_be_told_apart_no_latent_is_called_chat_specific
         "latent_scaling": {"num_resamples": 100, "nu_eps_threshold": 50, "nu_r_threshold": 50},
         "steering": {**TINY["analyses"]["steering"], "latents": [0]},
     }
-    config = load(run_file(tmp_path, str(root), models=models, crosscoders=crosscoders, analyses=analyses))
-    reporter = SilentReporter()
-    outcome = runner.run(config, reporter, RecordingTracker())
+    config_path = run_file(tmp_path, str(root), models=models, crosscoders=crosscoders, analyses=analyses)
+    config = load(config_path)
+    outcome = runner.run(config, SilentReporter(), RecordingTracker())
     states = {state.step.name: state for state in runner.inspect(config, Storage(str(root)))}
     record = states["evidence"].record
     assert record is not None and not record.counts["is_distinguishable"]
@@ -131,3 +134,25 @@ def test_where_the_models_cannot_be_told_apart_no_latent_is_called_chat_specific
     assert f"{num_withheld} call" in first and record.counts["reason"] in first
     assert second.startswith("tiny: ")
     assert first in Path(outcome.report_path).read_text()
+    with pytest.raises(InputError, match=r"activations.layer: auto: No layer is recommended. The two models cannot be"):
+        runner.with_layer(load(config_path, ["activations.layer=auto"]), SilentReporter())
+
+
+def test_the_layer_is_measured_and_taken_before_anything_else(finished: Finished, tmp_path: Path) -> None:
+    root = copied(finished, tmp_path, "organism", "corpus", "tokens")
+    measured = {**TINY["analyses"], "layers": {"num_documents": 20}}
+    config = load(run_file(tmp_path, str(root), activations={"layer": "auto"}, analyses=measured))
+    storage = Storage(str(root))
+    with pytest.raises(InputError, match=r"activations.layer: expected a number, got auto"):
+        runner.inspect(config, storage)
+    curve = runner.layers(config, SilentReporter())
+    assert curve.layer is not None and curve.reason and len(curve.table.splitlines()) == 1 + 3
+    chosen = runner.with_layer(config, SilentReporter())
+    assert chosen.activations.layer == curve.layer
+    by_number = load(run_file(tmp_path, str(root), activations={"layer": curve.layer}, analyses=measured))
+    fingerprints = [
+        [state.step.key.fingerprint for state in runner.inspect(one, storage)] for one in (config, chosen, by_number)
+    ]
+    assert fingerprints[0] == fingerprints[1] == fingerprints[2]
+    record = read_record(storage, build_layers_flow(config).layers.key)
+    assert record is not None and set(record.counts["share"]) == {"0", "1", "2"}

@@ -195,7 +195,7 @@ def test_the_layer_that_was_published_with_it_is_compared(
 
 def test_the_models_that_were_published_with_it_are_compared() -> None:
     pair = ModelPairLocation(*(locate(HubModel(source=f"google/gemma-2-2b{end}")) for end in ("", "-it")))
-    inputs: Any = SimpleNamespace(section=SimpleNamespace(layer=13), loading=SimpleNamespace(models=pair))
+    inputs: Any = SimpleNamespace(section=SimpleNamespace(layer_number=13), loading=SimpleNamespace(models=pair))
     for silent in (
         {"lm_name": "google/gemma-2-2b-it", "layer": 13},
         {"lm_name": "gemma-2-2b"},
