@@ -221,6 +221,10 @@ def _describe(kind: type[Section], fault: Any) -> str:
     return f"{where}: {message}, got {fault['input']!r}"
 
 
+_UNION_MEMBER = re.compile(r"constrained-\w+|literal\[.*\]")
+"""What pydantic puts into a location for a member of a union of plain values."""
+
+
 def _walk(kind: type[Section], loc: Sequence[str | int]) -> tuple[list[str], type[BaseModel] | None]:
     """The user's spelling of a pydantic location (union tags left out) and the section that holds its last part."""
     owner: Any = kind
@@ -236,6 +240,8 @@ def _walk(kind: type[Section], loc: Sequence[str | int]) -> tuple[list[str], typ
             and not any(part in c.model_fields for c in candidates)
         ):
             owner = tagged[0]
+            continue
+        if isinstance(part, str) and _UNION_MEMBER.fullmatch(part):
             continue
         names.append(str(part))
         if depth == len(loc) - 1:

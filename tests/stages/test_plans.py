@@ -133,4 +133,4 @@ def test_the_evidence_reads_as_many_documents_of_each_kind_in_the_order_of_their
     assert chosen == [*first["chat"][:3], *first["web"][1:4]]
     assert choose_documents(table, ["chat"], set(), 25).num_rows == 45
     with pytest.raises(InputError, match=r"analyses.evidence: expected validation documents, got none"):
-        choose_documents(index({"web": [5] * 20}, split="train"), [], set(), 3)
+        choose_documents(table, ["chat"], set(frame["doc_id"]), 3)
