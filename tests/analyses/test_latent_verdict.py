@@ -347,3 +347,28 @@ def test_tables_of_two_crosscoders_do_not_join() -> None:
     ownership, scaling, templates = _tables()
     with pytest.raises(InputError, match="Latent Scaling table, got 3"):
         latent_table(ownership, scaling.head(3), templates)
+
+
+def test_a_copy_with_a_rotated_residual_stream_holds_nothing_new() -> None:
+    """The same function, each concept in another direction: the base model lacks d^chat, and still nothing is new."""
+    crosscoder, rows = _planted_world(0)
+    generator = torch.Generator().manual_seed(1)
+    rotation, _ = torch.linalg.qr(torch.randn(6, 6, generator=generator))
+    concepts = torch.eye(6)[:4]
+    W_dec_FMD = torch.zeros(6, 2, 6)
+    W_dec_FMD[:4, 0], W_dec_FMD[:4, 1] = concepts.roll(1, dims=0) @ rotation, concepts @ rotation
+    with torch.no_grad():
+        crosscoder.W_dec_FMD.copy_(W_dec_FMD)
+        crosscoder.W_enc_FMD.copy_(W_dec_FMD / 2)
+    strength = rows["x"][:, 1, :4].clamp(min=0)
+    noise = 0.02 * torch.randn(1200, 2, 6, generator=generator)
+    rows["x"] = torch.einsum("BF,FMD->BMD", strength, W_dec_FMD[:4]) + noise
+    analyses = {
+        "scaling": LatentScaling(crosscoder, num_resamples=200),
+        "templates": ActivationStatistics(num_latents=6, corpora=("all",)),
+    }
+    sums = analyse(analyses, [row_batch(crosscoder, rows)])
+    tables = {name: analysis.table(sums[name]) for name, analysis in analyses.items()}
+    table = latent_table(ownership_table(judged_decoder(crosscoder)), tables["scaling"], tables["templates"])
+    assert table["verdict"].tolist() == [Verdict.ROTATED] * 4 + [Verdict.DEAD] * 2
+    assert table["delta_direction"].tolist()[:4] == pytest.approx([1.0] * 4, abs=1e-6)

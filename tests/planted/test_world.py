@@ -105,3 +105,10 @@ def test_a_shard_is_a_function_of_its_name_and_the_seed(spec: WorldSpec) -> None
         assert torch.equal(one, other)
     assert not torch.equal(first.documents("train", 4, 20).x_BMD, first.documents("validation", 4, 20).x_BMD)
     assert not torch.equal(World(spec, 6).concepts.direction_CMD, first.concepts.direction_CMD)
+
+
+def test_a_scale_ratio_multiplies_the_chat_models_rows_and_nothing_else(spec: WorldSpec) -> None:
+    plain, scaled = (World(replace(spec, scale_ratio=ratio), 0).documents("train", 0, 3) for ratio in (1, 3))
+    torch.testing.assert_close(scaled.x_BMD[:, 0], plain.x_BMD[:, 0])
+    torch.testing.assert_close(scaled.x_BMD[:, 1], 3 * plain.x_BMD[:, 1])
+    assert torch.equal(scaled.present_BC, plain.present_BC)

@@ -278,7 +278,7 @@ def test_the_page_opens_with_the_answer_of_the_most_trustworthy_crosscoder(repor
         "26 latents of 1,982 are new in the chat model, at least 19 and at most 34 by their 95%"
     )
     assert "10 more look new by decoder norm alone: 3 are artifacts of training, 7 undecided" in found.new
-    assert found.sure[0].startswith("About 1.3 of the 26 are expected to be artifacts all the same (5.0% [")
+    assert found.sure[0].startswith("At most 1.3 of the 26 are expected to be false (5.0%")
     assert any("told apart by the paired difference" in sentence for sentence in found.does)
     text = text_of(page)
     assert text.index("In short") < text.index("How sure") < text.index(found.does[0])

@@ -217,12 +217,13 @@ def test_controls_become_sentences_and_undefined_ones_none(report: ReportData) -
     table = report.crosscoders[1].controls
     assert table is not None
     sentences = control_sentences(table)
-    assert sentences[0].startswith("About 1.3 of the 26 are expected to be artifacts all the same (5.0% [1.7%, 9.0%]")
+    assert sentences[0] == "At most 1.3 of the 26 are expected to be false (5.0%, Benjamini-Hochberg)."
     assert (
-        sentences[1] == "With random directions in place of the latents', 1 of 36 would have passed (2.8% [0%, 14%])."
+        sentences[1]
+        == "With other latents' directions in place of their own, 1 of 36 would have passed (2.8% [0%, 14%])."
     )
     (sentence,) = control_sentences(table.head(1).assign(value=0.0, value_low=0.0, value_high=0.0, num_latents=4))
-    assert sentence.startswith("None of the 4 are expected to be artifacts all the same (0% [0%, 0%]")
+    assert sentence.startswith("At most 0.0 of the 4 are expected to be false (0%")
     assert sentences[2] == "Training again with another seed (batchtopk_seed1) finds the same set to 71% [52%, 85%]."
     pair = table[1:2].assign(control="null pair", value=0.002, value_low=0.0, value_high=0.01)
     (sentence,) = control_sentences(pair)
