@@ -1,4 +1,4 @@
-"""The rows of the latent table and the cards that it opens, as JSON embedded in the page.
+"""The rows of the latent table, as JSON embedded in the page.
 
 The table carries every latent except the shared and dead ones (tens of thousands in a real crosscoder, and not what a
 reader looks for), at most MAX_TABLE_ROWS of them; the page's script sorts, filters and draws a few at a time.
@@ -8,13 +8,12 @@ Everything is data here: `script_json` escapes what could end a script element.
 import json
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pipeline.report import formatting as fmt
 from pipeline.report.data import CrosscoderReport, ReportData
-from pipeline.report.latents import CardSources, LatentCard, TokenContext, by_verdict, number_of, other_cards
+from pipeline.report.latents import CardSources, LatentCard, by_verdict, number_of
 from pipeline.report.palette import VERDICT_ROLES
-from pipeline.report.samples import Sample
 from pipeline.report.summary import planted_rows, steering_effects
 from pipeline.schema import Verdict
 
@@ -53,22 +52,18 @@ class LatentTable(NamedTuple):
 def latent_table(data: ReportData, cards: Sequence[tuple[CardSources, Sequence[LatentCard]]]) -> LatentTable:
     """The embedded rows of all crosscoders: chat-specific first, then by the order of schema.Verdict.
 
-    `cards` are each crosscoder's sources and cards on the page; the cards of other latents are embedded with the rows.
+    `cards` are the sources and all cards of each crosscoder.
     """
     total = sum(len(one.latents) for one in data.crosscoders if one.latents is not None)
     rows: list[_TableRow] = []
-    embedded: dict[str, Any] = {}
-    for crosscoder, (sources, shown) in zip(data.crosscoders, cards, strict=True):
-        others = other_cards(crosscoder, sources, [card.latent for card in shown])
-        rows += _table_rows(crosscoder, sources, [*shown, *others])
-        embedded |= {card.anchor: _card_data(card) for card in others}
+    for crosscoder, (sources, own) in zip(data.crosscoders, cards, strict=True):
+        rows += _table_rows(crosscoder, sources, own)
     rows = sorted(rows, key=lambda row: row.verdict)[:MAX_TABLE_ROWS]
     content = {
         "crosscoders": [crosscoder.name for crosscoder in data.crosscoders],
         "verdicts": [{"name": verdict, "role": VERDICT_ROLES[verdict]} for verdict in Verdict.ALL],
         "columns": [{"key": key, "label": label, "title": title} for key, label, title in TABLE_COLUMNS],
         "rows": [[*row[:-1], *row.values] for row in rows],
-        "cards": embedded,
     }
     return LatentTable(script_json(content), len(rows), total - len(rows))
 
@@ -81,7 +76,7 @@ class _TableRow(NamedTuple):
     """Index into schema.Verdict.ALL."""
     is_confident: int
     card: str
-    """Anchor of its card, on the page or among the embedded ones; empty where it has none."""
+    """Anchor of its card, visible or waiting in a template element; empty where it has none."""
     behaviors: list[str]
     intervals: list[float | None]
     """nu_eps low, high, nu_r low, high."""
@@ -90,13 +85,13 @@ class _TableRow(NamedTuple):
     """In the order of TABLE_COLUMNS, four digits, None for NaN."""
 
 
-def _table_rows(crosscoder: CrosscoderReport, sources: CardSources, shown: Sequence[LatentCard]) -> list[_TableRow]:
+def _table_rows(crosscoder: CrosscoderReport, sources: CardSources, own: Sequence[LatentCard]) -> list[_TableRow]:
     if crosscoder.latents is None:
         return []
     named = _named_behaviors(crosscoder)
     table = crosscoder.latents
     explained = sources.explanations
-    cards = {card.latent: card.anchor for card in shown}
+    cards = {card.latent: card.anchor for card in own}
     kept = table[~table["verdict"].isin([Verdict.SHARED, Verdict.DEAD]) | table["latent"].isin([*named, *cards])]
     kept = by_verdict(kept).head(MAX_TABLE_ROWS)
     intervals = [f"{name}_{end}" for name in ("nu_eps", "nu_r") for end in ("low", "high")]
@@ -121,39 +116,6 @@ def _table_rows(crosscoder: CrosscoderReport, sources: CardSources, shown: Seque
         )
         for row in kept[["verdict", "is_confident", *intervals, *values]].to_dict("records")
     ]
-
-
-def _card_data(card: LatentCard) -> dict[str, Any]:
-    """A card as the script draws it: texts and numbers already written out."""
-    places = [f"{place} {fmt.percent(share, 0)}" for place, share in card.shares if share >= 0.005]
-    corpora = [f"{fmt.percent(share)} of {corpus}" for corpus, share in card.corpora]
-    return {
-        "latent": card.latent,
-        "verdict": card.verdict + (", confident" if card.is_confident else ""),
-        "role": card.role,
-        "reason": card.reason,
-        "facts": card.facts,
-        "behaviors": card.behaviors,
-        "explanation": None if card.explanation is None else [card.explanation.text, card.explanation.score],
-        "where": ", ".join(places),
-        "corpora": ", ".join(corpora),
-        "contexts": [_context_data(context) for context in card.contexts],
-        "samples": [_sample_data(sample) for sample in card.samples],
-    }
-
-
-def _context_data(context: TokenContext) -> list[Any]:
-    """[source, pieces]; a piece is a text, or [text, share, activation] where the latent fires."""
-    source = f"{context.corpus}, max f {fmt.significant(context.activation)}, document {context.doc_id}"
-    pieces: list[Any] = [
-        [token.text, token.share, fmt.significant(token.activation)] if token.share else token.text
-        for token in context.tokens
-    ]
-    return [source, pieces]
-
-
-def _sample_data(sample: Sample) -> list[str]:
-    return [fmt.visible(text) for text in (sample.prompt, sample.plain, sample.steered)]
 
 
 def _named_behaviors(crosscoder: CrosscoderReport) -> dict[int, list[str]]:

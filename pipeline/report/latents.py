@@ -1,8 +1,8 @@
 """Latents on the page: cards with their numbers, an explanation where there is one, and highlighted contexts.
 
 Every latent with contexts or an explanation has a card. The chat-specific ones that matter most stand on the page, at
-most MAX_CARDS per crosscoder; the others travel as data (latent_rows.py) and are opened from the latent table. Texts
-stay plain here; the template escapes them, and the script writes them as text.
+most MAX_CARDS per crosscoder; the others wait in template elements until a reader opens them from the latent table or a
+figure. Texts stay plain here; the page's template escapes them.
 """
 
 import math

@@ -21,7 +21,7 @@ from pipeline.report.data import CrosscoderReport, ReportData
 from pipeline.report.figures import figure_list, page_specs, static_svg, vega_runtime
 from pipeline.report.headlines import Headline, headline
 from pipeline.report.latent_rows import latent_table, script_json
-from pipeline.report.latents import CardSources, LatentCard, card_sources, latent_cards
+from pipeline.report.latents import CardSources, LatentCard, card_sources, latent_cards, other_cards
 from pipeline.report.lead import lead
 from pipeline.report.palette import VERDICT_ROLES, css_variables, series_colours
 from pipeline.report.summary import (
@@ -82,6 +82,9 @@ class View(NamedTuple):
     segments: list[Segment]
     sources: CardSources
     cards: list[LatentCard]
+    """On the page."""
+    other_cards: list[LatentCard]
+    """Opened from the table or a figure."""
     owners: dict[str, int]
     """Live latents by class of Delta_norm; empty where latents were not analysed."""
     half_way: HalfWay | None
@@ -105,7 +108,7 @@ def render(data: ReportData) -> str:
     scripts, style = [vega_runtime(), _asset("report.js")], _asset("report.css")
     found = figure_list(data)
     views = [_view(crosscoder, index, data) for index, crosscoder in enumerate(data.crosscoders)]
-    table = latent_table(data, [(view.sources, view.cards) for view in views])
+    table = latent_table(data, [(view.sources, [*view.cards, *view.other_cards]) for view in views])
     page = (
         _environment()
         .get_template("report.html")
@@ -187,6 +190,7 @@ def _is_empty(table: Sequence[object]) -> bool:
 def _view(crosscoder: CrosscoderReport, index: int, data: ReportData) -> View:
     counts = None if crosscoder.latents is None else verdict_summary(crosscoder.latents)
     sources = card_sources(crosscoder, index)
+    cards = latent_cards(crosscoder, sources)
     return View(
         place=index,
         report=crosscoder,
@@ -195,7 +199,8 @@ def _view(crosscoder: CrosscoderReport, index: int, data: ReportData) -> View:
         counts=counts,
         segments=[] if counts is None else _segments(counts),
         sources=sources,
-        cards=latent_cards(crosscoder, sources),
+        cards=cards,
+        other_cards=other_cards(crosscoder, sources, [card.latent for card in cards]),
         owners={} if crosscoder.latents is None else _owners(crosscoder.latents),
         half_way=half_way(crosscoder.causality_curve),
         differences=_differences(crosscoder.causality_differences),

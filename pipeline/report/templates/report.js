@@ -108,50 +108,10 @@
     return (formats[key] || ((v) => v.toFixed(2)))(value);
   };
 
-  // Cards that do not stand on the page are drawn from data; those that do are copied. Texts are always set as text.
-  const contextNodes = ([source, pieces]) => {
-    const text = make("p", undefined, { class: "context", dir: "auto" });
-    for (const piece of pieces) {
-      text.append(typeof piece === "string" ? piece
-        : make("mark", piece[0], { style: `--a:${Number(piece[1])}`, title: `f = ${piece[2]}` }));
-    }
-    return [text, make("p", source, { class: "source" })];
-  };
-  const drawnCard = (card) => {
-    const node = make("article", undefined, { class: "card" });
-    const header = make("header");
-    header.append(make("h4", `Latent ${card.latent}`),
-      make("span", card.verdict, { class: "badge", style: `--c:var(--${card.role})` }));
-    node.append(header);
-    if (card.behaviors.length) node.append(make("p", card.behaviors.join("; "), { class: "finds" }));
-    if (card.explanation) {
-      const words = make("p", `${card.explanation[0]} `, { class: "words" });
-      words.append(make("span", `detection ${card.explanation[1]}`, { class: "ci" }));
-      node.append(words);
-    }
-    const facts = make("dl", undefined, { class: "facts" });
-    for (const [name, value] of card.facts) {
-      const pair = make("div");
-      pair.append(make("dt", name), make("dd", value));
-      facts.append(pair);
-    }
-    node.append(facts);
-    if (card.reason) node.append(make("p", `Verdict: ${card.reason}.`, { class: "where" }));
-    const where = [card.where && `Activation on ${card.where}.`, card.corpora && `Fires on ${card.corpora}.`];
-    node.append(make("p", where.filter(Boolean).join(" "), { class: "where" }));
-    for (const context of card.contexts) node.append(...contextNodes(context));
-    if (!card.contexts.length) node.append(make("p", "No contexts were written for this latent.", { class: "gap" }));
-    for (const [prompt, plain, steered] of card.samples) {
-      const steer = make("p", undefined, { class: "steer" });
-      steer.append(make("b", "Steered"), ` ${prompt} `, make("q", steered), " instead of ", make("q", plain));
-      node.append(steer);
-    }
-    return node;
-  };
+  // Cards that do not stand on the page wait in templates; those that do are copied.
   const cardNode = (anchor) => {
-    const standing = byId(anchor);
-    if (!standing) return drawnCard(data.cards[anchor]);
-    const copy = standing.cloneNode(true);
+    const source = byId(anchor) ?? document.querySelector(`template[data-card="${anchor}"]`).content.querySelector(".card");
+    const copy = source.cloneNode(true);
     copy.removeAttribute("id");
     for (const block of copy.querySelectorAll("details")) block.open = true;
     return copy;
