@@ -71,9 +71,7 @@ class Column(NamedTuple):
 
 
 CORPUS_COLUMNS = (
-    Column(
-        "doc_id", "int64", "first 63 bits of the SHA-256 of the canonical text; of one answer text/conversations.py"
-    ),
+    Column("doc_id", "int64", "first 63 bits of the SHA-256 of the document's canonical text; identity and split"),
     Column("corpus", "string", "name of the corpus in the configuration"),
     Column("split", "string", "train or validation, decided by doc_id"),
     Column("text", "string", "plain document, or null for a dialogue"),
@@ -281,8 +279,7 @@ CAUSALITY_DIFFERENCE_COLUMNS = (
     Column("num_tokens", "int64", "positions averaged"),
     Column("num_conversations", "int64", "conversations averaged"),
 )
-"""Differences between interventions of one crosscoder, measured on the same tokens. With intervention `none` it is what
-the reference takes off the KL."""
+"""Paired differences between interventions of one crosscoder; with `none` it is what the reference takes off the KL."""
 
 CAUSALITY_CURVE_COLUMNS = (
     Column("order", "string", "evidence (most chat-specific first: rank(nu_eps) + rank(nu_r)), or random_<i>"),
@@ -300,9 +297,7 @@ STEERING_COLUMNS = (
     Column("behavior", "string", "behaviour whose rate is measured, or the name of the prompts"),
     Column("model", "string", "base or chat: the model that answers"),
     Column("latent", "int32", "steered latent; -1 for the unsteered run"),
-    Column(
-        "control", "string", "latent, random (another latent of the crosscoder, drawn at random, at equal norm) or none"
-    ),
+    Column("control", "string", "latent, random (another latent drawn at random, at equal norm) or none"),
     Column("positions", "string", "where the direction is added: all, prompt, generated; none for the unsteered run"),
     Column("scale", "float64", "norm that was added, in units of the latent's largest contribution f_j |d_j^chat|"),
     Column("rate", "float64", "share of prompts whose answer shows the behaviour, in [0, 1]; NaN without markers"),
@@ -373,11 +368,7 @@ CONTROL_COLUMNS = (
     Column("control", "string", "one of schema.Control; seed is followed by the name of the other crosscoder"),
     Column("quantity", "string", "what value is, as a phrase"),
     Column("value", "float64", "the measured share or index, in [0, 1]; NaN where there is no latent to measure it on"),
-    Column(
-        "value_low",
-        "float64",
-        "lower end of its 95% interval (Wilson's); 0 for stated error, whose value is an upper bound",
-    ),
+    Column("value_low", "float64", "lower end of its 95% interval (Wilson's); 0 for stated error, which is a bound"),
     Column("value_high", "float64", "upper end of its 95% interval"),
     Column("expected", "float64", "value to compare with: 0, or what the verdict states; NaN for none"),
     Column("num_latents", "int64", "latents that the share is of"),

@@ -61,6 +61,7 @@ class Root:
             "corpus": ["web"] * 6,
             "split": list(SPLITS.values()),
             "num_tokens": list(LENGTHS.values()),
+            "num_history": [0] * 6,
             "part": ["part-0.parquet", "part-1.parquet"] * 3,
             "row": [0, 0, 1, 1, 2, 2],
         }

@@ -45,7 +45,13 @@ def extractor(tmp_path: Path) -> Extractor:
     write_table(
         storage, "t/part.parquet", {**common, "input_ids": ids, "flags": flags, "num_cut": [0] * 4}, TOKEN_SCHEMA
     )
-    index = {**common, "num_tokens": list(LENGTHS), "part": ["part.parquet"] * 4, "row": list(range(4))}
+    index = {
+        **common,
+        "num_tokens": list(LENGTHS),
+        "num_history": [0] * 4,
+        "part": ["part.parquet"] * 4,
+        "row": list(range(4)),
+    }
     write_table(storage, f"t/{INDEX_NAME}", index, INDEX_SCHEMA)
     base, chat = (locate(HubModel(source=str(tmp_path / name))) for name in ("base", "chat"))
     return Extractor(

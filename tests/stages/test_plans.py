@@ -9,6 +9,7 @@ from pipeline.stages.activations import plan_shards
 from pipeline.stages.causality import choose_dialogues
 from pipeline.stages.evidence import choose_documents
 from pipeline.stages.tokens import INDEX_SCHEMA, count_tokens, describe_mix, select
+from pipeline.text.conversations import turn_id
 
 
 def index(lengths: dict[str, list[int]], *, split: str = "train") -> pa.Table:
@@ -111,6 +112,24 @@ def test_each_document_is_in_one_shard_of_about_the_asked_size() -> None:
 def test_a_split_without_documents_is_named() -> None:
     with pytest.raises(InputError, match=r"train document.* 1"):
         plan_shards(index({"web": [5]}), 10)
+
+
+def test_the_answers_of_a_dialogue_stay_together_and_count_as_one_conversation() -> None:
+    answers = [turn_id(dialogue << 20, turn) for dialogue in (7, 3, 5) for turn in (1, 0, 2)]
+    columns = {
+        "doc_id": [*answers, 4 << 20],
+        "corpus": ["chat"] * 10,
+        "split": ["validation"] * 10,
+        "num_tokens": [30, 10, 50] * 3 + [10],
+        "num_history": [20, 0, 40] * 3 + [0],
+        "part": ["p"] * 10,
+        "row": list(range(10)),
+    }
+    table = pa.table(columns).cast(INDEX_SCHEMA)
+    expected = [turn_id(3 << 20, 0), turn_id(3 << 20, 1), turn_id(3 << 20, 2), 4 << 20, turn_id(5 << 20, 0)]
+    assert select(table, {"chat": 1.0}, 50)["doc_id"].to_pylist() == expected  # earlier turns are not counted
+    chosen = choose_dialogues(table, ["chat"], set(), 3)["doc_id"].to_pylist()
+    assert set(chosen) == {4 << 20, *(turn_id(dialogue << 20, turn) for dialogue in (3, 5) for turn in range(3))}
 
 
 def test_causality_measures_other_dialogues_in_place_of_those_that_extraction_set_aside() -> None:
