@@ -119,7 +119,7 @@ class FittedCrosscoderInputs(StageInputs):
     """A crosscoder that the run fits."""
 
     NAME = "crosscoder"
-    VERSION = 1
+    VERSION = 2
     READS = ("activations",)
     section: CrosscoderSection
     activations: Step[ActivationsInputs]
