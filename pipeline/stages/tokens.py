@@ -99,7 +99,8 @@ def run(steps: Sequence[Step[TokensInputs]], context: StageContext) -> None:
         if own["num_documents"]:
             context.reporter.message(
                 f"tokens: the chat template rewrites earlier turns, so {own['num_dialogues']:,} dialogues of corpus "
-                f"{name!r} became {own['num_documents']:,} documents, one per answer (tokens.dialogues: {section.dialogues})"
+                f"{name!r} became {own['num_documents']:,} documents, one per answer (tokens.dialogues: "
+                f"{section.dialogues})"
             )
     counts = {
         "labels": labels,

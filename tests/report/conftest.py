@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pipeline import schema
-from pipeline.analyses.autointerp_columns import InterpStatus
+from pipeline.analyses.autointerp_columns import AUTOINTERP_COLUMNS, InterpStatus
 from pipeline.analyses.ownership import classify
 from pipeline.report.data import CrosscoderReport, LineageRow, ModelPairInfo, ReportData
 from pipeline.schema import Verdict
@@ -268,7 +268,7 @@ def autointerp_table(latents: list[int], hostile: bool) -> pd.DataFrame:
         scores = (score, score - 0.2, min(1.0, score + 0.09), score, score)
         rows.append((latent, InterpStatus.SCORED, words, *scores, 0.52, 6, 6, 0, 900, 60))
     rows[-1] = (latents[-1], InterpStatus.UNEXPLAINED, None, *[np.nan] * 5, 0.52, 6, 6, 0, 900, 60)
-    return table_of(rows, schema.AUTOINTERP_COLUMNS)
+    return table_of(rows, AUTOINTERP_COLUMNS)
 
 
 def curve_table(num_steps: int, final_loss: float, l0: float, seed: int) -> pd.DataFrame:

@@ -25,7 +25,7 @@ from pipeline.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 COUNTS = {
-    "tokens": {"num_tokens": 12_345},
+    "tokens": {"num_tokens": 12_345, "num_documents": 300},
     "activations": {"num_rows": 12_000, "num_bytes": 7_000_000},
 }
 
@@ -59,6 +59,6 @@ def test_a_finished_run_is_found_done_without_loading_a_library(recorded: Path) 
 def test_a_plan_of_a_finished_run_tells_its_sizes_from_the_records(recorded: Path) -> None:
     done = without_libraries("plan", recorded)
     assert done.returncode == 0, done.stderr
-    states = [line.split()[0] for line in done.stdout.splitlines()[1:21]]
-    assert states == ["done"] * 19 + ["estimate"]
+    states = [line.split()[0] for line in done.stdout.splitlines()[1:22]]
+    assert states == ["done"] * 20 + ["estimate"]
     assert {"12,345", "12,000", "7"} <= set(done.stdout.split())

@@ -268,7 +268,7 @@ def test_what_cannot_be_asked_is_said_before_anything_is_made(
     with pytest.raises(InputError, match=r"resources\.autointerp\.base_url: expected the address"):
         runner.run(load(path, ["resources.autointerp.base_url=null"]), SilentReporter(), RecordingTracker())
     monkeypatch.setenv("TALKER_KEY", KEY)
-    with pytest.raises(InputError, match=r"expected latents 0 to 127, got \[128\]"):
+    with pytest.raises(InputError, match=r"analyses.autointerp.latents.* 127, got \[128\]"):
         runner.run(load(path), SilentReporter(), RecordingTracker())
     with pytest.raises(InputError, match=r"analyses\.autointerp: expected analyses\.examples to be on"):
         runner.inspect(load(path, ["analyses.examples=null"]), finished.storage)
