@@ -54,7 +54,8 @@ def test_the_exact_latent_wins_and_the_baseline_is_scored_beside_it(batch_of: Ca
     assert list(table.columns) == [column.name for column in PLANTED_COLUMNS]
     assert len(table) == 6
     best = _row(table, "refusal", ANY_LATENT)
-    assert (best["latent"], best["auroc"], best["auroc_low"]) == (1, 1.0, 1.0)
+    assert (best["latent"], best["auroc"], best["auroc_high"]) == (1, 1.0, 1.0)
+    assert 0.8 < best["auroc_low"] < 1  # an interval never collapses
     restricted = _row(table, "refusal", CHAT_SPECIFIC_LATENT)
     assert restricted["latent"] == 0
     assert 0.6 < restricted["auroc_low"] < restricted["auroc"] < restricted["auroc_high"] < 1

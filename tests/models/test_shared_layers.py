@@ -197,7 +197,7 @@ def test_equal_leading_layers_run_once_and_lie_in_memory_once(
     layer_bytes = [sum(p.nbytes for p in layer.parameters()) for layer in layers]
     assert _num_bytes(apart) - _num_bytes(pair) >= sum(layer_bytes[:2])
     shorter = ModelPair.load(
-        ModelSpec(base), ModelSpec(str(tmp_path / "chat")), OPTIONS._replace(layer=2, is_lower_only=True)
+        ModelSpec(base), ModelSpec(str(tmp_path / "chat")), OPTIONS._replace(layer=1, is_lower_only=True)
     )
     assert shorter.num_shared_layers == 2
     assert _layers_run(shorter) == [0, 1]

@@ -143,17 +143,17 @@ def test_what_is_unfinished_is_counted_and_not_judged(root: Root) -> None:
     assert (result.num_artifacts, result.num_unfinished, result.faults) == (1, 1, ())
 
 
-def test_the_command_prints_a_line_per_fault_and_exits_with_2(root: Root, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_a_line_per_fault_and_exits_with_2(root: Root, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "--root", root.storage.root]) == 0
-    assert "2 artifacts" in capsys.readouterr().out
+    assert "2 artifacts" in capfd.readouterr().out
     root.path("train-00000.safetensors").unlink()
     flip(root.path("validation.safetensors"), -1)
     assert main(["verify", "--root", root.storage.root]) == 2
-    captured = capsys.readouterr()
+    captured = capfd.readouterr()
     assert len([line for line in captured.err.splitlines() if line.startswith("fault ")]) == 2
     assert "2 faults" in captured.out
     assert main(["verify", "--root", f"{root.storage.root}/nowhere"]) == 2
-    assert "expected a storage root" in capsys.readouterr().err
+    assert "expected a storage root" in capfd.readouterr().err
 
 
 def test_a_root_that_is_not_there_is_refused(tmp_path: Path) -> None:

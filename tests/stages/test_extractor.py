@@ -58,7 +58,7 @@ def extractor(tmp_path: Path) -> Extractor:
         storage,
         "t",
         section=ActivationsSection(layer=1),
-        loading=Loading(ModelPairLocation(base, chat), 2, "float32", None, "one_device", 0),
+        loading=Loading(ModelPairLocation(base, chat), 1, "float32", None, "one_device", 0),
         corpora=("web",),
         max_rejected=1,
     )
