@@ -61,4 +61,4 @@ def test_a_plan_of_a_finished_run_tells_its_sizes_from_the_records(recorded: Pat
     assert done.returncode == 0, done.stderr
     states = [line.split()[0] for line in done.stdout.splitlines()[1:22]]
     assert states == ["done"] * 20 + ["estimate"]
-    assert {"12,345", "12,000", "7"} <= set(done.stdout.split())
+    assert {"12,345", "12,000", "7.0"} <= set(done.stdout.split())
