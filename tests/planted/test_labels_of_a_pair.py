@@ -10,7 +10,7 @@ from pipeline.config.run_file import load
 from pipeline.errors import InputError
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.planted import pair
-from pipeline.planted.score import SCORE_COLUMNS
+from pipeline.planted.score import RULES, SCORE_COLUMNS
 from pipeline.schema import PLANTED_SHIFT, Ownership
 from pipeline.storage.activation_store import ActivationStore
 from tests.runs import Finished, copied, run_file
@@ -22,7 +22,7 @@ def test_a_finished_run_is_scored_by_its_token_labels(finished: Finished, tmp_pa
     text = pair.run(load(run_file(tmp_path, str(root))))
     table = pd.read_parquet(root / "planted_results" / "tiny" / "scores.parquet")
     assert list(table.columns) == [column.name for column in SCORE_COLUMNS]
-    assert table["recipe"].tolist() == ["l1", "l1", "batch_topk", "batch_topk"] and "batch_topk" in text
+    assert table["recipe"].tolist() == ["l1"] * len(RULES) + ["batch_topk"] * len(RULES) and "batch_topk" in text
     latents = finished.table("latents l1", "latents.parquet")
     is_called = (latents["ownership"] == Ownership.CHAT_ONLY) & (latents["frequency"] > 0)
     assert table["num_called"][0] == is_called.sum()
@@ -32,8 +32,8 @@ def test_a_finished_run_is_scored_by_its_token_labels(finished: Finished, tmp_pa
 @pytest.mark.ray
 def test_the_auroc_of_a_label_counts_ordered_pairs(finished: Finished) -> None:
     step = finished.states["latents l1"].step
-    store = ActivationStore(finished.storage, step.inputs["activations"].key.folder)
-    crosscoder = Crosscoder.from_pretrained(finished.root / step.inputs["crosscoder"].key.folder)
+    store = ActivationStore(finished.storage, step.inputs.activations.folder)
+    crosscoder = Crosscoder.from_pretrained(finished.root / step.inputs.crosscoder.folder)
     auroc_FL = pair.label_auroc(crosscoder, store)
     rows = [store.read(shard) for shard in store.manifest.of_split("validation")]
     is_chat = torch.cat([r.corpus_B for r in rows]) == store.manifest.dialogue_corpora[0]

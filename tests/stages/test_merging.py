@@ -61,7 +61,7 @@ def test_a_total_before_its_time_is_refused() -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_the_number_of_workers_does_not_change_a_bit_of_the_tables(finished: Finished, tmp_path: Path) -> None:
-    root = copied(finished, tmp_path, "organism", "corpus", "tokens", "activations", "crosscoder")
+    root = copied(finished, tmp_path, "organism", "corpus", "tokens", "activations", "evidence", "crosscoder")
     config = load(run_file(tmp_path, str(root), resources={"analyses": {"workers": 1}}, tracking={"kind": "none"}))
     make(config, "latents", "causality")
     assert_same(root, finished.root, "latents", "examples", "planted", "controls", "causality")
