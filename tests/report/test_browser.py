@@ -214,7 +214,7 @@ def test_figures_follow_the_theme_and_say_what_they_show(visit: Callable[..., Vi
     assert text.evaluate(colour) != light
     page.click("#theme")
     assert text.evaluate(colour) == light
-    assert page.locator("#figure-nu_l1 svg").get_attribute("aria-label").startswith("l1, ")
+    assert page.locator("#figure-nu_l1").get_attribute("aria-label").startswith("l1, ")
 
 
 def test_a_dot_names_its_latent_and_opens_its_card(visit: Callable[..., Visit]) -> None:
