@@ -60,6 +60,7 @@ class Visit:
 
     def __init__(self, browser: Any, path: Path, *, width: int = 1280, scheme: str = "light") -> None:
         self.page = browser.new_page()
+        self.page.set_default_timeout(120_000)  # two tests at a time on two cores, each with a browser or a cluster
         self.complaints: list[str] = []
         self.requests: list[str] = []
         self.page.on("console", lambda message: self.complaints.append(f"{message.type}: {message.text}"))
