@@ -169,7 +169,7 @@ def judged(
     crosscoder: Crosscoder, store: ActivationStore, judge: LatentScalingSection
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     """The latent table and the fidelity on the validation rows, as a run makes them."""
-    rms_M = store.manifest.training_moments().variance_M().sqrt()
+    rms_M = store.manifest.training_rms_M()
     analyses = verdict_analyses(crosscoder, judge, corpora=(CORPUS,), rms_M=rms_M)
     shards = store.manifest.of_split(Split.VALIDATION)
     sums = analyse(analyses, (batch for shard in shards for batch in batches(crosscoder, shard_rows(store, shard))))

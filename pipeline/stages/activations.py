@@ -254,7 +254,7 @@ def _merged_moments(storage: Storage, folder: str, names: Sequence[str]) -> Stor
 
 def _scales(manifest: Manifest) -> dict[str, float]:
     """Root mean square of either model's rows around their mean, and how much larger the chat model's is."""
-    rms = dict(zip(MODEL_NAMES, manifest.training_moments().variance_M().sqrt().tolist(), strict=True))
+    rms = dict(zip(MODEL_NAMES, manifest.training_rms_M().tolist(), strict=True))
     ratio = rms["chat"] / rms["base"] if rms["base"] > 0 else float("nan")
     return {**{f"rms_{name}": value for name, value in rms.items()}, "scale_ratio": ratio}
 

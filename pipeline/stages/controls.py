@@ -49,7 +49,7 @@ class ControlsWork:
 
 def random_scaling(inputs: ControlsInputs, measured: Measured) -> LatentScaling | None:
     """Latent Scaling, along other latents' directions, of those that could be called chat-specific; None for none."""
-    rms_M = measured.store.manifest.training_moments().variance_M().sqrt()
+    rms_M = measured.store.manifest.training_rms_M()
     W_dec_FMD = judged_decoder(measured.crosscoder, rms_M).W_dec_FMD
     chosen = (delta_norm(W_dec_FMD) > SHARED_HIGH).nonzero().squeeze(1)
     if not len(chosen):

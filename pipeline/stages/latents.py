@@ -48,7 +48,7 @@ class LatentsWork:
     def __init__(self, step: Step[LatentsInputs], measured: Measured) -> None:
         self.step, self.context, self._started = step, measured.context, time.monotonic()
         self._corpora = measured.store.manifest.corpora
-        self._rms_M = measured.store.manifest.training_moments().variance_M().sqrt()
+        self._rms_M = measured.store.manifest.training_rms_M()
         crosscoder, section = measured.crosscoder, step.inputs.section
         self._analyses = verdict_analyses(crosscoder, section, corpora=self._corpora, rms_M=self._rms_M)
         self._analyses["twins"] = Twins(W_dec_FMD=judged_decoder(crosscoder, self._rms_M).W_dec_FMD)

@@ -100,6 +100,10 @@ class Manifest:
         kept = next(split for split in (Split.TRAIN, Split.VALIDATION) if self.num_rows(split))
         return self.moments[kept].moments()
 
+    def training_rms_M(self) -> Tensor:  # noqa: N802 (shape letter)
+        """Root mean square of each model's rows around their mean, sqrt(sum_d var_d), float64 [M]."""
+        return self.training_moments().variance_M().sqrt()
+
     def of_split(self, split: str) -> tuple[Shard, ...]:
         """The shards of one split, in order."""
         return tuple(shard for shard in self.shards if shard.split == split)
