@@ -145,6 +145,11 @@ def assert_same(root: Path, reference: Path, *stages: str) -> None:
         assert ours and ours.items() <= checksums(reference, stage).items(), stage
 
 
+def has_checkpoint(root: Path) -> bool:
+    """Whether Ray Train has noted a checkpoint of the fit under this root, so that a later start continues from it."""
+    return any("step-" in path.read_text() for path in root.glob("training/*/checkpoint_manager_snapshot.json"))
+
+
 @contextmanager
 def mounted(folder: Path, size: str) -> Iterator[Path]:
     """A real file system of some size at `folder`, for the length of the block; skips where nothing can be mounted."""

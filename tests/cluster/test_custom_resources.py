@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from clusters import Nodes
-from runs import Finished, copied, run_file, start, wait_for
+from runs import Finished, copied, has_checkpoint, run_file, start, wait_for
 
 from pipeline.cluster import connect as cluster
 from pipeline.cluster.pools import Pool, run_pool
@@ -85,7 +85,7 @@ def test_every_stage_works_on_the_nodes_that_offer_what_it_asks_for(finished: Fi
         process = start(path, RAY_AUTH_MODE="disabled")
         wait_for(lambda: any(root.glob("activations/*/*.safetensors.json")), process, seconds=400)
         assert nodes.with_process("MapWorker") == [extracting]
-        wait_for(lambda: any(root.glob("training/*/step-000000020/state.pt")), process, seconds=400)
+        wait_for(lambda: has_checkpoint(root), process, seconds=400)
         assert nodes.with_process("RayTrainWorker") == [training]
         process.kill()
         process.wait()

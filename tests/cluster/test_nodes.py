@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from clusters import Nodes
-from runs import Finished, assert_same, checksums, copied, run_file, start, wait_for
+from runs import Finished, assert_same, checksums, copied, has_checkpoint, run_file, start, wait_for
 from safetensors.torch import load_file
 
 TWO_RANKS = {"data": 2, "min_data": 1, "cpus": 0.5}
@@ -71,7 +71,7 @@ def test_training_goes_on_with_the_ranks_that_are_left(nodes: Nodes, finished: F
     """Two data ranks, one of which is lost with its node: one rank ends where one rank always ends, up to rounding."""
     copied(finished, tmp_path, "organism", "corpus", "tokens", "activations")
     root, process = begun(nodes, tmp_path, training=TWO_RANKS)
-    wait_for(lambda: any(root.glob("training/*/step-000000020/state.pt")), process, seconds=400)
+    wait_for(lambda: has_checkpoint(root), process, seconds=400)
     nodes.kill_node(2)
     wait_for(lambda: len(list(root.glob("crosscoder/*/record.json"))) == 2, process, seconds=400)
     process.kill()

@@ -73,13 +73,14 @@ def test_a_difference_is_measured_on_the_difference(made: Made, finished: Finish
     np.testing.assert_allclose(latents["encoder_norm_base"], latents["encoder_norm_chat"])
     assert (alive["delta_norm"] == 1).all() and (alive["ownership"] == Ownership.CHAT_ONLY).all()
     # Judged by the activations alone: neither kind of artifact can be said of a latent that base never had a row for.
-    assert set(alive["verdict"]) <= {Verdict.CHAT_SPECIFIC, Verdict.SHARED, Verdict.UNDECIDED}
+    assert set(alive["verdict"]) <= {Verdict.CHAT_SPECIFIC, Verdict.STRONGER, Verdict.SHARED, Verdict.UNDECIDED}
     judged = alive[alive["verdict"] != Verdict.UNDECIDED]
     assert len(judged) and judged["nu_act_centred"].notna().all()
-    assert (
-        judged["reason"].str.fullmatch(r"nu_act_centred -?[\d.]+ (<|>=) 0\.2 \(Delta_norm is 1 by construction\)").all()
-    )
-    assert ((judged["nu_act_centred"] < 0.2) == (judged["verdict"] == Verdict.CHAT_SPECIFIC)).all()
+    is_held = judged["verdict"] != Verdict.CHAT_SPECIFIC
+    assert (judged.loc[~is_held, "nu_act_centred"].abs() < 0.2).all()
+    assert (judged.loc[is_held, "nu_act_centred"].abs() >= 0.2).all()
+    stronger = judged[judged["verdict"] == Verdict.STRONGER]
+    assert (stronger["nu_act_centred_low"] >= 0.2).all() and (stronger["nu_act_centred_high"] < 1).all()
 
     fidelity = made.counts("latents difference")["fidelity"]
     store = ActivationStore(finished.storage, made.states["activations"].step.key.folder)
@@ -109,8 +110,9 @@ def test_dedicated_latents_have_nothing_in_the_other_model(made: Made) -> None:
     assert (free[["decoder_norm_base", "decoder_norm_chat"]] > 0).all(axis=None)
     assert (chat["delta_norm"] == 1).all() and (base["delta_norm"] == 0).all()
     assert (chat["frequency"] > 0).any() and (base["frequency"] > 0).any()
-    assert set(chat["verdict"]) <= {Verdict.CHAT_SPECIFIC, Verdict.SHARED, Verdict.UNDECIDED, Verdict.DEAD}
-    assert set(base["verdict"]) <= {Verdict.BASE_ONLY, Verdict.DEAD}
+    could_be = {Verdict.CHAT_SPECIFIC, Verdict.STRONGER, Verdict.SHARED, Verdict.UNDECIDED, Verdict.DEAD}
+    assert set(chat["verdict"]) <= could_be
+    assert set(base["verdict"]) <= {Verdict.BASE_ONLY, Verdict.OTHER, Verdict.DEAD}
     assert base["nu_eps"].isna().all()  # no chat direction to look for
     measured = chat[(chat["frequency"] > 0) & (chat["num_documents"] >= 10)]
     assert len(measured) and measured["beta_activation_chat"].notna().all()

@@ -7,7 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from runs import TINY, Finished, assert_same, checksums, copied, killing, make, run_file, start, wait_for
+from runs import (
+    TINY,
+    Finished,
+    assert_same,
+    checksums,
+    copied,
+    has_checkpoint,
+    killing,
+    make,
+    run_file,
+    start,
+    wait_for,
+)
 from safetensors.torch import load_file
 
 from pipeline.config.run_file import RunConfig, load
@@ -48,7 +60,7 @@ def test_two_ranks_one_of_them_killed_end_where_one_rank_ends(
     ray_cluster: None, finished: Finished, tmp_path: Path
 ) -> None:
     root, config = training(finished, tmp_path, data=2)
-    with killing("RayTrainWorker", lambda: any(root.glob("training/*/step-000000040/state.pt"))):
+    with killing("RayTrainWorker", lambda: has_checkpoint(root)):
         make(config, "crosscoder")
     assert_close(root, finished)
 
@@ -56,7 +68,7 @@ def test_two_ranks_one_of_them_killed_end_where_one_rank_ends(
 @pytest.mark.rare
 def test_a_killed_rank_continues_to_the_same_bytes(ray_cluster: None, finished: Finished, tmp_path: Path) -> None:
     root, config = training(finished, tmp_path)
-    with killing("RayTrainWorker", lambda: any(root.glob("training/*/step-000000040/state.pt"))):
+    with killing("RayTrainWorker", lambda: has_checkpoint(root)):
         make(config, "crosscoder")
     assert weights(root) and weights(root).items() <= weights(finished.root).items()
 
@@ -83,7 +95,7 @@ def test_a_driver_killed_in_extraction_and_in_training_continues_to_the_same_byt
     assert not (folder / "record.json").exists()
 
     process = start(path)
-    wait_for(lambda: any(root.glob("training/*/step-000000040/state.pt")), process)
+    wait_for(lambda: has_checkpoint(root), process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept

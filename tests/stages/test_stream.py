@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from runs import TINY, Finished, copied, killing, make, run_file, start, wait_for
+from runs import TINY, Finished, copied, has_checkpoint, killing, make, run_file, start, wait_for
 
 from pipeline.config.run_file import load
 from pipeline.numerics.crosscoder import Crosscoder
@@ -201,21 +201,17 @@ def test_a_killed_streamed_run_goes_on(ray_cluster: None, finished: Finished, tm
     training = {"batch_rows": 256, "num_rows": 300 * 256}
     path = run_file(tmp_path, str(root), training=training, crosscoders=TINY["crosscoders"][1:], **STREAMED)
 
-    def is_under_way() -> bool:
-        """A checkpoint after the first is written, so that the first is known to Ray Train."""
-        return any(path.parent.name > "step-000000020" for path in root.glob("training/*/step-*/state.pt"))
-
     killed_at = float("inf")
     if victim == "driver":
         process = start(path)
-        wait_for(is_under_way, process, seconds=300)
+        wait_for(lambda: has_checkpoint(root), process, seconds=300)
         process.kill()
         process.wait()
         killed_at = time.time()
         assert not list(root.glob("crosscoder/*/record.json"))
         make(load(path), "activations", "crosscoder")
     else:
-        with killing(victim, is_under_way):
+        with killing(victim, lambda: has_checkpoint(root)):
             make(load(path), "activations", "crosscoder")
     assert len(curves(root)) == 1
     for frame in curves(root).values():

@@ -9,7 +9,7 @@ from typing import Any
 import mlflow
 import pytest
 import torch
-from runs import TINY, Finished, run_file, start, wait_for
+from runs import TINY, Finished, has_checkpoint, run_file, start, wait_for
 from servers import free_port, served
 
 from pipeline.errors import RetryPolicy
@@ -256,7 +256,7 @@ def test_a_run_goes_on_while_mlflow_is_stopped(
     )
     with served(command, f"{url}/health", tmp_path / "one.log", seconds=300):
         process = start(path)
-        wait_for(lambda: any(root.glob("training/*/step-*/state.pt")), process)
+        wait_for(lambda: has_checkpoint(root), process)
     wait_for(lambda: any((root / FOLDER).rglob("*")), process)  # what cannot be delivered waits there
     with served(command, f"{url}/health", tmp_path / "two.log", seconds=300):
         _, errors = process.communicate(timeout=400)
