@@ -344,9 +344,22 @@ PLANTED_COLUMNS = (
 )
 
 
-FIDELITY_KEYS = ("fve_base", "fve_chat", "fve", "l0", "dead_frac", "mean_norm_base", "mean_norm_chat", "num_rows")
+FIDELITY_KEYS = (
+    "fve_base",
+    "fve_chat",
+    "fve",
+    "l0",
+    "dead_frac",
+    "mean_norm_base",
+    "mean_norm_chat",
+    "num_rows",
+    "fve_standardised",
+    "fve_without_sinks",
+    "num_sinks",
+)
 """Numbers of the fidelity analysis: fraction of variance explained (higher is better), mean active latents per row,
-share of latents that never fire, mean |x|, rows."""
+share of latents that never fire, mean |x|, rows; FVE with every dimension counted the same, FVE without attention
+sinks, and how many rows those are."""
 
 
 class Control:

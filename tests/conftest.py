@@ -6,6 +6,7 @@ With `-n 2 --dist loadgroup` (`make test`) two processes share the files of the 
 import fcntl
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -137,5 +138,16 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def finished(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """A finished tiny run."""
-    return Finished(tmp_path_factory.mktemp("finished"))
+    """A finished tiny run; one for all processes of a session, made by the first that needs it."""
+    session = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if session is None:
+        return Finished(tmp_path_factory.mktemp("finished"))
+    folder = tmp_path_factory.getbasetemp().parent / f"finished-{session}"
+    folder.mkdir(exist_ok=True)
+    path = folder / "finished.pickle"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            path.write_bytes(pickle.dumps(Finished(folder)))
+        made: Finished = pickle.loads(path.read_bytes())
+    return made

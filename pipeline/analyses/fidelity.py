@@ -5,14 +5,27 @@ below the line). It is the fraction of variance explained, never the unexplained
 changes a crosscoder's state; dead means that a latent fired on none of the rows seen. A difference SAE has one FVE,
 that of x^chat - x^base, and none per model.
 
-Shapes: B rows, M models, D width, F latents.
+One number can hide two faults, so two more stand beside it. A few attention sinks hold nearly all of the variance in
+many models: FVE 0.998 with them can be 0.80 without. And one dimension of large variance can outweigh all others: the
+standardised FVE is the mean over models and dimensions, each counted the same.
+
+Shapes: B rows, M models, D width, F latents, N = M * D columns (D for a difference), R = 2 kinds of rows: others and
+attention sinks.
 """
 
 import torch
+from torch import Tensor
 
-from pipeline.analyses.rows import RowBatch, Sums, check_batch, merge_sums, require_rows
+from pipeline.analyses.rows import RowBatch, Sums, check_batch, document_slices_of, merge_sums, require_rows
+from pipeline.extraction.activations import SINK_MULTIPLE, within_norm_cap
 from pipeline.numerics.crosscoder import activation_difference
+from pipeline.numerics.moments import Moments, moments_of, variance_explained
+from pipeline.numerics.recipes import fve_metrics
 from pipeline.schema import BASE, CHAT, FIDELITY_KEYS
+
+_MEASURED = ("x", "error")
+_SINK = 1
+"""Of the two kinds of rows."""
 
 
 class Fidelity:
@@ -25,15 +38,17 @@ class Fidelity:
         self.is_difference = is_difference
 
     def start(self) -> Sums:
-        """First and second moments of x and of the error per model and dimension, norms, pairs and firing counts."""
-        moments = (1 if self.is_difference else self.num_models, self.activation_dim)
+        """Moments of x and of the error per kind of row and column, norms, pairs and firing counts."""
+        num_columns = self.activation_dim * (1 if self.is_difference else self.num_models)
         return {
-            "num_rows": torch.zeros(1, dtype=torch.int64),
             "num_pairs": torch.zeros(1, dtype=torch.int64),
             "fired": torch.zeros(self.num_latents, dtype=torch.int64),
             "norm": torch.zeros(self.num_models, dtype=torch.float64),
+            "rows_R": torch.zeros(2, dtype=torch.float64),
             **{
-                name: torch.zeros(moments, dtype=torch.float64) for name in ("x", "x_squared", "error", "error_squared")
+                f"{name}_{part}_RN": torch.zeros(2, num_columns, dtype=torch.float64)
+                for name in _MEASURED
+                for part in ("mean", "square")
             },
         }
 
@@ -42,41 +57,74 @@ class Fidelity:
         check_batch(batch, num_models=self.num_models, activation_dim=self.activation_dim, num_latents=self.num_latents)
         x_BMD = batch.x_BMD.double()
         error_BMD = x_BMD - batch.reconstruction_BMD.double()
-        sums["num_rows"] += len(x_BMD)
         sums["num_pairs"] += batch.codes.num_pairs
         sums["fired"] += torch.bincount(batch.codes.latents_P, minlength=self.num_latents).cpu()
         sums["norm"] += x_BMD.norm(dim=2).sum(0).cpu()
-        for name, value_BMD in (("x", x_BMD), ("error", error_BMD)):
+        is_sink_B = sinks(batch)
+        for name, value_BMD in zip(_MEASURED, (x_BMD, error_BMD), strict=True):
             if self.is_difference:
                 value_BMD = activation_difference(value_BMD)
-            sums[name] += value_BMD.sum(0).cpu()
-            sums[f"{name}_squared"] += value_BMD.square().sum(0).cpu()
+            for kind in range(2):
+                own = moments_of(value_BMD[is_sink_B == kind].flatten(1).cpu()[:, :, None])
+                _set_moments(sums, name, kind, _moments(sums, name, kind).merge(own))
+        sums["rows_R"] += torch.tensor([(~is_sink_B).sum(), is_sink_B.sum()])
 
     def merge(self, a: Sums, b: Sums) -> Sums:
-        """All sums add."""
-        return merge_sums(a, b)
+        """Counts and norms add, moments merge."""
+        merged = merge_sums(a, b)
+        for name in _MEASURED:
+            for kind in range(2):
+                _set_moments(merged, name, kind, _moments(a, name, kind).merge(_moments(b, name, kind)))
+        return merged
 
     def table(self, sums: Sums) -> dict[str, float]:
         """The numbers by key; FVE is NaN where the activations have no variance, and per model for a difference."""
-        num_rows = int(sums["num_rows"])
+        num_rows = int(sums["rows_R"].sum())
         require_rows(num_rows, "fidelity")
-        variance_M, error_variance_M = (
-            (sums[f"{name}_squared"] - sums[name].square() / num_rows).sum(1).clamp(min=0) for name in ("x", "error")
+        ordinary, every = ({name: _moments(sums, name, 0) for name in _MEASURED} for _ in range(2))
+        for name in _MEASURED:
+            every[name] = ordinary[name].merge(_moments(sums, name, _SINK))
+        fve = self._fve(every)
+        values = {
+            **fve,
+            "l0": float(sums["num_pairs"][0] / num_rows),
+            "dead_frac": float((sums["fired"] == 0).double().mean()),
+            "mean_norm_base": float(sums["norm"][BASE] / num_rows),
+            "mean_norm_chat": float(sums["norm"][CHAT] / num_rows),
+            "num_rows": num_rows,
+            "fve_standardised": float(variance_explained(every["x"], every["error"]).nanmean()),
+            "fve_without_sinks": self._fve(ordinary)["fve"],
+            "num_sinks": int(sums["rows_R"][_SINK]),
+        }
+        return {key: values[key] for key in FIDELITY_KEYS}
+
+    def _fve(self, measured: dict[str, Moments]) -> dict[str, float]:
+        """fve_base, fve_chat and fve of the moments of columns."""
+        x, error = (
+            Moments(
+                own.num_rows,
+                own.mean_MD.view(-1, self.activation_dim),
+                own.square_M.view(-1, self.activation_dim).sum(1),
+            )
+            for own in (measured["x"], measured["error"])
         )
-        # Through rounding, constant activations get a small variance: a fraction of their mean's square.
-        floor_M = sums["x_squared"].sum(1) * 1e-13
-        fve_M = torch.where(variance_M > floor_M, 1 - error_variance_M / variance_M, torch.nan)
-        total = variance_M.sum()
-        pooled = 1 - error_variance_M.sum() / total if total > floor_M.sum() else torch.tensor(torch.nan)
-        fve_base, fve_chat = (torch.nan, torch.nan) if self.is_difference else (fve_M[BASE], fve_M[CHAT])
-        values = (
-            torch.as_tensor(fve_base),
-            torch.as_tensor(fve_chat),
-            pooled,
-            sums["num_pairs"][0] / num_rows,
-            (sums["fired"] == 0).double().mean(),
-            sums["norm"][BASE] / num_rows,
-            sums["norm"][CHAT] / num_rows,
-            torch.tensor(num_rows),
-        )
-        return {key: value.item() for key, value in zip(FIDELITY_KEYS, values, strict=True)}
+        return fve_metrics(x, error, "difference" if self.is_difference else "both")
+
+
+def sinks(batch: RowBatch) -> Tensor:
+    """bool [B]: rows whose norm in either model exceeds SINK_MULTIPLE times the median of their document's rows."""
+    is_sink_B = torch.zeros(len(batch.x_BMD), dtype=torch.bool)
+    for rows in document_slices_of(batch.doc_id_B):
+        h_1BMD = batch.x_BMD[rows][None]
+        is_sink_B[rows] = ~within_norm_cap(h_1BMD, torch.ones(h_1BMD.shape[:2]), SINK_MULTIPLE)[0].cpu()
+    return is_sink_B
+
+
+def _moments(sums: Sums, name: str, kind: int) -> Moments:
+    """Of each column of one kind of row, as if every column were a model of width 1."""
+    return Moments(sums["rows_R"][kind], sums[f"{name}_mean_RN"][kind][:, None], sums[f"{name}_square_RN"][kind])
+
+
+def _set_moments(sums: Sums, name: str, kind: int, moments: Moments) -> None:
+    sums[f"{name}_mean_RN"][kind] = moments.mean_MD[:, 0]
+    sums[f"{name}_square_RN"][kind] = moments.square_M

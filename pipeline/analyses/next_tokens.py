@@ -19,15 +19,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.errors import InputError
-from pipeline.extraction.activations import RowOptions, kept_positions, plan_batches, within_norm_cap
+from pipeline.extraction.activations import SINK_MULTIPLE, RowOptions, kept_positions, plan_batches, within_norm_cap
 from pipeline.models.pair import ModelPair
 from pipeline.numerics.statistics import hash_documents
 from pipeline.schema import Flag
 
 ALL, ASSISTANT = "all", "assistant"
 """Sets of positions: every one; those whose next token an assistant wrote."""
-SINK_MULTIPLE = 10.0
-"""A row whose norm in either model exceeds this multiple of its document's median is an attention sink."""
 _LOG_PROBS_PER_CHUNK = 1 << 23
 """Numbers in one chunk of log-probabilities: 64 MiB in float64."""
 

@@ -10,6 +10,7 @@ documents are counted exactly and no analysis has to carry an open document from
 Shapes: B rows, M models, D width, P active pairs.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -123,8 +124,8 @@ def _is_start(doc_id_B: Tensor) -> Tensor:
 
 def document_slices_of(doc_id_B: Tensor) -> list[slice]:
     """The rows of each document of a batch, in order."""
-    starts = document_starts(doc_id_B).tolist()
-    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], len(doc_id_B)], strict=True)]
+    edges = [*document_starts(doc_id_B).tolist(), len(doc_id_B)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
 def analyse(analyses: Mapping[str, RowAnalysis], batches: Iterable[RowBatch]) -> dict[str, Sums]:

@@ -28,7 +28,8 @@ from pipeline.schema import MODEL_NAMES, Flag
 
 OVERHEAD_TOKENS = 64
 """Cost of starting one more batch, in tokens; less padding than that is cheaper than another batch."""
-
+SINK_MULTIPLE = 10.0
+"""A row whose norm in either model exceeds this multiple of its document's median is an attention sink."""
 
 _ROLES = int(Flag.SPECIAL | Flag.BOS | Flag.TEMPLATE | Flag.USER | Flag.ASSISTANT | Flag.REASONING | Flag.TOOL)
 PLAIN = "plain"

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from pipeline.numerics.parallel import Mesh
 
+_ROUNDING = 1e-13
+"""Above the square of float32's rounding, relative to the numbers."""
+
 
 class Moments(NamedTuple):
     """Count, mean and summed squared deviation of rows; float64."""
@@ -68,14 +71,19 @@ def all_reduce(moments: Moments, mesh: Mesh) -> Moments:
 def variance_explained(x: Moments, residual: Moments) -> Tensor:
     """FVE per model, [M], at most 1, higher is better: 1 - sum_d Var(x - xh) / sum_d Var(x); NaN for constant x."""
     total_M = x.variance_M()
-    return torch.where(total_M > 0, 1 - residual.variance_M() / total_M, torch.nan)
+    return torch.where(_varies(x), 1 - residual.variance_M() / total_M, torch.nan)
+
+
+def _varies(x: Moments) -> Tensor:
+    """bool [M]: False for constant rows, whose variance is what rounding leaves of their mean's square."""
+    return x.variance_M() > _ROUNDING * x.mean_MD.square().sum(1)
 
 
 def explained_fractions(x: Moments, residual: Moments) -> dict[str, float]:
     """FVE as fve_<model> and, over all models pooled, fve; two models are called base and chat, others by number."""
     fve_M = variance_explained(x, residual).tolist()
     names = ("base", "chat") if len(fve_M) == 2 else tuple(str(model) for model in range(len(fve_M)))
-    total = float(x.square_M.sum())
+    total = float(x.square_M[_varies(x)].sum())
     pooled = 1 - float(residual.square_M.sum()) / total if total > 0 else math.nan
     return {**{f"fve_{name}": value for name, value in zip(names, fve_M, strict=True)}, "fve": pooled}
 

@@ -145,7 +145,7 @@ class LatentsInputs(StageInputs):
     """The latent table: Latent Scaling, ownership and verdict."""
 
     NAME = "latents"
-    VERSION = 6
+    VERSION = 7
     READS = ("crosscoder", "activations", "evidence")
     section: LatentScalingSection
     crosscoder: CrosscoderStep

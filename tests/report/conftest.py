@@ -303,7 +303,9 @@ def crosscoder_report(kind: str, *, num_latents: int = 2048, hostile: bool = Fal
         name=kind,
         kind=kind,
         settings={"num_latents": num_latents, "lr": 1e-4, "num_steps": 2000, "sparsity": {"kind": kind, "k": 32}},
-        fidelity=dict(zip(schema.FIDELITY_KEYS, (*fves, l0, 0.041, 21.4, 22.9, float(ROWS)), strict=True)),
+        fidelity=dict(
+            zip(schema.FIDELITY_KEYS, (*fves, l0, 0.041, 21.4, 22.9, float(ROWS), 0.8, fves[2], 0), strict=True)
+        ),
         latents=latents,
         causality=causality_table(0.01 if is_l1 else 0.13),
         causality_differences=difference_table(0.01 if is_l1 else 0.13),
