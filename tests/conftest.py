@@ -23,6 +23,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Read once, when huggingface_hub is first imported, so it is set before anything of ours is.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# MLflow's server otherwise keeps eight processes that ask for jobs all the time and take most of a core.
+os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
 os.environ.setdefault("HF_TOKEN", "hf_nobodys-token-4711")  # looked for afterwards in everything that a run writes
 
 import torch
