@@ -15,6 +15,19 @@ class FidelitySection(Section):
     """Fraction of variance explained, L0 and dead latents, measured on the validation rows."""
 
 
+class QualitySection(Section):
+    """What a crosscoder needs for a verdict. Below it the report says what is missing in place of an answer."""
+
+    min_fve: float = Field(0.5, ge=0, le=1)
+    """Fraction of variance explained in each model, attention sinks aside. 0 asks for nothing."""
+    max_dead_frac: float = Field(0.95, ge=0, le=1)
+    """Share of latents that never fire on the validation rows."""
+    min_rows_per_latent: NonNegativeFloat = 50.0
+    """Training rows divided by latents."""
+    min_documents: NonNegativeInt = 50
+    """Validation documents."""
+
+
 class EvidenceSection(Section):
     """How different the two models are at all: their next tokens and their streams, on held-out documents."""
 
@@ -211,6 +224,8 @@ class AnalysesSection(Section):
     """Used by `crossray layers` and activations.layer: auto alone."""
     fidelity: FidelitySection = FidelitySection()
     """Always on."""
+    quality: QualitySection | None = QualitySection()
+    """null gives an answer whatever the crosscoder's quality."""
     latent_scaling: LatentScalingSection = LatentScalingSection()
     """Always on, because the verdict depends on it."""
     examples: ExamplesSection | None = ExamplesSection()

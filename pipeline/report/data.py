@@ -71,6 +71,8 @@ class CrosscoderReport:
     settings: Mapping[str, object] = field(default_factory=dict)
     fidelity: Mapping[str, float] | None = None
     """Keys of schema.FIDELITY_KEYS."""
+    shortcomings: Sequence[str] = ()
+    """What the crosscoder lacks for a verdict (analyses/quality.py); the page says it in place of an answer."""
     latents: pd.DataFrame | None = None
     causality: pd.DataFrame | None = None
     causality_differences: pd.DataFrame | None = None

@@ -22,6 +22,8 @@ from pipeline.schema import Control, Verdict
 
 GOOD_AUROC = 0.9
 """A planted behaviour counts as found from here on."""
+NOT_YET = "Not at all: train it longer or on more rows, or choose other settings (analyses.quality holds the limits)."
+"""How sure a crosscoder is that is not good enough for a verdict."""
 CHANCE = 0.5
 """Balanced accuracy of an explanation that says nothing."""
 
@@ -49,6 +51,13 @@ def cannot_tell(data: ReportData) -> str:
     return f"Base and chat cannot be told apart: no latent is called chat-specific{withheld}. {data.evidence.reason}"
 
 
+def no_verdict(crosscoder: CrosscoderReport) -> str:
+    """What a crosscoder lacks for a verdict; empty where it lacks nothing."""
+    if not crosscoder.shortcomings:
+        return ""
+    return f"No verdict yet: {'; '.join(crosscoder.shortcomings)}."
+
+
 def headline(crosscoder: CrosscoderReport) -> Headline:
     """The first page's text for one crosscoder."""
     does = [*does_sentences(crosscoder), *_explanation_sentences(crosscoder)]
@@ -56,6 +65,8 @@ def headline(crosscoder: CrosscoderReport) -> Headline:
     if crosscoder.latents is None:
         new = "Which model owns a latent was not analysed for this crosscoder."
         return Headline("", "No verdict", new, [], does)
+    if crosscoder.shortcomings:
+        return Headline("", "No verdict yet", no_verdict(crosscoder), [NOT_YET], does)
     counts = verdict_summary(crosscoder.latents)
     number, label, new = _new_in_chat(counts)
     sure = [*_confidence_sentences(counts, crosscoder), *control_sentences(crosscoder.controls)]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from pipeline.report import formatting as fmt
 from pipeline.report.data import CrosscoderReport, ReportData
-from pipeline.report.headlines import cannot_tell, control_sentences, does_sentences
+from pipeline.report.headlines import NOT_YET, cannot_tell, control_sentences, does_sentences, no_verdict
 from pipeline.report.latents import explanations
 from pipeline.report.summary import VerdictSummary, verdict_summary
 
@@ -33,37 +33,49 @@ class Lead(NamedTuple):
 
 
 def lead(data: ReportData) -> Lead | None:
-    """The answer of the crosscoder with the largest share of confident chat-specific latents; None without a verdict.
+    """The answer of the crosscoder that explains most of the activations; None without a verdict.
 
-    The share is of its chat-only latents; of equal shares, more latents win. Crosscoders whose latents were not tested,
-    or that have no chat-only latent where another one has, do not answer.
+    Of those that explain as much, to two digits, the one with the largest share of confident chat-specific latents
+    among its chat-only ones answers. Crosscoders that are not good enough for a verdict, whose latents were not tested,
+    or that have no chat-only latent where another one has, do not answer; where none is good enough, the best one says
+    what it lacks.
     """
-    found = [
+    judged = [
         (place, one, verdict_summary(one.latents))
         for place, one in enumerate(data.crosscoders)
         if one.latents is not None and len(one.latents)
     ]
+    found = [part for part in judged if not part[1].shortcomings] or judged
     tested = [part for part in found if part[2].num_chat_only and part[2].has_scaling]
     if not found or (not tested and any(counts.num_chat_only for _, _, counts in found)):
         return None
-    place, crosscoder, counts = max(tested or found, key=lambda part: _trust(part[2]))
+    place, crosscoder, counts = max(tested or found, key=lambda part: _quality(part[1], part[2]))
     why = ""
-    if len(data.crosscoders) > 1 and tested:
-        share = fmt.percent(_trust(counts)[0], 0)
-        why = f"It answers because the largest share of its chat-only latents is confidently chat-specific ({share})."
+    if len(data.crosscoders) > 1 and crosscoder.fidelity is not None:
+        why = f"It answers because it explains most of the activations (FVE {fmt.decimal(_fve(crosscoder), 2)})."
     sure = control_sentences(crosscoder.controls)
     sure = sure or ["No latent is called chat-specific, so no such call can be wrong."]
     if crosscoder.controls is None:
         sure = ["Controls were not run: this rests on intervals over documents alone."]
     if nothing := cannot_tell(data):
         return Lead(place, crosscoder.name, why, nothing, sure, _effects_and_words(crosscoder))
+    if crosscoder.shortcomings:
+        new = f"{data.layer_note} {no_verdict(crosscoder)}".strip()
+        return Lead(place, crosscoder.name, why, new, [NOT_YET], _effects_and_words(crosscoder))
     new = f"{data.layer_note} {_new_sentence(counts)}".strip()
     return Lead(place, crosscoder.name, why, new, sure, _effects_and_words(crosscoder))
 
 
-def _trust(counts: VerdictSummary) -> tuple[float, int]:
+def _quality(crosscoder: CrosscoderReport, counts: VerdictSummary) -> tuple[float, float, int]:
+    """What decides who answers, largest first."""
     share = counts.num_confident_specific / counts.num_chat_only if counts.num_chat_only else 0.0
-    return share, counts.num_confident_specific
+    return round(_fve(crosscoder), 2), share, counts.num_confident_specific
+
+
+def _fve(crosscoder: CrosscoderReport) -> float:
+    """Attention sinks aside; 0 where it was not measured."""
+    fve = 0.0 if crosscoder.fidelity is None else crosscoder.fidelity["fve_without_sinks"]
+    return 0.0 if fmt.is_missing(fve) else fve
 
 
 def _new_sentence(counts: VerdictSummary) -> str:

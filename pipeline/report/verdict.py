@@ -6,7 +6,7 @@ returns text and prints nothing.
 
 from pipeline.report import formatting as fmt
 from pipeline.report.data import CrosscoderReport, ReportData
-from pipeline.report.headlines import cannot_tell
+from pipeline.report.headlines import cannot_tell, no_verdict
 from pipeline.report.summary import PlantedScore, SteeringEffect, planted_rows, steering_effects, verdict_summary
 from pipeline.schema import Verdict
 from pipeline.terminal import text_table
@@ -55,6 +55,7 @@ def verdict_text(data: ReportData) -> str:
         lines.append(data.evidence.reason)
     if data.layer_note:
         lines.append(data.layer_note)
+    lines += [f"{one.name}: {no_verdict(one)}" for one in data.crosscoders if one.shortcomings]
     header, *rows = verdict_table(data)
     lines += ["", text_table(header, map(_ascii, rows))]
     header, *rows = _planted_table(data)

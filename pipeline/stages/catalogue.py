@@ -298,7 +298,7 @@ class ReportInputs(StageInputs):
     """The page and the verdict table; they read every artifact of the run."""
 
     NAME = "report"
-    VERSION = 1
+    VERSION = 2
     section: AnalysesSection
     data: DataSteps
     crosscoders: tuple[CrosscoderSteps, ...]

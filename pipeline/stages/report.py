@@ -5,16 +5,19 @@ at any time.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 import pandas as pd
 
+from pipeline.analyses.quality import Limits, shortcomings
+from pipeline.config.analyses import QualitySection
 from pipeline.config.crosscoder import CrosscoderSection
 from pipeline.report.data import CrosscoderReport, EvidenceReport, LineageRow, ModelPairInfo, ReportData
 from pipeline.report.figures import figures
 from pipeline.report.page import render
 from pipeline.report.verdict import verdict_text
+from pipeline.schema import Split
 from pipeline.stages import autointerp, causality, controls, steering
 from pipeline.stages.catalogue import CrosscoderSteps, DataSteps, ReportInputs
 from pipeline.stages.evidence import DISTANCE_NAME, STREAMS_NAME, judgement_of
@@ -23,6 +26,7 @@ from pipeline.stages.finished_crosscoder import read_curve
 from pipeline.stages.latents import FIDELITY_NAME, TWINS_NAME, read_latents
 from pipeline.stages.planted import PLANTED_NAME
 from pipeline.stages.step import StageContext, StageInputs, Step
+from pipeline.storage.activation_store import ActivationStore
 from pipeline.storage.artifacts import provenance, read_record
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.tables import read_table
@@ -63,7 +67,7 @@ def _report_data(inputs: ReportInputs, context: StageContext) -> ReportData:
         models=_models(inputs.data, context),
         evidence=_evidence(inputs.data, context),
         layer_note=_layer_note(inputs, context),
-        crosscoders=[_crosscoder(own, context) for own in inputs.crosscoders],
+        crosscoders=[_crosscoder(own, inputs.section.quality, context) for own in inputs.crosscoders],
         lineage=[_lineage(source, context) for source in inputs.reads().values()],
         settings=inputs.run_settings,
     )
@@ -117,7 +121,7 @@ def _lineage(source: Step[StageInputs], context: StageContext) -> LineageRow:
     )
 
 
-def _crosscoder(own: CrosscoderSteps, context: StageContext) -> CrosscoderReport:
+def _crosscoder(own: CrosscoderSteps, quality: QualitySection | None, context: StageContext) -> CrosscoderReport:
     storage, section = context.storage, own.crosscoder.inputs.section
     curve = read_curve(storage, own.crosscoder.folder)
     if isinstance(section, CrosscoderSection):
@@ -125,11 +129,13 @@ def _crosscoder(own: CrosscoderSteps, context: StageContext) -> CrosscoderReport
     else:
         kind = context.record_of(own.crosscoder).counts["sparsity"]
     scaling = own.latents.inputs.section
+    fidelity = storage.read_json(f"{own.latents.folder}/{FIDELITY_NAME}")
     return CrosscoderReport(
         name=section.name,
         kind=kind,
         settings=section.model_dump(mode="json", exclude={"name"}),
-        fidelity=storage.read_json(f"{own.latents.folder}/{FIDELITY_NAME}"),
+        fidelity=fidelity,
+        shortcomings=_shortcomings(own, fidelity, quality, context),
         latents=read_latents(storage, own.latents),
         causality=_table(storage, own.causality, causality.TABLE_NAME),
         causality_differences=_table(storage, own.causality, causality.DIFFERENCES_NAME),
@@ -146,6 +152,22 @@ def _crosscoder(own: CrosscoderSteps, context: StageContext) -> CrosscoderReport
         autointerp_model="" if own.autointerp is None else own.autointerp.inputs.section.model,
         nu_eps_threshold=scaling.nu_eps_threshold,
         nu_r_threshold=scaling.nu_r_threshold,
+    )
+
+
+def _shortcomings(
+    own: CrosscoderSteps, fidelity: Mapping[str, float], quality: QualitySection | None, context: StageContext
+) -> tuple[str, ...]:
+    if quality is None:
+        return ()
+    counts = context.record_of(own.crosscoder).counts
+    shards = ActivationStore(context.storage, own.latents.inputs.activations.folder).manifest.of_split(Split.VALIDATION)
+    return shortcomings(
+        fidelity,
+        num_latents=counts["num_latents"],
+        num_training_rows=counts.get("num_rows"),
+        num_documents=sum(shard.num_documents for shard in shards),
+        limits=Limits(**quality.model_dump()),
     )
 
 

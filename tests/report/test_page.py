@@ -314,6 +314,30 @@ def test_without_a_verdict_nothing_is_said_in_short(bare_report: ReportData, nul
     assert silent.sure == ["No latent is called chat-specific, so no such call can be wrong."]
 
 
+def test_a_poor_crosscoder_says_what_it_lacks_in_place_of_an_answer(report: ReportData) -> None:
+    poor = dataclasses.replace(report.crosscoders[1], shortcomings=("it explains 0.31 of the variance",))
+    first, none = (
+        dataclasses.replace(report, crosscoders=[one, poor])
+        for one in (report.crosscoders[0], dataclasses.replace(report.crosscoders[0], shortcomings=("it is short",)))
+    )
+    found = lead(first)
+    assert found is not None and found.name == "l1"  # the other one explains more, and is not good enough
+    nobody = lead(none)
+    assert nobody is not None and nobody.name == "batchtopk"
+    assert "0.31" in nobody.new and " new in the chat model" not in nobody.new
+    text = text_of(render(first))
+    assert "No verdict yet: it explains 0.31 of the variance." in text
+    assert "batchtopk: No verdict yet: it explains 0.31 of the variance." in verdict_text(first).splitlines()
+
+
+def test_who_explains_most_answers(report: ReportData) -> None:
+    l1, batch_topk = report.crosscoders
+    assert l1.fidelity is not None
+    better = dataclasses.replace(l1, fidelity={**l1.fidelity, "fve_without_sinks": 0.95})
+    found = lead(dataclasses.replace(report, crosscoders=[better, batch_topk]))
+    assert found is not None and found.name == "l1" and "0.95" in found.why
+
+
 def test_empty_halves_are_not_compared(report: ReportData) -> None:
     one = report.crosscoders[0]
     assert one.causality is not None
