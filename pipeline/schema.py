@@ -375,6 +375,8 @@ class Control:
     """A model against itself with noise on its weights."""
     SEED = "seed"
     """Followed by the name of the crosscoder that differs in its seed alone."""
+    REPLICATED = "replicated"
+    """Chat-specific in at least half of the other seeds, of those that are chat-specific here."""
 
 
 CONTROL_COLUMNS = (

@@ -132,18 +132,21 @@ def random_row(latents: pd.DataFrame, scaling: pd.DataFrame | None, limits: Limi
 def false_calls_row(latents: pd.DataFrame, *, noise: float) -> dict[str, Any]:
     """Share of live latents called chat-specific in a pair where nothing is, and the share that the verdict states.
 
-    noise is the relative noise on the chat model's weights; 0 for one model compared with itself.
+    noise is the relative noise on the chat model's weights; 0 for one model compared with itself. Withheld calls count:
+    the rule has made them.
     """
     num_live = int((latents["verdict"] != Verdict.DEAD).sum())
+    num_withheld = int((latents["verdict"] == Verdict.WITHHELD).sum())
     stated = stated_error(latents)
+    num_called = stated.num_latents + num_withheld
     pair = f"the base model with noise of {noise:g} on its weights" if noise else "the base model itself"
     return _row(
         Control.NOISE_PAIR if noise else Control.NULL_PAIR,
         "share of live latents called chat-specific though the chat model holds nothing new",
-        _share(stated.num_latents, num_live),
+        _share(num_called, num_live),
         num_latents=num_live,
         expected=stated.expected / num_live if num_live else np.nan,
-        note=f"the chat model is {pair}: all {stated.num_latents} chat-specific latents are false",
+        note=f"the chat model is {pair}: all {num_called} calls are false; {num_withheld} were withheld",
     )
 
 
@@ -204,6 +207,32 @@ def seed_table(latents: pd.DataFrame, others: pd.DataFrame, matches: Matches, *,
             "cosine": matches.cosine.numpy(),
         },
         columns=[column.name for column in SEED_COLUMNS],
+    )
+
+
+def num_seeds_finding(seeds: pd.DataFrame) -> pd.Series:
+    """In how many other seeds each chat-specific latent is chat-specific again, by latent; of schema.SEED_COLUMNS."""
+    is_found = seeds["other_verdict"] == Verdict.CHAT_SPECIFIC
+    found: pd.Series = is_found.groupby(seeds["latent"]).sum()
+    return found
+
+
+def is_replicated(num_finding: pd.Series, num_others: int) -> pd.Series:
+    """Whether at least half of the other seeds find a latent again."""
+    return 2 * num_finding >= num_others
+
+
+def replicated_row(seeds: pd.DataFrame) -> dict[str, Any]:
+    """Share of the chat-specific latents that are replicated; `seeds` is the table of all other seeds."""
+    num_others, found = seeds["other"].nunique(), num_seeds_finding(seeds)
+    num_replicated = int(is_replicated(found, num_others).sum())
+    return _row(
+        Control.REPLICATED,
+        "share of chat-specific latents that at least half of the other training seeds find again",
+        _share(num_replicated, len(found)),
+        num_latents=len(found),
+        note=f"{num_replicated} of {len(found)} chat-specific latents are chat-specific in at least half of the "
+        f"{num_others} other seeds",
     )
 
 

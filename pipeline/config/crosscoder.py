@@ -110,6 +110,9 @@ class _NamedCrosscoder(Section):
     """Size F of the dictionary; give this or expansion."""
     expansion: PositiveInt | None = None
     """F as a multiple of the activation width (32 in the paper)."""
+    seeds: Annotated[int, Field(ge=1, le=64)] = 1
+    """Fits of this crosscoder: with 3, two more are fitted from the same read of the rows, with the seeds that follow.
+    Only their latent tables are made. The verdict then says how many of them find each chat-specific latent again."""
     normalisation: Literal["per_model", "none"] = "per_model"
     """per_model: each model's rows with mean 0 and root mean square sqrt(width), so that a model whose residual stream
     is larger does not look as if its concepts were new. none: raw activations, as the paper's runs; the verdict is
@@ -119,7 +122,7 @@ class _NamedCrosscoder(Section):
 if TYPE_CHECKING:
 
     class _FittedCrosscoder(_NamedCrosscoder):
-        seed: int  # the field that others read by name; the rest goes through settings()
+        seed: int  # read by name; the rest goes through settings()
 
 else:
     _FittedCrosscoder = create_model(
@@ -133,6 +136,13 @@ class CrosscoderSection(_FittedCrosscoder):
     def settings(self) -> FitSettings:
         """The settings that training takes beside the sparsity's; raises ValueError where two of them disagree."""
         return FitSettings(**self.model_dump(include={field.name for field in fields(FitSettings)}))
+
+    def replicas(self) -> tuple[Self, ...]:
+        """The further fits that `seeds` asks for, each as a crosscoder of its own."""
+        seeds = range(self.seed + 1, self.seed + self.seeds)
+        return tuple(
+            self.model_copy(update={"name": f"{self.name}.seed{seed}", "seed": seed, "seeds": 1}) for seed in seeds
+        )
 
     @model_validator(mode="before")
     @classmethod

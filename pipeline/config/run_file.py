@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.config.analyses import AnalysesSection
-from pipeline.config.crosscoder import CrosscoderEntry, TrainingSection
+from pipeline.config.crosscoder import CrosscoderEntry, CrosscoderSection, TrainingSection
 from pipeline.config.data import (
     ActivationsSection,
     CorpusSection,
@@ -78,23 +78,48 @@ class RunConfig(Section):
     tracking: TrackingSection = TrackingSection()
     """How: logging."""
 
+    @property
+    def replicas(self) -> tuple[CrosscoderSection, ...]:
+        """The further seeds of the crosscoders that are fitted."""
+        fitted = [section for section in self.crosscoders if isinstance(section, CrosscoderSection)]
+        return tuple(replica for section in fitted for replica in section.replicas())
+
+    @property
+    def fitted(self) -> tuple[CrosscoderSection, ...]:
+        """Every fit, further seeds included."""
+        own = [section for section in self.crosscoders if isinstance(section, CrosscoderSection)]
+        return (*own, *self.replicas)
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        names = [crosscoder.name for crosscoder in self.crosscoders]
+        names = [crosscoder.name for crosscoder in (*self.crosscoders, *self.replicas)]
         if len(set(names)) < len(names):
             raise ValueError(f"crosscoders: expected distinct names, got {names}")
+        self._check_fits_differ()
         kinds = [self.models.base.kind, self.models.chat.kind, *(source.kind for source in self.corpus.sources)]
         if "organism" in kinds and self.organism is None:
             raise ValueError(
                 "organism: expected a section, since models or corpora have kind 'organism'; add `organism: {}`"
             )
         self._check_ranks()
+        if self.replicas and self.analyses.controls is None:
+            raise ValueError(
+                "crosscoders: expected analyses.controls, which compares the seeds, since seeds is above 1, got null"
+            )
         if self.training.num_rows < self.training.batch_rows:
             raise ValueError(
                 f"training.num_rows: expected at least one batch of training.batch_rows = {self.training.batch_rows}, "
                 f"got {self.training.num_rows}"
             )
         return self
+
+    def _check_fits_differ(self) -> None:
+        """Two fits with the same settings are one artifact under two names."""
+        known: dict[str, str] = {}
+        for fit in self.fitted:
+            first = known.setdefault(fit.model_dump_json(exclude={"name", "seeds"}), fit.name)
+            if first != fit.name:
+                raise ValueError(f"crosscoders.{fit.name}: expected other settings than those of {first}, got the same")
 
     def _check_ranks(self) -> None:
         """Global batches are cut into equal slices, whatever the number of ranks that are there."""

@@ -169,11 +169,7 @@ def store_bytes(num_rows: int, width: int, compression: str) -> int:
 
 def dictionary_sizes(config: RunConfig, width: int) -> list[int]:
     """F of every crosscoder that is trained here."""
-    return [
-        section.num_latents or (section.expansion or 0) * width
-        for section in config.crosscoders
-        if section.kind == "fitted"
-    ]
+    return [section.num_latents or (section.expansion or 0) * width for section in config.fitted]
 
 
 def num_parameters(config: RunConfig, width: int) -> int:

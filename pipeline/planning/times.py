@@ -150,8 +150,7 @@ def _training_speed(config: RunConfig, width: int, flops: float, gpu: Gpu) -> fl
     from pipeline.stages.crosscoder_spec import spec_of
 
     num_threads = max(1, int(ranks.cpus or len(os.sched_getaffinity(0)) / num_ranks))
-    sections = [section for section in config.crosscoders if section.kind == "fitted"]
-    specs = [spec_of(s, config.training, ranks, num_models=NUM_MODELS, activation_dim=width) for s in sections]
+    specs = [spec_of(s, config.training, ranks, num_models=NUM_MODELS, activation_dim=width) for s in config.fitted]
     seconds = [step_seconds(spec, config.training.batch_rows, num_threads=num_threads, flops=flops) for spec in specs]
     return sum(seconds) / num_ranks
 
@@ -190,7 +189,7 @@ def _extraction_seconds(inputs: PlanInputs, data: DataSize, shape: ModelShape, s
 def _crosscoder_seconds(inputs: PlanInputs, data: DataSize, shape: ModelShape, speeds: Speeds) -> dict[str, float]:
     """Training the crosscoders, and passing the validation rows through them."""
     config, seconds = inputs.config, {}
-    training, num_fits = config.training, len(config.crosscoders)
+    training, num_fits = config.training, len(config.crosscoders) + len(config.replicas)
     num_latents = sum(sizes.dictionary_sizes(config, shape.width))
     if "crosscoder" in inputs.missing:
         num_steps = training.num_steps if num_latents else 0

@@ -92,6 +92,11 @@ def control_sentences(controls: pd.DataFrame | None) -> list[str]:
             )
         elif control in (Control.NULL_PAIR, Control.NOISE_PAIR):
             sentences.append(f"This is a {control}: every chat-specific latent is false, {share} of all.")
+        elif control == Control.REPLICATED:
+            number = fmt.count(round(value * num_latents))
+            sentences.append(
+                f"At least half of the other seeds find {number} of the {fmt.count(num_latents)} again ({share})."
+            )
         elif control.startswith(Control.SEED):
             other = control.removeprefix(Control.SEED).strip()
             sentences.append(f"Training again with another seed ({other}) finds the same set to {share}.")

@@ -17,10 +17,12 @@ from pipeline.report.palette import VERDICT_ROLES
 from pipeline.report.samples import Sample, SampleGroup, sample_groups
 from pipeline.report.summary import (
     FREQUENCY_PREFIX,
+    Replication,
     anchor,
     behaviors_by_latent,
     chat_only_rows,
     corpora_of,
+    replication,
     steering_effects,
 )
 from pipeline.schema import Verdict
@@ -96,6 +98,7 @@ class CardSources(NamedTuple):
     samples: Mapping[int, list[Sample]]
     """The first of these, by latent."""
     corpora: list[str]
+    replication: Replication | None
 
 
 def card_sources(crosscoder: CrosscoderReport, index: int) -> CardSources:
@@ -109,7 +112,16 @@ def card_sources(crosscoder: CrosscoderReport, index: int) -> CardSources:
     for group in groups:
         samples.setdefault(group.latent, []).extend(group.samples[:MAX_CARD_SAMPLES])
     corpora = [] if crosscoder.latents is None else corpora_of(crosscoder.latents)
-    return CardSources(index, _behavior_notes(crosscoder), explanations(crosscoder), grouped, groups, samples, corpora)
+    return CardSources(
+        place=index,
+        notes=_behavior_notes(crosscoder),
+        explanations=explanations(crosscoder),
+        contexts=grouped,
+        groups=groups,
+        samples=samples,
+        corpora=corpora,
+        replication=replication(crosscoder),
+    )
 
 
 def latent_cards(crosscoder: CrosscoderReport, sources: CardSources) -> list[LatentCard]:
@@ -177,6 +189,10 @@ def _card(row: Mapping[object, object], sources: CardSources) -> LatentCard:
     shares = [numbers[f"{place}_frac"] for place in ("template", "user", "assistant")]
     shares = [0.0 if math.isnan(share) else share for share in shares]
     contexts = sources.contexts.get(latent)
+    facts = _facts(numbers)
+    if sources.replication is not None and latent in sources.replication.num_finding:
+        others = fmt.plural(sources.replication.num_others, "other seed")
+        facts.append(("found again by", f"{sources.replication.num_finding[latent]} of {others}"))
     return LatentCard(
         anchor=anchor(sources.place, latent),
         latent=latent,
@@ -184,7 +200,7 @@ def _card(row: Mapping[object, object], sources: CardSources) -> LatentCard:
         role=VERDICT_ROLES.get(verdict, "plain"),
         is_confident=bool(row["is_confident"]),
         reason=str(row["reason"] or ""),
-        facts=_facts(numbers),
+        facts=facts,
         behaviors=sources.notes.get(latent, []),
         explanation=sources.explanations.get(latent),
         shares=list(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from pipeline.analyses.controls import is_replicated, num_seeds_finding
 from pipeline.analyses.verdict import verdict_counts
 from pipeline.numerics.proportions import Interval, wilson_interval
 from pipeline.report.data import CrosscoderReport
@@ -85,6 +86,28 @@ def verdict_summary(latents: pd.DataFrame) -> VerdictSummary:
         num_confident_specific=int((confident & (verdict == Verdict.CHAT_SPECIFIC)).sum()),
         num_confident_artifacts=int((confident & verdict.isin(Verdict.ARTIFACTS)).sum()),
         has_scaling=bool(latents["beta_error_chat"].notna().any() or latents["nu_eps"].notna().any()),
+    )
+
+
+class Replication(NamedTuple):
+    """Whether other training seeds find the chat-specific latents of a crosscoder again."""
+
+    num_finding: dict[int, int]
+    """Other seeds in which a latent is chat-specific again, by latent."""
+    num_replicated: int
+    """Latents that at least half of the other seeds find."""
+    num_others: int
+
+
+def replication(crosscoder: CrosscoderReport) -> Replication | None:
+    """From the table of seeds; None without another seed or a chat-specific latent."""
+    if crosscoder.seeds is None or crosscoder.seeds.empty:
+        return None
+    num_others, found = int(crosscoder.seeds["other"].nunique()), num_seeds_finding(crosscoder.seeds)
+    return Replication(
+        dict(zip(found.index.astype(int).tolist(), found.astype(int).tolist(), strict=True)),
+        int(is_replicated(found, num_others).sum()),
+        num_others,
     )
 
 

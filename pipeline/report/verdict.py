@@ -7,16 +7,25 @@ returns text and prints nothing.
 from pipeline.report import formatting as fmt
 from pipeline.report.data import CrosscoderReport, ReportData
 from pipeline.report.headlines import cannot_tell, no_verdict
-from pipeline.report.summary import PlantedScore, SteeringEffect, planted_rows, steering_effects, verdict_summary
+from pipeline.report.summary import (
+    PlantedScore,
+    SteeringEffect,
+    planted_rows,
+    replication,
+    steering_effects,
+    verdict_summary,
+)
 from pipeline.schema import Verdict
 from pipeline.terminal import text_table
 
+_REPLICATED = "replicated"
 VERDICT_ROWS = (
     ("latents alive / all", "alive"),
     ("FVE base / chat", "fve"),
     ("L0", "l0"),
     ("chat-only by norm or evidence", "chat_only"),
     ("  chat-specific (confident)", Verdict.CHAT_SPECIFIC),
+    ("    found again by other seeds", _REPLICATED),
     ("  shrinkage artifact", Verdict.SHRINKAGE),
     ("  decoupling artifact", Verdict.DECOUPLING),
     ("  shrinkage and decoupling", Verdict.BOTH),
@@ -26,7 +35,9 @@ VERDICT_ROWS = (
     ("base-only", Verdict.BASE_ONLY),
     ("shared / other", "shared"),
 )
-"""Label and key of each row of the verdict table. Withheld calls have a row only where there are any."""
+"""Label and key of each row of the verdict table."""
+_OPTIONAL = (Verdict.WITHHELD, _REPLICATED)
+"""Rows that are left out where no crosscoder has anything there."""
 
 
 def verdict_table(data: ReportData) -> list[list[str]]:
@@ -36,7 +47,7 @@ def verdict_table(data: ReportData) -> list[list[str]]:
     rows.extend(
         [label, *(column[key] for column in columns)]
         for label, key in VERDICT_ROWS
-        if key != Verdict.WITHHELD or any(column[key] not in ("0", fmt.DASH) for column in columns)
+        if key not in _OPTIONAL or any(column[key] not in ("0", fmt.DASH) for column in columns)
     )
     return rows
 
@@ -84,6 +95,8 @@ def _column(crosscoder: CrosscoderReport) -> dict[str, str]:
     )
     column[Verdict.BASE_ONLY] = fmt.count(counts.by_verdict[Verdict.BASE_ONLY])
     column[Verdict.UNDECIDED] = share_of(counts.by_verdict[Verdict.UNDECIDED], counts.num_chat_only)
+    if (again := replication(crosscoder)) is not None:
+        column[_REPLICATED] = f"{fmt.count(again.num_replicated)} (at least half of {again.num_others})"
     num_withheld = counts.by_verdict[Verdict.WITHHELD]
     column[Verdict.WITHHELD] = share_of(num_withheld, counts.num_chat_only) if num_withheld else "0"
     if counts.has_scaling or counts.num_chat_only == 0:

@@ -71,6 +71,8 @@ class Flow(NamedTuple):
 
     data: DataSteps
     crosscoders: tuple[CrosscoderSteps, ...]
+    replicas: tuple[Step[LatentsInputs], ...]
+    """Latent tables of further seeds, which the controls of their crosscoders read."""
     report: Step[ReportInputs]
 
     @property
@@ -78,9 +80,11 @@ class Flow(NamedTuple):
         """The steps in the order of execution, grouped by the stage file that makes them."""
         organism, corpus, tokens, activations, evidence = self.data
         crosscoders = [own.crosscoder for own in self.crosscoders]
+        crosscoders += [own.inputs.crosscoder for own in self.replicas]
         adopted = [step for step in crosscoders if isinstance(step.inputs, AdoptedCrosscoderInputs)]
         fitted = [step for step in crosscoders if isinstance(step.inputs, FittedCrosscoderInputs)]
         rows = [step for own in self.crosscoders for step in (own.latents, own.examples, own.planted, own.controls)]
+        rows += self.replicas
         groups = (
             Group("organism", _present([organism])),
             Group("corpus", (corpus,)),
@@ -132,16 +136,18 @@ def build_flow(config: RunConfig) -> Flow:
     _check_analyses(config)
     text = _text_steps(config)
     models, data = text.models, _data_steps(config, text)
-    crosscoders = [_crosscoder_step(section, config, data) for section in config.crosscoders]
-    latents = [
-        _step(
-            LatentsInputs(section=config.analyses.latent_scaling, crosscoder=step, evidence=data.evidence),
-            crosscoder_name=step.crosscoder_name,
-        )
-        for step in crosscoders
-    ]
+    latents, replicas = (
+        [
+            _step(
+                LatentsInputs(section=config.analyses.latent_scaling, crosscoder=step, evidence=data.evidence),
+                crosscoder_name=step.crosscoder_name,
+            )
+            for step in (_crosscoder_step(section, config, data) for section in sections)
+        ]
+        for sections in (config.crosscoders, config.replicas)
+    )
     noise = noise_between(models["base"], models["chat"])
-    measured = tuple(_analysis_steps(config, own, latents, noise) for own in latents)
+    measured = tuple(_analysis_steps(config, own, latents, replicas, noise) for own in latents)
     report = _step(
         ReportInputs(
             section=config.analyses,
@@ -153,7 +159,7 @@ def build_flow(config: RunConfig) -> Flow:
         ),
         identity={"name": config.name, "crosscoders": [section.name for section in config.crosscoders]},
     )
-    return Flow(data, measured, report)
+    return Flow(data, measured, tuple(replicas), report)
 
 
 def _step(inputs: _Inputs, *, crosscoder_name: str = "", identity: Identity | None = None) -> Step[_Inputs]:
@@ -263,7 +269,7 @@ def _crosscoder_step(
             identity=adopted_identity(section),
         )
     # The name is left out: to rename a crosscoder trains nothing anew.
-    identity = section.model_dump(mode="json", exclude={"name", "kind"})
+    identity = section.model_dump(mode="json", exclude={"name", "kind", "seeds"})
     return _step(
         FittedCrosscoderInputs(section=section, activations=data.activations, training=config.training),
         crosscoder_name=section.name,
@@ -278,19 +284,23 @@ def _other_seeds(own: Step[LatentsInputs], every: Sequence[Step[LatentsInputs]])
     for other in every:
         theirs = other.inputs.crosscoder.inputs.section
         if isinstance(section, CrosscoderSection) and isinstance(theirs, CrosscoderSection):
-            with_their_seed = section.model_copy(update={"name": theirs.name, "seed": theirs.seed})
+            with_their_seed = section.model_copy(update=theirs.model_dump(include={"name", "seed", "seeds"}))
             if section.seed != theirs.seed and with_their_seed == theirs:
                 found.append(other)
     return tuple(found)
 
 
 def _analysis_steps(
-    config: RunConfig, latents: Step[LatentsInputs], every: Sequence[Step[LatentsInputs]], noise: float | None
+    config: RunConfig,
+    latents: Step[LatentsInputs],
+    every: Sequence[Step[LatentsInputs]],
+    replicas: Sequence[Step[LatentsInputs]],
+    noise: float | None,
 ) -> CrosscoderSteps:
-    """Whichever analyses are on, for one crosscoder."""
+    """Whichever analyses are on, for one of `every` crosscoder; `replicas` are further seeds of any of them."""
     on, name = config.analyses, latents.crosscoder_name
     pool = config.resources.analyses
-    other_seeds = _other_seeds(latents, every)
+    other_seeds = _other_seeds(latents, [*every, *replicas])
     loading = latents.inputs.activations.inputs.loading._replace(placement=pool.placement, gpus=pool.gpus)
     examples = planted = controls = causality = steering = autointerp = None
     if on.examples is not None:

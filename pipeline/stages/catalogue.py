@@ -214,7 +214,7 @@ class ControlsInputs(AnalysisInputs):
     """Controls of a crosscoder's verdict."""
 
     NAME = "controls"
-    VERSION = 4
+    VERSION = 5
     section: ControlsSection
     other_seeds: tuple[Step[LatentsInputs], ...]
     """Latent tables of the run's crosscoders that differ from this one in their seed alone."""

@@ -21,6 +21,7 @@ from pipeline.stages.finished_crosscoder import open_crosscoder
 from pipeline.stages.latents import latent_scaling, limits_of, read_latents
 from pipeline.stages.row_pass import Measured
 from pipeline.stages.step import StageContext, Step
+from pipeline.storage.activation_store import ActivationStore
 from pipeline.storage.tables import arrow_schema, numbers_of, write_frame
 
 TABLE_NAME = "controls.parquet"
@@ -72,8 +73,10 @@ def publish_controls(
         rows.append(controls.false_calls_row(latents, noise=inputs.noise))
     seeds = [_matched(inputs, other, latents, context) for other in inputs.other_seeds]
     rows += [row for row, _ in seeds]
-    table = pd.DataFrame(rows, columns=[column.name for column in CONTROL_COLUMNS])
     matches = pd.concat([pd.DataFrame(columns=[column.name for column in SEED_COLUMNS]), *(part for _, part in seeds)])
+    if len(seeds) > 1:
+        rows.append(controls.replicated_row(matches))
+    table = pd.DataFrame(rows, columns=[column.name for column in CONTROL_COLUMNS])
     write_frame(storage, f"{step.folder}/{TABLE_NAME}", table, SCHEMA)
     write_frame(storage, f"{step.folder}/{SEEDS_NAME}", matches, SEED_SCHEMA)
     context.finish(step, {"value": numbers_of(table, "value", by=("control",))}, time.monotonic() - started)
@@ -85,10 +88,12 @@ def _matched(
     """The row and the matches of one other seed."""
     min_cosine, others = inputs.section.min_match_cosine, read_latents(context.storage, other)
     called = latents.loc[latents["verdict"] == Verdict.CHAT_SPECIFIC, "latent"]
+    rms_M = ActivationStore(context.storage, inputs.activations.folder).manifest.training_rms_M()
     with (
         open_crosscoder(context.storage, inputs.crosscoder.folder) as crosscoder,
         open_crosscoder(context.storage, other.inputs.crosscoder.folder) as second,
     ):
-        matches = controls.match_latents(crosscoder.W_dec_FMD, second.W_dec_FMD, called.tolist(), min_cosine=min_cosine)
+        own_FMD, other_GMD = (judged_decoder(one, rms_M).W_dec_FMD for one in (crosscoder, second))
+        matches = controls.match_latents(own_FMD, other_GMD, called.tolist(), min_cosine=min_cosine)
     seeds = controls.seed_table(latents, others, matches, other=other.crosscoder_name)
     return controls.seed_row(seeds, others, other=other.crosscoder_name, min_cosine=min_cosine), seeds

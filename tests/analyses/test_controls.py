@@ -106,7 +106,9 @@ def test_false_calls_of_a_known_null_stand_beside_what_the_verdict_states() -> N
     assert (null["control"], noise["control"]) == (Control.NULL_PAIR, Control.NOISE_PAIR)
     assert null["value"] == noise["value"] == 0.5
     assert null["expected"] == pytest.approx(0.1)
-    assert "with noise of 0.01 on its weights: all 2 chat-specific latents are false" in noise["note"]
+    assert "0.01" in noise["note"] and "all 2 calls" in noise["note"]
+    withheld = table.assign(verdict=table["verdict"].replace(Verdict.CHAT_SPECIFIC, Verdict.WITHHELD))
+    assert false_calls_row(withheld, noise=0.0)["value"] == 0.5  # the rule has made them all the same
 
 
 def test_another_seeds_latents_are_matched_as_they_were_permuted() -> None:
@@ -127,6 +129,22 @@ def test_another_seeds_latents_are_matched_as_they_were_permuted() -> None:
     assert all(int(back.partner[partner]) == j for j, partner in enumerate(matches.partner.tolist()) if partner >= 0)
     with pytest.raises(InputError, match="match crosscoders of the same activations"):
         match_latents(W_dec_FMD, other_GMD[:, :, :8], [0])
+
+
+def test_a_latent_is_replicated_where_half_of_the_other_seeds_find_it() -> None:
+    """Three latents, two other seeds: found by both, by one, by none (once a match that is only shared)."""
+    found, shared = Verdict.CHAT_SPECIFIC, Verdict.SHARED
+    seeds = pd.DataFrame(
+        {
+            "other": ["a"] * 3 + ["b"] * 3,
+            "latent": [1, 4, 6] * 2,
+            "other_verdict": [found, found, shared, found, None, None],
+        }
+    )
+    assert controls.num_seeds_finding(seeds).to_dict() == {1: 2, 4: 1, 6: 0}
+    row = controls.replicated_row(seeds)
+    assert (row["value"], row["num_latents"]) == (pytest.approx(2 / 3), 3)
+    assert np.isnan(controls.replicated_row(seeds.head(0))["value"])
 
 
 def test_the_jaccard_index_counts_a_matched_pair_once() -> None:

@@ -263,3 +263,17 @@ def test_sections_are_frozen_and_survive_json() -> None:
         config.name = "other"  # type: ignore[misc]
     assert error.value.errors()[0]["type"] == "frozen_instance"
     assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_seeds_are_fits_of_their_own_and_no_two_fits_are_the_same(tmp_path: Path) -> None:
+    l1 = minimal()["crosscoders"][0]
+    config = load(write(tmp_path, changed("crosscoders", [{**l1, "seeds": 3}])))
+    assert [(fit.name, fit.seed, fit.seeds) for fit in config.fitted] == [
+        ("l1", 0, 3),
+        ("l1.seed1", 1, 1),
+        ("l1.seed2", 2, 1),
+    ]
+    assert len(load(write(tmp_path, changed("crosscoders", [l1])), ["crosscoders.l1.seeds=2"]).fitted) == 2
+    for crosscoders in ([l1, {**l1, "name": "again"}], [{**l1, "seeds": 3}, {**l1, "name": "own", "seed": 2}]):
+        with pytest.raises(InputError, match="crosscoders"):
+            load(write(tmp_path, changed("crosscoders", crosscoders)))

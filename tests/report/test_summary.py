@@ -19,6 +19,7 @@ from pipeline.report.summary import (
     half_way,
     num_template_latents,
     planted_rows,
+    replication,
     steering_effects,
     verdict_summary,
 )
@@ -245,3 +246,15 @@ def test_a_difference_shows_its_own_variance_explained(report: ReportData) -> No
     fidelity = {**first.fidelity, "fve_base": math.nan, "fve_chat": math.nan, "fve": 0.617}
     changed = dataclasses.replace(report, crosscoders=(dataclasses.replace(first, fidelity=fidelity), *others))
     assert "0.617 (difference)" in verdict_text(changed)
+
+
+def test_the_table_says_how_many_latents_other_seeds_find_again(report: ReportData) -> None:
+    """Of the eight chat-specific latents in the table of seeds every second one has a match, which is called too."""
+    found = replication(report.crosscoders[0])
+    assert found is not None
+    assert (found.num_replicated, found.num_others) == (4, 1)
+    assert sorted(found.num_finding.values()) == [0] * 4 + [1] * 4
+    (row,) = [row for row in verdict_table(report) if "other seeds" in row[0]]
+    assert row[1].startswith("4 ")
+    alone = [dataclasses.replace(one, seeds=None) for one in report.crosscoders]
+    assert not any("other seeds" in row[0] for row in verdict_table(dataclasses.replace(report, crosscoders=alone)))

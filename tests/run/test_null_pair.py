@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.rare]
 def test_an_empty_chat_only_set_goes_through_every_analysis(finished: Finished, tmp_path: Path) -> None:
     root = copied(finished, tmp_path, "organism", "corpus")
     models = {**TINY["models"], "chat": TINY["models"]["base"]}
-    crosscoders = [{**TINY["crosscoders"][1], "name": f"seed_{seed}", "seed": seed} for seed in range(3)]
+    crosscoders = [{**TINY["crosscoders"][1], "seeds": 3}]
     training = {"batch_rows": 256, "num_rows": 12_800}
     analyses = {**TINY["analyses"], "steering": {**TINY["analyses"]["steering"], "latents": [0]}}
     config = load(
@@ -28,14 +28,18 @@ def test_an_empty_chat_only_set_goes_through_every_analysis(finished: Finished, 
     )
     outcome = runner.run(config, SilentReporter(), RecordingTracker())
     folders = {state.step.name: root / state.step.key.folder for state in runner.inspect(config, Storage(str(root)))}
-    for name in (section.name for section in config.crosscoders):
-        latents = pd.read_parquet(folders[f"latents {name}"] / "latents.parquet")
+    for section in config.fitted:
+        latents = pd.read_parquet(folders[f"latents {section.name}"] / "latents.parquet")
         assert not latents["verdict"].isin([Verdict.CHAT_SPECIFIC, *Verdict.ARTIFACTS, Verdict.UNDECIDED]).any()
+    for name in (section.name for section in config.crosscoders):
         controls = pd.read_parquet(folders[f"controls {name}"] / "controls.parquet").set_index("control")
         assert controls.loc[Control.NULL_PAIR, "value"] == 0
         assert np.isnan(controls.loc[Control.STATED, "value"])  # no call, so no error to state
         assert np.isnan(controls.loc[Control.RANDOM, "value"])
-        assert len(controls) == 3 + 2  # the other two seeds
+        assert set(controls.index) == {
+            *(Control.STATED, Control.RANDOM, Control.NULL_PAIR, Control.REPLICATED),
+            *("seed batch_topk.seed1", "seed batch_topk.seed2"),
+        }
         causality = pd.read_parquet(folders[f"causality {name}"] / "causality.parquet")
         assert causality[causality["intervention"] == "none"]["kl"].abs().max() < 1e-6
         assert (causality["num_latents"] <= 128).all()

@@ -58,6 +58,21 @@ def test_seeds_of_one_crosscoder_and_known_nulls_are_recognised(finished: Finish
     assert l1.controls is not None and l1.controls.inputs.noise is None
 
 
+def test_further_seeds_of_a_crosscoder_are_fitted_and_nothing_else_is_made_of_them(finished: Finished) -> None:
+    l1, batch_topk = TINY["crosscoders"]
+    path = run_file(finished.folder / "..", str(finished.root), crosscoders=[{**l1, "seeds": 3}, batch_topk])
+    flow, before = build_flow(load(path)), build_flow(finished.config)
+    assert [own.crosscoder_name for own in flow.replicas] == ["l1.seed1", "l1.seed2"]
+    assert [own.inputs.crosscoder.inputs.section.seed for own in flow.replicas] == [1, 2]  # type: ignore[union-attr]
+    assert flow.crosscoders[0].latents.key == before.crosscoders[0].latents.key  # nothing is fitted anew
+    controls_of = flow.crosscoders[0].controls
+    assert controls_of is not None and controls_of.inputs.other_seeds == flow.replicas
+    named = [step.name for step in flow.steps if "seed" in step.crosscoder_name]
+    assert sorted(named) == sorted(
+        f"{stage} {own}" for own in ("l1.seed1", "l1.seed2") for stage in ("crosscoder", "latents")
+    )
+
+
 def test_a_second_seed_and_a_null_pair_fill_their_rows(finished: Finished) -> None:
     """The step of a finished crosscoder told that its own twin is another seed: every latent finds itself."""
     own = build_flow(finished.config).crosscoders[1]
@@ -67,11 +82,11 @@ def test_a_second_seed_and_a_null_pair_fill_their_rows(finished: Finished) -> No
     called = dataclasses.replace(own.latents, key=own.latents.key._replace(fingerprint="called"))
     schema = arrow_schema((*LATENT_COLUMNS, *latent_corpus_columns(["dialogues", "documents"])))
     write_frame(finished.storage, f"{called.folder}/{LATENTS_NAME}", latents, schema)
-    twin = dataclasses.replace(called, crosscoder_name="twin")
+    twin, other = (dataclasses.replace(called, crosscoder_name=name) for name in ("twin", "other"))
     again = dataclasses.replace(
         own.controls,
         key=own.controls.key._replace(fingerprint="second"),
-        inputs=dataclasses.replace(own.controls.inputs, latents=called, other_seeds=(twin,), noise=0.0),
+        inputs=dataclasses.replace(own.controls.inputs, latents=called, other_seeds=(twin, other), noise=0.0),
     )
     context = StageContext(finished.storage, finished.config.resources, SilentReporter(), Unlogged(), "tiny", 1)
     controls.publish_controls(again, None, context, started=0.0)
@@ -80,13 +95,14 @@ def test_a_second_seed_and_a_null_pair_fill_their_rows(finished: Finished) -> No
     finished.storage.delete(again.folder)
     finished.storage.delete(called.folder)
     num_live = int((latents["frequency"] > 0).sum())
-    assert table.loc["seed twin", "value"] == 1
+    assert table.loc["seed twin", "value"] == table.loc["seed other", "value"] == 1
+    assert table.loc[Control.REPLICATED, ["value", "num_latents"]].tolist() == [1, num_live]
     assert table.loc[Control.NULL_PAIR, "value"] == 1  # all live latents were called
     assert table.loc[Control.NULL_PAIR, "num_latents"] == num_live
     assert np.isnan(table.loc[Control.RANDOM, "value"])
+    assert seeds["other"].tolist() == ["twin"] * num_live + ["other"] * num_live
     assert seeds["other_latent"].tolist() == seeds["latent"].tolist()
     assert seeds["cosine"].min() == pytest.approx(1)
-    assert len(seeds) == num_live
 
 
 def test_noise_alone_between_two_models_is_told_from_everything_else() -> None:
