@@ -137,7 +137,8 @@ class Verdict:
     SHARED = "shared"
     """Delta_norm between 0.4 and 0.6; or Delta_norm is 1 by construction, and the base model's activations hold it."""
     OTHER = "other"
-    """Delta_norm between the classes, or it says base-only and the chat model's activations hold the latent."""
+    """Delta_norm between the classes; or it says base-only, and the chat model's activations hold the latent; or the
+    rule says that one model holds more of it, and the models cannot be told apart."""
     DEAD = "dead"
     """Never fires on the validation rows; no statement about which model owns it."""
 
@@ -334,13 +335,28 @@ EXAMPLE_COLUMNS = (
     Column("activations", "list<float32>", "f_j at each of these tokens"),
 )
 
+
+class Scoring:
+    """What a planted label is asked of: PLANTED_COLUMNS, column `scoring` (analyses/planted_scoring.py)."""
+
+    TOKEN = "token"
+    """Every token of a dialogue."""
+    DECIDING = "deciding token"
+    """The token before each answer, which predicts its first one."""
+    TURN = "turn"
+    """Each answer with its deciding token, by its maximum."""
+
+    ALL = (TOKEN, DECIDING, TURN)
+
+
 PLANTED_COLUMNS = (
     Column("behavior", "string", "planted label"),
-    Column("candidate", "string", "chat-specific latent, any latent, or mean difference"),
-    Column("latent", "int32", "the winning latent; -1 for the mean-difference direction or where there is none"),
-    *interval_columns("auroc", "token-level area under the ROC curve on held-out dialogues; 0.5 = chance, 1 = perfect"),
-    Column("num_positive_rows", "int64", "rows that carry the label"),
-    Column("num_rows", "int64", "rows scored"),
+    Column("scoring", "string", "what is scored: token, deciding token, or turn"),
+    Column("candidate", "string", "chat-specific latent, any latent, mean difference, or linear probe"),
+    Column("latent", "int32", "the winning latent; -1 for a direction that is no latent or where there is none"),
+    *interval_columns("auroc", "area under the ROC curve on held-out dialogues; 0.5 = chance, 1 = perfect"),
+    Column("num_positive_rows", "int64", "scored tokens or turns that carry the label"),
+    Column("num_rows", "int64", "tokens or turns scored"),
 )
 
 

@@ -257,11 +257,15 @@ def _compared(name: str, value: float, limit: float, is_two_sided: bool) -> str:
 
 
 def with_calls_withheld(table: pd.DataFrame, reason: str) -> pd.DataFrame:
-    """The latent table where the models cannot be told apart: whatever the rule calls chat-specific is withheld."""
-    table, is_withheld = table.copy(), table["verdict"] == Verdict.CHAT_SPECIFIC
-    table.loc[is_withheld, "verdict"] = Verdict.WITHHELD
-    table.loc[is_withheld, "is_confident"] = False
-    table.loc[is_withheld, "reason"] = reason
+    """The latent table where the models cannot be told apart: no latent may say that they differ.
+
+    What the rule calls chat-specific is withheld; what it calls base-only, rotated or stronger in chat becomes other.
+    """
+    table, is_specific = table.copy(), table["verdict"] == Verdict.CHAT_SPECIFIC
+    is_difference = table["verdict"].isin([Verdict.BASE_ONLY, Verdict.ROTATED, Verdict.STRONGER])
+    table.loc[is_specific, "verdict"] = Verdict.WITHHELD
+    table.loc[is_difference, "verdict"] = Verdict.OTHER
+    table.loc[is_specific | is_difference, ["is_confident", "grounds", "reason"]] = (False, Grounds.NONE, reason)
     return table
 
 

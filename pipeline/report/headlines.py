@@ -161,10 +161,13 @@ def _planted_sentences(crosscoder: CrosscoderReport) -> list[str]:
     rows = planted_rows(crosscoder.planted)
     if not rows:
         return []
-    found = sum(row.specific.exists and row.specific.auroc >= GOOD_AUROC for row in rows)
+    found, decided = (
+        sum(score.exists and score.auroc >= GOOD_AUROC for score in scores)
+        for scores in ([row.specific for row in rows], [row.deciding for row in rows])
+    )
     return [
         f"A chat-specific latent finds {found} of {fmt.plural(len(rows), 'planted behaviour')} on held-out rows "
-        f"(AUROC of {GOOD_AUROC:g} or more)."
+        f"(AUROC of {GOOD_AUROC:g} or more), and {decided} at the token that decides the answer."
     ]
 
 

@@ -14,11 +14,12 @@ from pipeline.analyses.controls import is_replicated, num_seeds_finding
 from pipeline.analyses.verdict import verdict_counts
 from pipeline.numerics.proportions import Interval, wilson_interval
 from pipeline.report.data import CrosscoderReport
-from pipeline.schema import CHAT, MODEL_NAMES, Verdict
+from pipeline.schema import CHAT, MODEL_NAMES, Scoring, Verdict
 
 CANDIDATE_SPECIFIC = "chat-specific latent"
 CANDIDATE_ANY = "any latent"
 CANDIDATE_MEAN_DIFFERENCE = "mean difference"
+CANDIDATE_PROBE = "linear probe"
 """Values of schema.PLANTED_COLUMNS' candidate."""
 
 CONTROL_LATENT = "latent"
@@ -300,12 +301,18 @@ NO_SCORE = PlantedScore(latent=-1, auroc=math.nan, low=math.nan, high=math.nan)
 
 
 class PlantedRow(NamedTuple):
-    """One planted behaviour under one crosscoder."""
+    """One planted behaviour under one crosscoder; scores of tokens, unless said otherwise."""
 
     behavior: str
     specific: PlantedScore
     any_latent: PlantedScore
     mean_difference: PlantedScore
+    deciding: PlantedScore
+    """The best chat-specific latent at the token that decides an answer."""
+    turn: PlantedScore
+    """The best chat-specific latent by its maximum over an answer."""
+    probe: PlantedScore
+    """A linear probe of the chat model at the deciding token: about what a latent could reach."""
     num_positive_rows: int
     num_rows: int
 
@@ -317,7 +324,7 @@ def planted_rows(planted: pd.DataFrame | None) -> list[PlantedRow]:
     result = []
     for behavior, rows in planted.groupby("behavior", sort=False):
         scores = {
-            str(row["candidate"]): PlantedScore(
+            (str(row["scoring"]), str(row["candidate"])): PlantedScore(
                 latent=int(row["latent"]),
                 auroc=float(row["auroc"]),
                 low=float(row["auroc_low"]),
@@ -325,14 +332,18 @@ def planted_rows(planted: pd.DataFrame | None) -> list[PlantedRow]:
             )
             for row in rows.to_dict("records")
         }
+        tokens = rows[rows["scoring"] == Scoring.TOKEN]
         result.append(
             PlantedRow(
                 behavior=str(behavior),
-                specific=scores.get(CANDIDATE_SPECIFIC, NO_SCORE),
-                any_latent=scores.get(CANDIDATE_ANY, NO_SCORE),
-                mean_difference=scores.get(CANDIDATE_MEAN_DIFFERENCE, NO_SCORE),
-                num_positive_rows=int(rows["num_positive_rows"].max()),
-                num_rows=int(rows["num_rows"].max()),
+                specific=scores.get((Scoring.TOKEN, CANDIDATE_SPECIFIC), NO_SCORE),
+                any_latent=scores.get((Scoring.TOKEN, CANDIDATE_ANY), NO_SCORE),
+                mean_difference=scores.get((Scoring.TOKEN, CANDIDATE_MEAN_DIFFERENCE), NO_SCORE),
+                deciding=scores.get((Scoring.DECIDING, CANDIDATE_SPECIFIC), NO_SCORE),
+                turn=scores.get((Scoring.TURN, CANDIDATE_SPECIFIC), NO_SCORE),
+                probe=scores.get((Scoring.DECIDING, CANDIDATE_PROBE), NO_SCORE),
+                num_positive_rows=int(tokens["num_positive_rows"].max()),
+                num_rows=int(tokens["num_rows"].max()),
             )
         )
     return result

@@ -204,7 +204,7 @@ class PlantedInputs(AnalysisInputs):
     """Latents scored by planted labels."""
 
     NAME = "planted"
-    VERSION = 5
+    VERSION = 6
     READS = (*_ANALYSIS_READS, "tokens")
     section: PlantedSection
 
@@ -251,7 +251,7 @@ class SteeringInputs(AnalysisInputs):
     """Answers under steering."""
 
     NAME = "steering"
-    VERSION = 3
+    VERSION = 4
     READS = (*_ANALYSIS_READS, "tokens", "organism", "planted")
     section: SteeringSection
     planted: Step[PlantedInputs] | None

@@ -48,6 +48,7 @@ class PlantedWork:
         self._started = time.monotonic()
         section = self.step.inputs.section
         self._planted = Planted(
+            activation_dim=self._mean_difference.activation_dim,
             num_latents=self.context.record_of(self.step.inputs.crosscoder).counts["num_latents"],
             labels=self._labels,
             chat_corpora=self._dialogues,
@@ -62,5 +63,5 @@ class PlantedWork:
         latents = read_latents(self.context.storage, self.step.inputs.latents)
         table = self._planted.table(sums["planted"], latents_with(latents, [Verdict.CHAT_SPECIFIC]))
         write_frame(self.context.storage, f"{self.step.folder}/{PLANTED_NAME}", table, PLANTED_SCHEMA)
-        counts = {"auroc": numbers_of(table, "auroc", by=("behavior", "candidate"))}
+        counts = {"auroc": numbers_of(table, "auroc", by=("behavior", "scoring", "candidate"))}
         self.context.finish(self.step, counts, time.monotonic() - self._started)

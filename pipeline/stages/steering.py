@@ -139,6 +139,7 @@ def _chosen(
             f"its own best latent, got {unknown[0]!r}; set analyses.steering.latents or num_latents for other prompts"
         )
     best = planted[(planted["candidate"] == CHAT_SPECIFIC_LATENT) & (planted["latent"] >= 0)]
+    best = best.sort_values("auroc", ascending=False, kind="stable").drop_duplicates("behavior")  # of all scorings
     return {
         prompts.behavior: tuple(int(latent) for latent in best.loc[best["behavior"] == prompts.behavior, "latent"])
         for prompts in behaviors

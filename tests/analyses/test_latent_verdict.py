@@ -10,7 +10,14 @@ from pipeline.analyses.ownership import classify, ownership_table
 from pipeline.analyses.rows import analyse, row_batch
 from pipeline.analyses.twins import Twins
 from pipeline.analyses.units import judged_decoder
-from pipeline.analyses.verdict import Limits, artifact_frac, latent_table, verdict_counts, with_twins
+from pipeline.analyses.verdict import (
+    Limits,
+    artifact_frac,
+    latent_table,
+    verdict_counts,
+    with_calls_withheld,
+    with_twins,
+)
 from pipeline.errors import InputError
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.schema import BETA_COLUMNS, LATENT_COLUMNS, Grounds, Ownership, Verdict
@@ -372,3 +379,17 @@ def test_a_copy_with_a_rotated_residual_stream_holds_nothing_new() -> None:
     table = latent_table(ownership_table(judged_decoder(crosscoder)), tables["scaling"], tables["templates"])
     assert table["verdict"].tolist() == [Verdict.ROTATED] * 4 + [Verdict.DEAD] * 2
     assert table["delta_direction"].tolist()[:4] == pytest.approx([1.0] * 4, abs=1e-6)
+
+
+def test_no_latent_says_that_models_differ_which_cannot_be_told_apart() -> None:
+    difference = [Verdict.CHAT_SPECIFIC, Verdict.STRONGER, Verdict.ROTATED, Verdict.BASE_ONLY]
+    verdicts = [*difference, Verdict.SHRINKAGE, Verdict.SHARED, Verdict.UNDECIDED, Verdict.DEAD]
+    table = pd.DataFrame(
+        {"verdict": verdicts, "is_confident": True, "grounds": Grounds.EVIDENCE_ALONE, "reason": "own"}
+    )
+    withheld = with_calls_withheld(table, "they are equal")
+    assert withheld["verdict"].tolist() == [Verdict.WITHHELD, *[Verdict.OTHER] * 3, *verdicts[4:]]
+    assert withheld["is_confident"].tolist() == [False] * 4 + [True] * 4
+    assert withheld["grounds"].tolist() == [Grounds.NONE] * 4 + [Grounds.EVIDENCE_ALONE] * 4
+    assert withheld["reason"].tolist() == ["they are equal"] * 4 + ["own"] * 4
+    assert table["verdict"].tolist() == verdicts

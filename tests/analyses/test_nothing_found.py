@@ -37,7 +37,9 @@ def test_a_pair_without_a_difference_gives_shared_and_dead_latents_and_no_number
         "twins": Twins(W_dec_FMD=crosscoder.W_dec_FMD),
         "examples": Examples(num_latents=12, num_contexts=2, corpora=("web", "chat")),
         "mean_difference": MeanDifference(activation_dim=6, chat_corpora=(1,), first_tokens=4),
-        "planted": Planted(num_latents=12, labels=("a", "b"), chat_corpora=(1,), mean_difference_D=torch.zeros(6)),
+        "planted": Planted(
+            activation_dim=6, num_latents=12, labels=("a", "b"), chat_corpora=(1,), mean_difference_D=torch.zeros(6)
+        ),
     }
     sums = analyse(analyses, world.batches())
     tables = {name: analyses[name].table(sums[name]) for name in ("fidelity", "scaling", "templates", "twins")}

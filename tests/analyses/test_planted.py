@@ -1,19 +1,22 @@
 from collections.abc import Callable
 
+import pandas as pd
 import pytest
 import torch
 
 from pipeline.analyses.planted import (
     ANY_LATENT,
     CHAT_SPECIFIC_LATENT,
+    LINEAR_PROBE,
     MEAN_DIFFERENCE,
     MeanDifference,
     Planted,
     is_selection_half,
 )
+from pipeline.analyses.planted_scoring import NO_ANSWER, answer_numbers, probe_scores, units_of
 from pipeline.analyses.rows import RowBatch, analyse
 from pipeline.errors import InputError
-from pipeline.schema import PLANTED_COLUMNS, PLANTED_SHIFT, Flag
+from pipeline.schema import PLANTED_COLUMNS, PLANTED_SHIFT, Flag, Scoring
 
 LABELS = ("refusal", "correction")
 
@@ -36,11 +39,12 @@ def _dialogues(batch_of: Callable, *, num_documents: int = 80, length: int = 10)
 
 
 def _planted(**options: object) -> Planted:
-    return Planted(num_latents=3, labels=LABELS, chat_corpora=(1,), num_resamples=200, **options)  # type: ignore[arg-type]
+    return Planted(activation_dim=4, num_latents=3, labels=LABELS, chat_corpora=(1,), num_resamples=200, **options)  # type: ignore[arg-type]
 
 
-def _row(table: object, behavior: str, candidate: str) -> dict[str, float]:
-    chosen = table[(table["behavior"] == behavior) & (table["candidate"] == candidate)]  # type: ignore[index]
+def _row(table: pd.DataFrame, behavior: str, candidate: str, scoring: str = Scoring.TOKEN) -> dict[str, float]:
+    is_asked = (table["behavior"] == behavior) & (table["candidate"] == candidate) & (table["scoring"] == scoring)
+    chosen = table[is_asked]
     assert len(chosen) == 1
     return chosen.iloc[0].to_dict()
 
@@ -52,7 +56,7 @@ def test_the_exact_latent_wins_and_the_baseline_is_scored_beside_it(batch_of: Ca
     planted = _planted(mean_difference_D=direction)
     table = planted.table(analyse({"p": planted}, [batch])["p"], chat_specific=[2, 0])
     assert list(table.columns) == [column.name for column in PLANTED_COLUMNS]
-    assert len(table) == 6
+    assert len(table) == 2 * (3 * 3 + 1)
     best = _row(table, "refusal", ANY_LATENT)
     assert (best["latent"], best["auroc"], best["auroc_high"]) == (1, 1.0, 1.0)
     assert 0.8 < best["auroc_low"] < 1  # an interval never collapses
@@ -137,8 +141,103 @@ def test_bad_input_is_refused(batch_of: Callable) -> None:
     with pytest.raises(InputError, match="width 5, got 4"):
         wide.update(wide.start(), batch)
     with pytest.raises(InputError, match="got 0"):
-        Planted(num_latents=3, labels=(), chat_corpora=(1,))
+        Planted(activation_dim=4, num_latents=3, labels=(), chat_corpora=(1,))
     with pytest.raises(InputError, match=r"got \[\]"):
         MeanDifference(activation_dim=4, chat_corpora=(), first_tokens=3)
     with pytest.raises(InputError, match="got 0"):
         MeanDifference(activation_dim=4, chat_corpora=(1,), first_tokens=0)
+
+
+def test_answers_are_runs_of_assistant_rows_and_the_row_before_them() -> None:
+    """Document 1: two answers of one dialogue; document 2 begins with its answer, so nothing decides it."""
+    doc_id = torch.tensor([1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 3])
+    is_assistant = torch.tensor([0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 0])
+    number, is_answer = answer_numbers(doc_id, torch.where(is_assistant.bool(), int(Flag.ASSISTANT), int(Flag.USER)))
+    none = NO_ANSWER
+    assert number.tolist() == [none, 0, 0, 0, 1, 1, 1, 2, none, none, none]
+    assert is_answer.tolist() == is_assistant.bool().tolist()
+
+
+def _decided(batch_of: Callable, *, num_documents: int = 200, length: int = 8) -> tuple[RowBatch, torch.Tensor]:
+    """Dialogues with two answers each; latent 1 fires at the deciding token of labelled answers, latent 0 everywhere.
+
+    Every row of a labelled answer carries the label, and no activation within it tells.
+    """
+    generator = torch.Generator().manual_seed(3)
+    doc_id = torch.arange(num_documents).repeat_interleave(length)
+    place = torch.arange(length).repeat(num_documents)
+    is_answer = (place % 4) >= 2
+    labelled = torch.rand(num_documents, 2, generator=generator) > 0.6
+    has_label = labelled[doc_id, place // 4]
+    decides = (place % 4) == 1
+    flags = torch.where(is_answer, int(Flag.ASSISTANT), int(Flag.TEMPLATE)) | (has_label & is_answer) * (
+        1 << PLANTED_SHIFT
+    )
+    code = torch.rand(len(doc_id), 3, generator=generator)
+    code[:, 1] = (decides & has_label) * 0.5
+    x = torch.randn(len(doc_id), 2, 4, generator=generator)
+    x[:, 1, 2] += 4.0 * (decides & has_label)
+    batch = batch_of(code, doc_id, flags=flags.int(), position=place, x=x, corpus=torch.ones(len(doc_id)).int())
+    return batch, labelled
+
+
+def test_a_decision_is_found_where_it_is_made_and_not_in_every_token(batch_of: Callable) -> None:
+    batch, labelled = _decided(batch_of)
+    planted = _planted(mean_difference_D=torch.tensor([0.0, 0, 1, 0]))
+    table = planted.table(analyse({"p": planted}, [batch])["p"], chat_specific=[1])
+    auroc = {scoring: _row(table, "refusal", CHAT_SPECIFIC_LATENT, scoring)["auroc"] for scoring in Scoring.ALL}
+    assert auroc[Scoring.TOKEN] < 0.6
+    assert auroc[Scoring.DECIDING] == auroc[Scoring.TURN] == 1.0
+    scored = ~is_selection_half(torch.arange(len(labelled)))
+    for scoring in (Scoring.DECIDING, Scoring.TURN):
+        row = _row(table, "refusal", CHAT_SPECIFIC_LATENT, scoring)
+        assert (row["num_rows"], row["num_positive_rows"]) == (2 * int(scored.sum()), int(labelled[scored].sum()))
+    assert _row(table, "refusal", MEAN_DIFFERENCE, Scoring.DECIDING)["auroc"] > 0.9
+    assert 0.9 < _row(table, "refusal", LINEAR_PROBE, Scoring.DECIDING)["auroc"] <= 1
+
+
+def test_parts_of_documents_merge_to_the_table_of_the_whole(batch_of: Callable) -> None:
+    batch, _ = _decided(batch_of, num_documents=60)
+    planted = _planted(mean_difference_D=torch.ones(4))
+    whole = analyse({"p": planted}, [batch])["p"]
+    parts = [
+        batch_of(
+            batch.codes.to_dense()[rows],
+            batch.doc_id_B[rows],
+            flags=batch.flags_B[rows],
+            position=batch.position_B[rows],
+            x=batch.x_BMD[rows],
+            corpus=batch.corpus_B[rows],
+        )
+        for rows in (slice(0, 160), slice(160, 480))
+    ]
+    merged = planted.merge(*(analyse({"p": planted}, [part])["p"] for part in parts))
+    pd.testing.assert_frame_equal(planted.table(merged, [1]), planted.table(whole, [1]))
+
+
+def test_an_answer_is_scored_by_the_largest_of_its_rows(batch_of: Callable) -> None:
+    """Against a loop over answers."""
+    batch, _ = _decided(batch_of, num_documents=20)
+    planted = _planted(mean_difference_D=torch.tensor([1.0, -2, 0, 0.5]))
+    sums = analyse({"p": planted}, [batch])["p"]
+    units = units_of(sums, Scoring.TURN, num_labels=2, num_latents=3)
+    number, _ = answer_numbers(batch.doc_id_B, batch.flags_B)
+    code, found = batch.codes.to_dense(), torch.zeros(len(units.doc_id_U), 3)
+    found[units.pair_unit_P, units.pair_latent_P] = units.pair_value_P
+    for answer in range(40):
+        rows = number == answer
+        torch.testing.assert_close(found[answer], code[rows].max(0).values)
+        assert (
+            units.score_U[answer] == sums["score"][rows].max() and units.negated_U[answer] == -sums["score"][rows].min()
+        )
+        assert (units.doc_id_U[answer] == batch.doc_id_B[rows]).all()
+
+
+def test_a_probe_needs_both_classes_to_be_fitted() -> None:
+    x = torch.randn(30, 50, generator=torch.Generator().manual_seed(0))
+    positive, chooses = torch.arange(30) % 3 == 0, torch.arange(30) < 15
+    x[positive, 7] += 20
+    scores = probe_scores(x, positive, chooses)  # fewer units than dimensions
+    assert scores is not None and scores[positive].min() > scores[~positive].max()
+    assert probe_scores(x, torch.zeros(30, dtype=torch.bool), chooses) is None
+    assert probe_scores(x, positive, torch.zeros(30, dtype=torch.bool)) is None

@@ -36,6 +36,7 @@ def _all_analyses(crosscoder: object) -> dict[str, RowAnalysis]:
         "templates": ActivationStatistics(num_latents=num_latents, corpora=corpora),
         "examples": Examples(num_latents=num_latents, num_contexts=3, num_sampled=4, corpora=corpora),
         "planted": Planted(
+            activation_dim=activation_dim,
             num_latents=num_latents,
             labels=("a", "b"),
             chat_corpora=(1,),

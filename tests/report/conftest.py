@@ -247,7 +247,10 @@ def planted_table(latents: list[int], quality: float) -> pd.DataFrame:
             ("any latent", latent + 3, min(best + 0.01, 0.999)),
             ("mean difference", -1, 0.78 - 0.04 * index),
         ):
-            rows.append((behavior, candidate, name, auroc, auroc - 0.012, min(auroc + 0.011, 1.0), 812, 30_124))
+            for scoring, counts in (("token", (812, 30_124)), ("deciding token", (90, 420)), ("turn", (90, 420))):
+                interval = (auroc, auroc - 0.012, min(auroc + 0.011, 1.0))
+                rows.append((behavior, scoring, candidate, name, *interval, *counts))
+        rows.append((behavior, "deciding token", "linear probe", -1, 0.99, 0.98, 0.995, 90, 420))
     return table_of(rows, schema.PLANTED_COLUMNS)
 
 

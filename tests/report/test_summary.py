@@ -128,7 +128,9 @@ def test_verdict_text_holds_counts_shares_scores_and_effects(report: ReportData)
         shrunk = counts.by_verdict[Verdict.SHRINKAGE]
         assert f"{shrunk} ({100 * shrunk / counts.num_chat_only:.0f}%)" in text
     assert "0.872 / 0.879" in text
-    assert re.search(r"refusal_harm +batchtopk +\d+ +0\.98 \[0\.97, 1\.00\] +\d+% -> \d+% \(random \d+%\)", text)
+    assert re.search(
+        r"refusal_harm +batchtopk +\d+ +0\.98 \[0\.97, 1\.00\] +0\.98 +0\.98 +\d+% -> \d+% \(random \d+%\)", text
+    )
     assert text.isascii()
     assert max(len(line) for line in lines) <= 100
     assert not any(line.endswith(" ") for line in lines)

@@ -14,7 +14,7 @@ from pipeline.report.charts import causality, ownership, places, scaling, scores
 from pipeline.report.charts.style import Chart, spec_of
 from pipeline.report.data import ReportData
 from pipeline.report.summary import CANDIDATE_SPECIFIC, EVIDENCE_ORDER, anchor, chat_only_rows, corpora_of
-from pipeline.schema import Verdict
+from pipeline.schema import Scoring, Verdict
 
 CURVES = (
     ("loss", "Training loss", {"loss": ""}, "loss per row"),
@@ -99,6 +99,7 @@ def _cards(place: int, table: pd.DataFrame) -> "pd.Series[str]":
 
 def _planted(data: ReportData, names: Sequence[str]) -> Iterator[Figure]:
     table = _stacked(data, "planted")
+    table = table if table.empty else table[table["scoring"] == Scoring.TOKEN].reset_index(drop=True)
     if table.empty or table["auroc"].isna().all():
         return
     table["behavior"] = [fmt.visible(fmt.words(name)) for name in table["behavior"]]
