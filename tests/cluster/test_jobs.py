@@ -98,6 +98,7 @@ def test_a_wrong_address_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.rare
+@pytest.mark.timeout(1500)
 def test_a_run_as_a_job_gives_the_local_verdict_from_the_object_store(
     finished: Finished,
     services: dict[str, str],

@@ -34,11 +34,6 @@ def begun(nodes: Nodes, folder: Path, **changes: Any) -> tuple[Path, subprocess.
     return root, start(path, RAY_AUTH_MODE="disabled")
 
 
-def finish(process: subprocess.Popen[str]) -> None:
-    _, errors = process.communicate(timeout=500)
-    assert process.returncode == 0, errors[-3000:]
-
-
 @pytest.mark.parametrize(
     ("pattern", "title"),
     [("activations/*/*.safetensors.json", "MapWorker"), ("training/*/step-000000020/state.pt", "RayTrainWorker")],
@@ -59,12 +54,8 @@ def test_a_node_lost_at_work_changes_nothing(
     expected = {name: sums["model.safetensors"] for name, sums in checksums(finished.root, "crosscoder").items()}
     assert weights and weights.items() <= expected.items()
     assert_same(root, finished.root, "activations")
-    if title == "RayTrainWorker":
-        process.kill()
-        process.wait()
-        return
-    finish(process)
-    assert_same(root, finished.root, "latents", "examples", "planted", "causality")
+    process.kill()
+    process.wait()
 
 
 def test_training_goes_on_with_the_ranks_that_are_left(nodes: Nodes, finished: Finished, tmp_path: Path) -> None:
