@@ -406,6 +406,14 @@ CONTROL_COLUMNS = (
     Column("note", "string", "the numbers behind it, as a sentence"),
 )
 
+EQUIVALENCE_COLUMNS = (
+    Column("latent", "int32", "index in the dictionary"),
+    Column("verdict", "string", "its verdict"),
+    *interval_columns("agreement", "cosine of the effects of d^chat and d^base on the chat model's next tokens"),
+    Column("num_conversations", "int64", "conversations in which it was tried and had an effect"),
+)
+
+
 SEED_COLUMNS = (
     Column("other", "string", "name of the crosscoder that differs in its seed alone"),
     Column("latent", "int32", "a chat-specific latent of this crosscoder"),

@@ -129,7 +129,7 @@ class Causality:
                 "expected validation dialogues with assistant turns for the causality analysis, got 0; add a chat "
                 "corpus or turn the analysis off"
             )
-        per_conversation = _by_conversation(sums)
+        per_conversation = by_conversation(sums)
         return causal_tables(
             self.interventions, per_conversation, num_latents=self.num_latents, bootstrap=bootstrap or Bootstrap()
         )
@@ -146,7 +146,7 @@ class Causality:
             yield _with_leading_chat(stream_ND, x_NMD, batch.is_leading_N.to(device))
 
 
-def _by_conversation(sums: Sums) -> Sums:
+def by_conversation(sums: Sums) -> Sums:
     """The sums added up over the documents of each conversation."""
     conversation_G, place_G = torch.unique(conversation_of(sums["doc_id_G"]), return_inverse=True)
     added = {
@@ -222,7 +222,7 @@ def kl_to_chat(batch: CausalityBatch, streams_ND: Iterator[Tensor]) -> list[Tens
 
     All hidden states are computed first, so that the chat model's own log-probabilities are computed once a chunk.
     """
-    hidden = [_predicting_hidden(batch, CHAT, stream_ND) for stream_ND in streams_ND]
+    hidden = [predicting_hidden(batch, CHAT, stream_ND) for stream_ND in streams_ND]
     return _kl_of_hidden(batch, hidden, model=CHAT)
 
 
@@ -273,7 +273,7 @@ def _prepare(
         reference_PD=torch.empty(0),
         shared_kl_P={},
     )
-    batch = batch._replace(reference_PD=_predicting_hidden(batch, CHAT, batch.x_NMD[:, CHAT]))
+    batch = batch._replace(reference_PD=predicting_hidden(batch, CHAT, batch.x_NMD[:, CHAT]))
     flags_N = torch.from_numpy(np.concatenate([one.flags for one in dialogues])).to(device)
     inputs = SharedInputs(
         batch.x_NMD,
@@ -290,17 +290,51 @@ def _shared_kl(batch: CausalityBatch, inputs: SharedInputs) -> dict[Kind, Tensor
     edits = [item.kind for item in shared if item.kind != "base"]
     streams = (_with_leading_chat(shared_stream(kind, inputs), inputs.x_NMD, batch.is_leading_N) for kind in edits)
     kl = dict[Kind, Tensor](zip(edits, kl_to_chat(batch, streams), strict=True))
-    base_hidden = _predicting_hidden(batch, BASE, batch.x_NMD[:, BASE])
+    base_hidden = predicting_hidden(batch, BASE, batch.x_NMD[:, BASE])
     return kl | {"base": _kl_of_hidden(batch, [base_hidden], model=BASE)[0]}
 
 
-def _predicting_hidden(batch: CausalityBatch, model: int, stream_ND: Tensor) -> Tensor:
+def predicting_hidden(batch: CausalityBatch, model: int, stream_ND: Tensor) -> Tensor:
     """hidden_PD of one model's upper half continued from a stream given at the tokens; padding is 0."""
     size_B, width_T = batch.mask_BT.shape
     h_BTD = torch.zeros(size_B * width_T, stream_ND.shape[1], dtype=batch.dtype, device=batch.token_N.device)
     h_BTD[batch.token_N] = stream_ND.to(h_BTD.device, batch.dtype)
     hidden_BTD = batch.pair.upper(model, h_BTD.view(size_B, width_T, -1), batch.mask_BT)
     return hidden_BTD.flatten(0, 1).to(batch.predicting_P.device)[batch.predicting_P]
+
+
+def documents_of(batch: CausalityBatch, chosen_B: Tensor) -> tuple[CausalityBatch, Tensor]:
+    """Some documents of a batch (ascending places) as a batch of their own, and which tokens it holds, bool [N].
+
+    KL of shared interventions is not carried over.
+    """
+    width = batch.mask_BT.shape[1]
+    place_B = torch.full((len(batch.doc_id_B),), -1, device=chosen_B.device)
+    place_B[chosen_B] = torch.arange(len(chosen_B), device=chosen_B.device)
+    kept_N, kept_P = place_B[batch.token_N // width] >= 0, place_B[batch.document_P] >= 0
+
+    def moved(token: Tensor) -> Tensor:
+        return place_B[token // width] * width + token % width
+
+    part = batch._replace(
+        mask_BT=batch.mask_BT[chosen_B.to(batch.mask_BT.device)],
+        token_N=moved(batch.token_N[kept_N]),
+        x_NMD=batch.x_NMD[kept_N],
+        has_codes_N=batch.has_codes_N[kept_N],
+        is_leading_N=batch.is_leading_N[kept_N],
+        predicting_P=moved(batch.predicting_P[kept_P]),
+        document_P=place_B[batch.document_P[kept_P]],
+        in_set_PS=batch.in_set_PS[kept_P],
+        doc_id_B=batch.doc_id_B[chosen_B.cpu()],
+        reference_PD=batch.reference_PD[kept_P.to(batch.reference_PD.device)],
+        shared_kl_P={},
+    )
+    return part, kept_N
+
+
+def log_probabilities(batch: CausalityBatch, hidden_PD: Tensor) -> Tensor:
+    """log p_PV of the chat model's next tokens; call it on chunks of positions."""
+    return _log_softmax(batch.pair.head(CHAT, hidden_PD))
 
 
 def without_name(intervention: Intervention) -> Intervention:

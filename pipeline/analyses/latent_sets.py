@@ -68,6 +68,18 @@ def causality_latents(latents: pd.DataFrame, *, num_latents: int | None = None, 
     return pd.concat([chosen, others.head(max(0, min_latents - len(chosen)))])
 
 
+def equivalence_latents(latents: pd.DataFrame, *, num_each: int, seed: int) -> tuple[int, ...]:
+    """The num_each most chat-specific latents, and as many shared ones drawn at random of those that fire often enough.
+
+    A latent that fires on one row of a thousand or less is hardly met in a few dialogues; where all do, any is drawn.
+    """
+    shared = latents[latents["verdict"] == Verdict.SHARED]
+    frequent = shared[shared["frequency"] > 1e-3]
+    pool = frequent if len(frequent) else shared
+    drawn = pool.sample(min(num_each, len(pool)), random_state=seed)["latent"].sort_values()
+    return (*most_specific_latents(latents, num_each), *(int(latent) for latent in drawn))
+
+
 def rank_by_nu(chosen: pd.DataFrame) -> np.ndarray:
     """Latents from most to least chat-specific: rank(nu_eps) + rank(nu_r), low is best; ties by index."""
     return _ordered(chosen, chosen["nu_eps"].rank().to_numpy() + chosen["nu_r"].rank().to_numpy())

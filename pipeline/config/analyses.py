@@ -111,6 +111,10 @@ class CausalitySection(Section):
     """Fill a chat-only set that is smaller than this with the latents of next highest Delta_norm. 0 never fills."""
     num_random_orders: NonNegativeInt = 1
     """Random orders in which the curve adds latents, as a control beside the order of evidence."""
+    num_equivalence_latents: NonNegativeInt = 16
+    """Causal equivalence of this many chat-specific latents and as many shared ones: whether adding d^base does to the
+    chat model's next tokens what adding d^chat does. Each takes two forward passes over a few dialogues. 0 turns it
+    off."""
     tokens_per_batch: PositiveInt = 4096
     """Tokens in one forward pass, padding included. Raising it needs more memory."""
     num_resamples: Annotated[int, Field(ge=100)] = 1000

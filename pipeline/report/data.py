@@ -77,6 +77,7 @@ class CrosscoderReport:
     causality: pd.DataFrame | None = None
     causality_differences: pd.DataFrame | None = None
     causality_curve: pd.DataFrame | None = None
+    equivalence: pd.DataFrame | None = None
     controls: pd.DataFrame | None = None
     seeds: pd.DataFrame | None = None
     steering: pd.DataFrame | None = None
@@ -133,6 +134,7 @@ _REQUIRED = {
     "causality": tuple(column.name for column in schema.CAUSALITY_COLUMNS),
     "causality_differences": tuple(column.name for column in schema.CAUSALITY_DIFFERENCE_COLUMNS),
     "causality_curve": tuple(column.name for column in schema.CAUSALITY_CURVE_COLUMNS),
+    "equivalence": tuple(column.name for column in schema.EQUIVALENCE_COLUMNS),
     "controls": tuple(column.name for column in schema.CONTROL_COLUMNS),
     "seeds": tuple(column.name for column in schema.SEED_COLUMNS),
     "steering": tuple(column.name for column in schema.STEERING_COLUMNS),

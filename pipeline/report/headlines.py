@@ -11,9 +11,11 @@ import pandas as pd
 from pipeline.report import formatting as fmt
 from pipeline.report.data import CrosscoderReport, ReportData
 from pipeline.report.summary import (
+    AGREES,
     VerdictSummary,
     causal_summary,
     difference_of,
+    equivalents,
     planted_rows,
     steering_effects,
     verdict_summary,
@@ -105,7 +107,12 @@ def control_sentences(controls: pd.DataFrame | None) -> list[str]:
 
 def does_sentences(crosscoder: CrosscoderReport) -> list[str]:
     """What the latents find, what adding them causes, and how much of the KL they carry; only what was measured."""
-    return [*_planted_sentences(crosscoder), *_steering_sentences(crosscoder), *_causal_sentences(crosscoder)]
+    return [
+        *_planted_sentences(crosscoder),
+        *_steering_sentences(crosscoder),
+        *_causal_sentences(crosscoder),
+        *_equivalence_sentences(crosscoder),
+    ]
 
 
 def _new_in_chat(counts: VerdictSummary) -> tuple[str, str, str]:
@@ -212,6 +219,16 @@ def _causal_sentences(crosscoder: CrosscoderReport) -> list[str]:
             sentence += f" ({found} by the paired difference, {fmt.decimal(paired.value)} "
             sentence += f"{fmt.interval(paired.low, paired.high)})"
     return [sentence + "."]
+
+
+def _equivalence_sentences(crosscoder: CrosscoderReport) -> list[str]:
+    found = [f"{one.num_agreeing} of {one.num_measured} {one.verdict}" for one in equivalents(crosscoder.equivalence)]
+    if not found:
+        return []
+    return [
+        f"Adding d^base does to the chat model's next tokens what adding d^chat does for {' and '.join(found)} latents "
+        f"(agreement of at least {AGREES:g} over its interval)."
+    ]
 
 
 def _explanation_sentences(crosscoder: CrosscoderReport) -> list[str]:

@@ -156,6 +156,29 @@ def causal_summary(causality: pd.DataFrame | None, positions: str = "all") -> Ca
     return CausalSummary(positions=positions, kl_none=kl["none"], kl_all=kl["all"])
 
 
+AGREES = 0.8
+"""Two rows do the same where the whole interval of their agreement is at least this."""
+
+
+class Equivalents(NamedTuple):
+    """How many latents of one verdict do the same to the chat model along either model's row."""
+
+    verdict: str
+    num_agreeing: int
+    num_measured: int
+
+
+def equivalents(equivalence: pd.DataFrame | None) -> list[Equivalents]:
+    """By verdict, those with a measured agreement; empty where nothing was measured."""
+    if equivalence is None:
+        return []
+    measured = equivalence[equivalence["agreement"].notna()]
+    return [
+        Equivalents(str(verdict), int((rows["agreement_low"] >= AGREES).sum()), len(rows))
+        for verdict, rows in measured.groupby("verdict", sort=False)
+    ]
+
+
 class Difference(NamedTuple):
     """By how much one intervention leaves more KL than another, paired on the same tokens."""
 

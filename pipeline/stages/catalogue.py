@@ -234,7 +234,7 @@ class CausalityInputs(AnalysisInputs):
     """KL of interventions."""
 
     NAME = "causality"
-    VERSION = 3
+    VERSION = 4
     READS = (*_ANALYSIS_READS, "tokens", "organism")
     section: CausalitySection
     loading: Loading

@@ -10,13 +10,15 @@ from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import torch
 
 from pipeline.analyses.causal_tables import Bootstrap
-from pipeline.analyses.causality import Causality, causality_batches
+from pipeline.analyses.causality import Causality, CausalityBatch, Sums, causality_batches
+from pipeline.analyses.equivalence import Equivalence, with_verdicts
 from pipeline.analyses.interventions import Intervention, plan_curve, plan_interventions
-from pipeline.analyses.latent_sets import causality_latents
+from pipeline.analyses.latent_sets import causality_latents, equivalence_latents
 from pipeline.analyses.rows import sums_from_bytes, sums_to_bytes
 from pipeline.cluster.connect import worker_cpus
 from pipeline.cluster.pools import Pool, run_pool, run_task
@@ -28,6 +30,7 @@ from pipeline.schema import (
     CAUSALITY_CURVE_COLUMNS,
     CAUSALITY_DIFFERENCE_COLUMNS,
     CHAT,
+    EQUIVALENCE_COLUMNS,
     Split,
 )
 from pipeline.stages.catalogue import CausalityInputs
@@ -47,9 +50,11 @@ from pipeline.text.conversations import conversation_of
 TABLE_NAME = "causality.parquet"
 DIFFERENCES_NAME = "differences.parquet"
 CURVE_NAME = "curve.parquet"
+EQUIVALENCE_NAME = "equivalence.parquet"
 CAUSALITY_SCHEMA = arrow_schema(CAUSALITY_COLUMNS)
 DIFFERENCES_SCHEMA = arrow_schema(CAUSALITY_DIFFERENCE_COLUMNS)
 CURVE_SCHEMA = arrow_schema(CAUSALITY_CURVE_COLUMNS)
+EQUIVALENCE_SCHEMA = arrow_schema(EQUIVALENCE_COLUMNS)
 
 _MEAN_DIFFERENCE_ROWS = 200_000
 """Rows behind the mean difference: whole shards are read until there are as many."""
@@ -59,16 +64,46 @@ _DIALOGUES_PER_CALL = 16
 depend on the other dialogues of its batch."""
 
 
-Plans = Mapping[str, Sequence[Intervention]]
-"""The interventions of each crosscoder, by its folder."""
+class Plan(NamedTuple):
+    """What is measured of one crosscoder."""
+
+    interventions: tuple[Intervention, ...]
+    equivalence: tuple[int, ...]
+    """Latents whose causal equivalence is measured."""
+    rms_M: torch.Tensor
+    """Root mean square of each model's rows (analyses/units.py)."""
+
+
+Plans = Mapping[str, Plan]
+"""By the crosscoder's folder."""
+
+
+class Measures(NamedTuple):
+    """The two measures of one crosscoder."""
+
+    causality: Causality
+    equivalence: Equivalence
+
+    def start(self) -> tuple[Sums, Sums]:
+        """Empty sums of both."""
+        return self.causality.start(), self.equivalence.start()
+
+    def update(self, sums: tuple[Sums, Sums], batch: CausalityBatch) -> None:
+        """Adds a batch to both, in place."""
+        self.causality.update(sums[0], batch)
+        self.equivalence.update(sums[1], batch)
+
+    def merge(self, a: tuple[Sums, Sums], b: tuple[Sums, Sums]) -> tuple[Sums, Sums]:
+        """Both sums of both parts."""
+        return self.causality.merge(a[0], b[0]), self.equivalence.merge(a[1], b[1])
 
 
 class _DialogueSums(NamedTuple):
     """What one worker call has summed."""
 
     num_dialogues: int
-    packed: dict[str, bytes]
-    """Sums as bytes, by the crosscoder's folder."""
+    packed: dict[str, tuple[bytes, bytes]]
+    """Sums of both measures as bytes, by the crosscoder's folder."""
 
 
 def run(steps: Sequence[Step[CausalityInputs]], context: StageContext) -> None:
@@ -76,7 +111,7 @@ def run(steps: Sequence[Step[CausalityInputs]], context: StageContext) -> None:
     started = time.monotonic()
     # The steps of a run have one section, so they measure the same dialogues.
     first, storage = steps[0].inputs, context.storage
-    plans = {step.inputs.crosscoder.folder: _interventions(step.inputs, storage) for step in steps}
+    plans = {step.inputs.crosscoder.folder: _plan(step.inputs, storage) for step in steps}
     index = _dialogues(first, context)
     cpus = worker_cpus(context.resources.analyses.cpus)
     mean_difference_D = run_task(mean_difference, storage, first.activations.folder, num_cpus=cpus)
@@ -89,23 +124,37 @@ def run(steps: Sequence[Step[CausalityInputs]], context: StageContext) -> None:
     progress = Progress(CausalityInputs.NAME, index.num_rows, "dialogues")
     for result in context.follow(progress, measured, lambda result: result.num_dialogues):
         for folder, data in result.packed.items():
-            sums[folder] = measures[folder].merge(sums[folder], sums_from_bytes(data))
+            found = sums_from_bytes(data[0]), sums_from_bytes(data[1])
+            sums[folder] = measures[folder].merge(sums[folder], found)
     for step in steps:
         folder = step.inputs.crosscoder.folder
-        tables = measures[folder].tables(sums[folder], Bootstrap(first.section.num_resamples, first.section.seed))
+        bootstrap = Bootstrap(first.section.num_resamples, first.section.seed)
+        tables = measures[folder].causality.tables(sums[folder][0], bootstrap)
+        equivalence = with_verdicts(
+            measures[folder].equivalence.table(sums[folder][1], bootstrap), read_latents(storage, step.inputs.latents)
+        )
         write_frame(storage, f"{step.folder}/{TABLE_NAME}", tables.kl, CAUSALITY_SCHEMA)
         write_frame(storage, f"{step.folder}/{DIFFERENCES_NAME}", tables.differences, DIFFERENCES_SCHEMA)
         write_frame(storage, f"{step.folder}/{CURVE_NAME}", tables.curve, CURVE_SCHEMA)
+        write_frame(storage, f"{step.folder}/{EQUIVALENCE_NAME}", equivalence, EQUIVALENCE_SCHEMA)
         counts = {
             "kl": numbers_of(tables.kl, "kl", by=("intervention", "positions")),
             "num_conversations": int(tables.kl["num_conversations"].max()),
             "num_latents": int(tables.curve["num_latents"].max()),
+            "agreement": equivalence.groupby("verdict")["agreement"].mean().dropna().to_dict(),
         }
         context.finish(step, counts, time.monotonic() - started)
 
 
-def _interventions(inputs: CausalityInputs, storage: Storage) -> tuple[Intervention, ...]:
-    section, latents = inputs.section, read_latents(storage, inputs.latents)
+def _plan(inputs: CausalityInputs, storage: Storage) -> Plan:
+    latents = read_latents(storage, inputs.latents)
+    asked = equivalence_latents(latents, num_each=inputs.section.num_equivalence_latents, seed=inputs.section.seed)
+    rms_M = ActivationStore(storage, inputs.activations.folder).manifest.training_rms_M()
+    return Plan(_interventions(inputs, latents, storage), asked, rms_M)
+
+
+def _interventions(inputs: CausalityInputs, latents: pd.DataFrame, storage: Storage) -> tuple[Intervention, ...]:
+    section = inputs.section
     limit, least = section.max_latents, section.min_latents
     if section.set_size == "larger_class":
         others = (read_latents(storage, other) for other in inputs.compared)
@@ -175,9 +224,12 @@ def mean_difference(storage: Storage, activations_folder: str) -> torch.Tensor:
     return (total_D / num_rows).float()
 
 
-def _measure(folder: str, plans: Plans, storage: Storage) -> Causality:
+def _measure(folder: str, plans: Plans, storage: Storage) -> Measures:
+    plan = plans[folder]
     with open_crosscoder(storage, folder) as crosscoder:
-        return Causality(crosscoder, plans[folder])
+        return Measures(
+            Causality(crosscoder, plan.interventions), Equivalence(crosscoder, plan.equivalence, plan.rms_M)
+        )
 
 
 class MeasureDialogues:
@@ -203,4 +255,5 @@ class MeasureDialogues:
         for batch in causality_batches(self.pair, documents, self.options, self.mean_difference_D):
             for folder, measure in self.measures.items():
                 measure.update(sums[folder], batch)
-        return _DialogueSums(index.num_rows, {folder: sums_to_bytes(own) for folder, own in sums.items()})
+        packed = {folder: (sums_to_bytes(own[0]), sums_to_bytes(own[1])) for folder, own in sums.items()}
+        return _DialogueSums(index.num_rows, packed)

@@ -140,6 +140,7 @@ def _crosscoder(own: CrosscoderSteps, quality: QualitySection | None, context: S
         causality=_table(storage, own.causality, causality.TABLE_NAME),
         causality_differences=_table(storage, own.causality, causality.DIFFERENCES_NAME),
         causality_curve=_table(storage, own.causality, causality.CURVE_NAME),
+        equivalence=_table(storage, own.causality, causality.EQUIVALENCE_NAME),
         controls=_table(storage, own.controls, controls.TABLE_NAME),
         seeds=_table(storage, own.controls, controls.SEEDS_NAME),
         steering=_table(storage, own.steering, steering.TABLE_NAME),

@@ -160,6 +160,14 @@ def control_table(name: str, num_specific: int) -> pd.DataFrame:
     return table_of(rows, schema.CONTROL_COLUMNS)
 
 
+def equivalence_table(specific: list[int], shared: list[int]) -> pd.DataFrame:
+    """Chat-specific rows hardly agree; all shared ones but the last do, which has no measured agreement."""
+    rows = [(latent, Verdict.CHAT_SPECIFIC, 0.2, -0.1, 0.5, 30) for latent in specific]
+    rows += [(latent, Verdict.SHARED, 0.97, 0.9, 0.99, 40) for latent in shared[:-1]]
+    rows.append((shared[-1], Verdict.SHARED, np.nan, np.nan, np.nan, 0))
+    return table_of(rows, schema.EQUIVALENCE_COLUMNS)
+
+
 def seed_table(name: str, latents: list[int]) -> pd.DataFrame:
     """Every second latent has a match."""
     matches = [(7, Verdict.CHAT_SPECIFIC) if index % 2 else (-1, None) for index in range(len(latents))]
@@ -313,6 +321,10 @@ def crosscoder_report(kind: str, *, num_latents: int = 2048, hostile: bool = Fal
         causality=causality_table(0.01 if is_l1 else 0.13),
         causality_differences=difference_table(0.01 if is_l1 else 0.13),
         causality_curve=kl_curve_table(num_chat_only, 1.1 if is_l1 else 3.0),
+        equivalence=equivalence_table(
+            [int(latent) for latent in order[:4]],
+            [int(latent) for latent in latents.loc[latents["verdict"] == Verdict.SHARED, "latent"][:6]],
+        ),
         controls=control_table(kind, len(order)),
         seeds=seed_table(kind, [int(latent) for latent in order[:8]]),
         steering=steering_table(chosen, 0.55 if is_l1 else 0.95, seed),

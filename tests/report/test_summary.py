@@ -16,6 +16,7 @@ from pipeline.report.summary import (
     causal_summary,
     corpora_of,
     difference_of,
+    equivalents,
     half_way,
     num_template_latents,
     planted_rows,
@@ -260,3 +261,11 @@ def test_the_table_says_how_many_latents_other_seeds_find_again(report: ReportDa
     assert row[1].startswith("4 ")
     alone = [dataclasses.replace(one, seeds=None) for one in report.crosscoders]
     assert not any("other seeds" in row[0] for row in verdict_table(dataclasses.replace(report, crosscoders=alone)))
+
+
+def test_shared_latents_that_do_the_same_are_counted(report: ReportData) -> None:
+    specific, shared = equivalents(report.crosscoders[0].equivalence)
+    assert specific == (Verdict.CHAT_SPECIFIC, 0, 4)
+    assert shared == (Verdict.SHARED, 5, 5)  # the sixth has no agreement
+    assert any("5 of 5 shared" in sentence for sentence in headline(report.crosscoders[0]).does)
+    assert equivalents(None) == []
