@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.analyses.latent_sets import require_latents
+from pipeline.analyses.planted_columns import PLANTED_COLUMNS, Scoring
 from pipeline.analyses.planted_scoring import NO_ANSWER, Units, answer_numbers, probe_scores, units_of
 from pipeline.analyses.rows import (
     RowBatch,
@@ -31,7 +32,7 @@ from pipeline.analyses.rows import (
 )
 from pipeline.errors import InputError
 from pipeline.numerics.statistics import DEFAULT_NUM_RESAMPLES, auroc_by_latent, auroc_interval, hash_documents
-from pipeline.schema import BASE, CHAT, MAX_PLANTED_LABELS, PLANTED_COLUMNS, PLANTED_SHIFT, Flag, Scoring
+from pipeline.schema import BASE, CHAT, MAX_PLANTED_LABELS, PLANTED_SHIFT, Flag
 from pipeline.text.conversations import conversation_of
 
 CHAT_SPECIFIC_LATENT, ANY_LATENT, MEAN_DIFFERENCE = "chat-specific latent", "any latent", "mean difference"
@@ -168,7 +169,7 @@ class Planted:
         return {name: torch.cat([a[name], shifted[name]]) for name in a}
 
     def table(self, sums: Sums, chat_specific: Sequence[int] = ()) -> pd.DataFrame:
-        """schema.PLANTED_COLUMNS: for every label and scoring the candidates, scored on the half that chose nothing.
+        """PLANTED_COLUMNS: for every label and scoring the candidates, scored on the half that chose nothing.
 
         chat_specific holds the latents that the verdict calls chat-specific. latent is -1 and auroc NaN where there is
         no candidate, or where the label does not occur in both halves.

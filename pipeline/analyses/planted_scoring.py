@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.analyses.planted_columns import Scoring
 from pipeline.analyses.rows import Sums
-from pipeline.schema import Flag, Scoring
+from pipeline.schema import Flag
 
 NO_ANSWER = -1
 

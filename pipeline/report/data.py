@@ -14,6 +14,7 @@ import pandas as pd
 
 from pipeline import schema
 from pipeline.analyses.autointerp_columns import AUTOINTERP_COLUMNS
+from pipeline.analyses.planted_columns import PLANTED_COLUMNS
 from pipeline.errors import ArtifactError
 
 CURVE_COLUMNS = ("step", "loss", "l0", "fve_base", "fve_chat", "dead_frac")
@@ -140,7 +141,7 @@ _REQUIRED = {
     "steering": tuple(column.name for column in schema.STEERING_COLUMNS),
     "steering_samples": tuple(column.name for column in schema.STEERING_SAMPLE_COLUMNS),
     "examples": tuple(column.name for column in schema.EXAMPLE_COLUMNS),
-    "planted": tuple(column.name for column in schema.PLANTED_COLUMNS),
+    "planted": tuple(column.name for column in PLANTED_COLUMNS),
     "twins": tuple(column.name for column in schema.TWIN_COLUMNS),
     "curves": CURVE_COLUMNS,
     "autointerp": tuple(column.name for column in AUTOINTERP_COLUMNS),

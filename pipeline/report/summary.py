@@ -11,16 +11,17 @@ from typing import NamedTuple
 import pandas as pd
 
 from pipeline.analyses.controls import is_replicated, num_seeds_finding
+from pipeline.analyses.planted_columns import Scoring
 from pipeline.analyses.verdict import verdict_counts
 from pipeline.numerics.proportions import Interval, wilson_interval
 from pipeline.report.data import CrosscoderReport
-from pipeline.schema import CHAT, MODEL_NAMES, Scoring, Verdict
+from pipeline.schema import CHAT, MODEL_NAMES, Verdict
 
 CANDIDATE_SPECIFIC = "chat-specific latent"
 CANDIDATE_ANY = "any latent"
 CANDIDATE_MEAN_DIFFERENCE = "mean difference"
 CANDIDATE_PROBE = "linear probe"
-"""Values of schema.PLANTED_COLUMNS' candidate."""
+"""Values of PLANTED_COLUMNS' candidate."""
 
 CONTROL_LATENT = "latent"
 CONTROL_RANDOM = "random"

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 
 from pipeline.analyses.latent_sets import latents_with
 from pipeline.analyses.planted import MeanDifference, Planted
+from pipeline.analyses.planted_columns import PLANTED_COLUMNS
 from pipeline.analyses.rows import RowAnalysis, Sums
 from pipeline.errors import InputError
-from pipeline.schema import PLANTED_COLUMNS, Verdict
+from pipeline.schema import Verdict
 from pipeline.stages.catalogue import PlantedInputs
 from pipeline.stages.latents import read_latents
 from pipeline.stages.row_pass import Measured

@@ -13,10 +13,11 @@ from pipeline.analyses.planted import (
     Planted,
     is_selection_half,
 )
+from pipeline.analyses.planted_columns import PLANTED_COLUMNS, Scoring
 from pipeline.analyses.planted_scoring import NO_ANSWER, answer_numbers, probe_scores, units_of
 from pipeline.analyses.rows import RowBatch, analyse
 from pipeline.errors import InputError
-from pipeline.schema import PLANTED_COLUMNS, PLANTED_SHIFT, Flag, Scoring
+from pipeline.schema import PLANTED_SHIFT, Flag
 
 LABELS = ("refusal", "correction")
 

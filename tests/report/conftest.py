@@ -16,6 +16,7 @@ import torch
 from pipeline import schema
 from pipeline.analyses.autointerp_columns import AUTOINTERP_COLUMNS, InterpStatus
 from pipeline.analyses.ownership import classify
+from pipeline.analyses.planted_columns import PLANTED_COLUMNS
 from pipeline.report.data import CrosscoderReport, LineageRow, ModelPairInfo, ReportData
 from pipeline.schema import Verdict
 
@@ -259,7 +260,7 @@ def planted_table(latents: list[int], quality: float) -> pd.DataFrame:
                 interval = (auroc, auroc - 0.012, min(auroc + 0.011, 1.0))
                 rows.append((behavior, scoring, candidate, name, *interval, *counts))
         rows.append((behavior, "deciding token", "linear probe", -1, 0.99, 0.98, 0.995, 90, 420))
-    return table_of(rows, schema.PLANTED_COLUMNS)
+    return table_of(rows, PLANTED_COLUMNS)
 
 
 SENTENCES = (

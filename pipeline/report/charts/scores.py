@@ -13,7 +13,7 @@ from pipeline.report.summary import CANDIDATE_ANY, CANDIDATE_MEAN_DIFFERENCE, CA
 def planted_chart(scores: pd.DataFrame, names: Sequence[str]) -> alt.LayerChart:
     """AUROC per behaviour: filled = best chat-specific latent with its interval, hollow = what it is compared with.
 
-    Columns of schema.PLANTED_COLUMNS, and crosscoder and card, the anchor that a click opens.
+    Columns of PLANTED_COLUMNS, and crosscoder and card, the anchor that a click opens.
     """
     drawn = scores[scores["auroc"].notna()]
     drawn = drawn.assign(spelled=spelled(drawn, "auroc"))

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from pipeline.analyses.planted_columns import Scoring
 from pipeline.report import formatting as fmt
 from pipeline.report.charts import causality, ownership, places, scaling, scores, steering, training
 from pipeline.report.charts.style import Chart, spec_of
 from pipeline.report.data import ReportData
 from pipeline.report.summary import CANDIDATE_SPECIFIC, EVIDENCE_ORDER, anchor, chat_only_rows, corpora_of
-from pipeline.schema import Scoring, Verdict
+from pipeline.schema import Verdict
 
 CURVES = (
     ("loss", "Training loss", {"loss": ""}, "loss per row"),
