@@ -14,7 +14,8 @@ from pipeline.config.analyses import SteeringSection
 from pipeline.config.crosscoder import AdoptedCrosscoderSection
 from pipeline.config.data import CorpusSection, HubModel, OrganismModel
 from pipeline.errors import InputError
-from pipeline.storage.artifacts import digest_of_path
+from pipeline.models.files import loaded_files
+from pipeline.storage.content import DIGEST_LENGTH, content_digests
 from pipeline.text.files import as_input_error, expand_paths
 
 Identity = dict[str, Any]
@@ -27,7 +28,7 @@ def file_identity(path: str, where: str) -> str:
     with as_input_error(f"{where}: {path}"):
         fs, inner = fsspec.core.url_to_fs(path)
         if "file" in fs.protocol:
-            return f"sha256:{digest_of_path(Path(inner))}"
+            return f"sha256:{content_digests().of_file(Path(inner))}"
         return f"{path}#{fs.ukey(inner)}"
 
 
@@ -58,7 +59,7 @@ def model_identity(model: HubModel | OrganismModel, where: str) -> Identity:
             continue
         path = Path(source).expanduser()
         if path.exists():
-            identity[field] = f"sha256:{digest_of_path(path)}"
+            identity[field] = _folder_identity(path, model, field, f"{where}.{field}")
         elif source.startswith(("/", ".", "~")) or source.count("/") > 1:
             raise InputError(
                 f"{where}.{field}: expected a hub id or an existing folder, got {source!r}; correct the path"
@@ -69,6 +70,17 @@ def model_identity(model: HubModel | OrganismModel, where: str) -> Identity:
     if model.token_replacements:
         identity["token_replacements"] = sorted(model.token_replacements.items())
     return identity
+
+
+def _folder_identity(folder: Path, model: HubModel, field: str, where: str) -> Identity:
+    """The content of what is loaded from a folder, by kind: weights, config, tokenizer, adapter, code."""
+    if not folder.is_dir():
+        raise InputError(f"{where}: expected a hub id or a folder, got the file {str(folder)!r}; name its folder")
+    digests = content_digests()
+    with as_input_error(f"{where}: {folder}"):
+        files = loaded_files(folder, with_code=model.trust_remote_code)
+        kinds = files if field == "source" else {kind: files[kind] for kind in files if kind == "adapter"}
+        return {kind: f"sha256:{digests.of_group(own, folder)}" for kind, own in kinds.items()}
 
 
 def noise_between(base: Mapping[str, object], chat: Mapping[str, object]) -> float | None:
@@ -89,7 +101,9 @@ def adopted_identity(section: AdoptedCrosscoderSection) -> Identity:
             files = find_files(path, revision=section.revision)
         except InputError as error:
             raise InputError(f"crosscoder {section.name!r}: source: {error}") from error
-        return identity | {"source": [f"sha256:{digest_of_path(file)}" for file in files if file is not None]}
+        with as_input_error(f"crosscoder {section.name!r}: source"):
+            found = content_digests().of_files([file for file in files if file is not None])
+        return identity | {"source": [f"sha256:{digest[:DIGEST_LENGTH]}" for digest in found.values()]}
     if section.source.startswith(("/", ".", "~")):
         raise InputError(
             f"crosscoder {section.name!r}: source: expected a hub id, an existing folder or a weights file, got "
