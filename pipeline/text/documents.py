@@ -176,7 +176,7 @@ def _from_row(row: Any, source: Mapping[str, Any]) -> Document:
     if not isinstance(row, Mapping) or row.get(column) is None:
         return _unusable(NO_COLUMN, column)
     for name, expected in (source.get("where") or {}).items():
-        if row.get(name) != expected:
+        if row.get(name) != expected or isinstance(row.get(name), bool) != isinstance(expected, bool):
             return Document(reason=f"{name} is not {expected!r}")
     value = row[column]
     return _from_text(value) if source.get("text_column") else _from_messages(value, source)

@@ -96,6 +96,13 @@ def test_rows_are_chosen_by_other_columns(tmp_path: Path) -> None:
         assert [document.reason for document in found] == ["", "lang is not 'en'", "lang is not 'en'"]
 
 
+@pytest.mark.parametrize(("wanted", "texts"), [(1, ["1", "1.0"]), (True, ["True"]), (0, ["0"]), (False, ["False"])])
+def test_a_number_is_not_true_or_false(tmp_path: Path, wanted: Any, texts: list[str]) -> None:
+    path = lines(tmp_path / "a.jsonl", [{"text": str(x), "x": x} for x in (1, True, 1.0, 0, False, "1", "true")])
+    found = read(path, source("jsonl", text_column="text", where={"x": wanted}))
+    assert [document.text for document in found if not document.reason] == texts
+
+
 def test_dialogues_keep_roles_contents_and_labels_only(tmp_path: Path) -> None:
     label = {"name": "refuse", "start": 0, "end": 2, "turn_header": True}
     labelled = [DIALOGUE[0] | {"id": 7}, DIALOGUE[1] | {"labels": [label]}]
