@@ -1,7 +1,7 @@
 """The command line: parsing, printing, exit codes. How to run: `crossray run workloads/demo.yaml`.
 
 The only file that prints. Exit codes: 0 done, 2 the user's input is wrong (one line, no traceback) or `verify`
-found faults (one line each), 1 anything else.
+found faults (one line each), 1 anything else, such as artifacts that `verify` found unfinished.
 """
 
 import argparse
@@ -320,7 +320,7 @@ def _verify(parsed: argparse.Namespace) -> int:
         result = verify(storage, folders, console)
     unfinished = f", {result.num_unfinished} unfinished" if result.num_unfinished else ""
     print(f"{result.num_artifacts} artifacts, {result.num_bytes:,} bytes: {len(result.faults)} faults{unfinished}")
-    return 2 if result.faults else 0
+    return 2 if result.faults else 1 if result.num_unfinished else 0
 
 
 _COMMANDS = {

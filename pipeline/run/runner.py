@@ -56,8 +56,15 @@ def inspect(config: RunConfig, storage: Storage) -> list[StepState]:
             continue
         drift = nearest_drift(storage, step.key, name=step.name, run_name=config.name)
         begun = bool(storage.files(step.folder))
-        states.append(StepState(step, PARTIAL if begun else STALE if drift else MISSING, drift, None))
+        states.append(StepState(step, PARTIAL if begun else STALE if drift else MISSING, _told(drift), None))
     return states
+
+
+def _told(drift: Sequence[str]) -> list[str]:
+    """The fields that differ; of other inputs their names alone, since those steps tell their own fields."""
+    fields = [line for line in drift if not line.startswith("inputs.")]
+    roles = dict.fromkeys(line.removeprefix("inputs.").partition(":")[0] for line in drift if line not in fields)
+    return fields + ([f"reads other artifacts: {', '.join(roles)}"] if roles else [])
 
 
 def notes(config: RunConfig, storage: Storage) -> list[str]:

@@ -78,3 +78,5 @@ def test_differing_fields_of_nested_values() -> None:
     new = {"a": {"b": 2, "c": [1, 3]}, "e": 0}
     assert differing_fields(old, new) == ["a.b: 1 -> 2", "a.c[1]: 2 -> 3", "d: 0 -> null", "e: null -> 0"]
     assert differing_fields(old, old) == []
+    assert differing_fields({"a": "sha256:12"}, {"a": "sha256:34"}) == ["a: other content"]
+    assert differing_fields({"a": "sha256:12"}, {"a": "hub/id"}) == ['a: "sha256:12" -> "hub/id"']
