@@ -1,7 +1,8 @@
 """Which files of a local model folder are loaded, by what they hold.
 
 A folder also holds files that no loader opens: model cards, locks of a download, optimizer states, older checkpoints.
-The order of the weights' names is that of `from_pretrained`. Nothing here reads weights or imports torch.
+The order of the weights' names is that of `from_pretrained`. Also here: what a config or a tokenizer's settings say of
+a model that is on this machine, before anything is loaded. Nothing here reads weights or imports torch.
 """
 
 import json
@@ -34,6 +35,36 @@ def loaded_files(folder: Path, *, with_code: bool = False) -> dict[str, list[Pat
         "code": sorted(_code(folder)) if with_code else [],
     }
     return {kind: files for kind, files in kinds.items() if files}
+
+
+def read_config(source: str, revision: str | None = None) -> dict[str, Any]:
+    """config.json of a local folder, or of a hub id in the hub's cache; {} where it is not on this machine."""
+    path = _here(source, "config.json", revision)
+    return {} if path is None else _json(path)
+
+
+def has_chat_template(source: str) -> bool | None:
+    """Whether the tokenizer in a local folder has a chat template; None for what is no folder with a tokenizer."""
+    folder = Path(source).expanduser()
+    settings = folder / "tokenizer_config.json"
+    if not settings.is_file():
+        return None
+    names = ("chat_template.jinja", "chat_template.json")
+    return bool(_json(settings).get("chat_template")) or any((folder / name).is_file() for name in names)
+
+
+def _here(source: str, name: str, revision: str | None) -> Path | None:
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder / name
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(source, name, revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def _weights(folder: Path, names: list[str]) -> list[str]:

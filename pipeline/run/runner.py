@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from pipeline.config.run_file import RunConfig
 from pipeline.errors import InputError
+from pipeline.run.advice import advice
 from pipeline.run.flow import AnyStep, build_flow, build_layers_flow
 from pipeline.run.layer_count import renumbering_note
 from pipeline.stages.step import StageContext
@@ -68,9 +69,9 @@ def _told(drift: Sequence[str]) -> list[str]:
 
 
 def notes(config: RunConfig, storage: Storage) -> list[str]:
-    """What a user should know before the run: lines for `plan`."""
+    """What a user should know before the run: lines for `plan` and for the start of `run`."""
     note = renumbering_note(build_flow(with_measured_layer(config, storage)).data.activations, config.name, storage)
-    return [note] if note else []
+    return [*([note] if note else []), *advice(config)]
 
 
 def run(config: RunConfig, reporter: Reporter, tracker: Tracker | None = None) -> Outcome:
@@ -82,7 +83,7 @@ def run(config: RunConfig, reporter: Reporter, tracker: Tracker | None = None) -
     num_missing = sum(read_record(storage, step.key) is None for step in flow.steps)
     link = None
     if num_missing:
-        if note := renumbering_note(flow.data.activations, config.name, storage):
+        for note in notes(config, storage):
             reporter.message(note)
         from pipeline.run.execution import execute
 
