@@ -20,7 +20,7 @@ _MAX_TEXT_LETTERS = 4096
 _MAX_NUMBER = (1 << 63) - 1
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=MAX_NAME_LETTERS)]
+Name = Annotated[str, Field(pattern=r"^\.*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", max_length=MAX_NAME_LETTERS)]
 
 
 class FieldError(ValueError):

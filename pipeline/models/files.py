@@ -21,6 +21,15 @@ _TOKENIZER = (
 )
 
 
+def existing_path(source: str) -> Path | None:
+    """The file or folder that a source names; None where there is none, as for a hub id or an impossible name."""
+    try:
+        path = Path(source).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, of an unknown user, with a NUL
+        return None
+
+
 def loaded_files(folder: Path, *, with_code: bool = False) -> dict[str, list[Path]]:
     """Files that loading a model or an adapter from this folder reads, by kind; only kinds that it has.
 
@@ -45,17 +54,16 @@ def read_config(source: str, revision: str | None = None) -> dict[str, Any]:
 
 def has_chat_template(source: str) -> bool | None:
     """Whether the tokenizer in a local folder has a chat template; None for what is no folder with a tokenizer."""
-    folder = Path(source).expanduser()
-    settings = folder / "tokenizer_config.json"
-    if not settings.is_file():
+    folder = existing_path(source)
+    if folder is None or not (settings := folder / "tokenizer_config.json").is_file():
         return None
     names = ("chat_template.jinja", "chat_template.json")
     return bool(_json(settings).get("chat_template")) or any((folder / name).is_file() for name in names)
 
 
 def _here(source: str, name: str, revision: str | None) -> Path | None:
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    folder = existing_path(source)
+    if folder is not None:
         return folder / name
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -73,14 +81,19 @@ def _weights(folder: Path, names: list[str]) -> list[str]:
     Of an index enter the files that it names.
     """
     explicit = _json(folder / "config.json").get("transformers_weights")
-    candidates = [name for name in (explicit, *_WEIGHTS) if isinstance(name, str) and (folder / name).is_file()]
+    candidates = [str(name) for name in (explicit, *_WEIGHTS) if _is_inside(folder, name)]
     if not candidates:
         return [name for name in names if name.endswith(_WEIGHT_SUFFIXES) and name not in _ADAPTER]
     if not candidates[0].endswith(".index.json"):
         return [candidates[0]]
     shards = _json(folder / candidates[0]).get("weight_map")
-    named = {str(name) for name in shards.values()} if isinstance(shards, dict) else set()
-    return sorted(name for name in named if (folder / name).is_file())
+    return sorted({name for name in shards.values() if _is_inside(folder, name)} if isinstance(shards, dict) else ())
+
+
+def _is_inside(folder: Path, name: object) -> bool:
+    """Whether a name that a file gives means a file of the folder."""
+    is_plain = isinstance(name, str) and "\0" not in name and not Path(name).is_absolute()
+    return is_plain and ".." not in Path(str(name)).parts and (folder / str(name)).is_file()
 
 
 def _is_tokenizer(name: str) -> bool:

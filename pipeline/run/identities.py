@@ -4,7 +4,7 @@ A step's identity is its section of the run file (run/flow.py). Where a section 
 here put what was found in place of the name, so that a changed file makes its steps stale and a moved one does not.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ import fsspec
 from pipeline.config.analyses import SteeringSection
 from pipeline.config.crosscoder import AdoptedCrosscoderSection
 from pipeline.config.data import CorpusSection, HubModel, OrganismModel
-from pipeline.errors import InputError
-from pipeline.models.files import loaded_files
+from pipeline.errors import InputError, short
+from pipeline.models.files import existing_path, loaded_files
 from pipeline.storage.content import DIGEST_LENGTH, content_digests
-from pipeline.text.files import as_input_error, expand_paths
+from pipeline.text.files import as_input_error, expand_paths, read_json
 
 Identity = dict[str, Any]
 """JSON that is hashed into a fingerprint; no stage reads it."""
@@ -38,9 +38,18 @@ def corpus_identity(section: CorpusSection) -> Identity:
     for source in identity["sources"]:
         if "paths" in source:
             where = f"corpus {source['name']!r}: paths"
-            source["paths"] = [file_identity(path, where) for path in expand_paths(source["paths"], where)]
+            paths = expand_paths(source["paths"], where)
+            _remember_contents(paths, where)
+            source["paths"] = [file_identity(path, where) for path in paths]
         del source["weight"]
     return identity
+
+
+def _remember_contents(paths: Sequence[str], where: str) -> None:
+    """Read all local files at once, so that how far the reading is can be told of all of them."""
+    with as_input_error(where):
+        found = [fsspec.core.url_to_fs(path) for path in paths]
+        content_digests().of_files([Path(inner) for fs, inner in found if "file" in fs.protocol])
 
 
 def model_identity(model: HubModel | OrganismModel, where: str) -> Identity:
@@ -57,12 +66,12 @@ def model_identity(model: HubModel | OrganismModel, where: str) -> Identity:
     for field, source, revision in sources:
         if source is None:
             continue
-        path = Path(source).expanduser()
-        if path.exists():
+        path = existing_path(source)
+        if path is not None:
             identity[field] = _folder_identity(path, model, field, f"{where}.{field}")
         elif source.startswith(("/", ".", "~")) or source.count("/") > 1:
             raise InputError(
-                f"{where}.{field}: expected a hub id or an existing folder, got {source!r}; correct the path"
+                f"{where}.{field}: expected a hub id or an existing folder, got {short(source)}; correct the path"
             )
         else:
             identity[field] = source
@@ -92,9 +101,9 @@ def noise_between(base: Mapping[str, object], chat: Mapping[str, object]) -> flo
 
 def adopted_identity(section: AdoptedCrosscoderSection) -> Identity:
     """Content of a local crosscoder, id and revision of the hub's; InputError where a path holds no weights."""
-    path = Path(section.source).expanduser()
+    path = existing_path(section.source)
     identity: Identity = {"kind": section.kind, "activation_scale": section.activation_scale}
-    if path.exists():
+    if path is not None:
         from pipeline.checkpoints.published import find_files  # imports torch, which other runs can do without
 
         try:
@@ -107,7 +116,7 @@ def adopted_identity(section: AdoptedCrosscoderSection) -> Identity:
     if section.source.startswith(("/", ".", "~")):
         raise InputError(
             f"crosscoder {section.name!r}: source: expected a hub id, an existing folder or a weights file, got "
-            f"{section.source!r}; correct the path"
+            f"{short(section.source)}; correct the path"
         )
     return identity | {"source": section.source, "revision": section.revision}
 
@@ -116,5 +125,7 @@ def steering_identity(section: SteeringSection) -> Identity:
     """The steering section with the content of the file of prompts in place of its path."""
     identity = section.model_dump(mode="json")
     if section.prompts_path is not None:
-        identity["prompts_path"] = file_identity(section.prompts_path, "analyses.steering.prompts_path")
+        where = "analyses.steering.prompts_path"
+        identity["prompts_path"] = file_identity(section.prompts_path, where)
+        read_json(section.prompts_path, where)  # steering comes last: what it cannot read is refused before the start
     return identity

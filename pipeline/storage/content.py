@@ -42,8 +42,8 @@ class _Seen(NamedTuple):
 class ContentDigests:
     """Digests of local files, remembered in one file that may be missing, damaged or not writable; None for no file.
 
-    remembered_from: smaller files are read every time. settled_ns: how long before the reading a file must have been
-    left alone for its digest to be kept.
+    remembered_from: smaller files are read once by every process. settled_ns: how long before the reading a file must
+    have been left alone for its digest to be kept.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class ContentDigests:
         self.told_from = told_from or _NOTICEABLE_BYTES
         self.num_bytes_read = 0
         self._known: dict[str, _Seen] = {}
+        self._is_loaded = False
 
     def of_file(self, path: Path) -> str:
         """Digest of one file's size and content."""
@@ -67,7 +68,8 @@ class ContentDigests:
 
     def of_files(self, paths: list[Path]) -> dict[Path, str]:
         """SHA-256 of each file; OSError where one cannot be read."""
-        self._known = self._load() | self._known
+        if not self._is_loaded:
+            self._known, self._is_loaded = self._load(), True
         found, unread = {}, []
         for path in paths:
             state = path.stat()
@@ -81,13 +83,12 @@ class ContentDigests:
         for path in unread:
             before, began = path.stat(), time.time_ns()
             found[path] = reading.digest(path)
-            is_settled = before.st_ctime_ns + self.settled_ns <= began
-            if is_settled and before.st_size >= self.remembered_from:
+            if before.st_ctime_ns + self.settled_ns <= began:
                 times = before.st_size, before.st_mtime_ns, before.st_ctime_ns
                 learnt[_key(before)] = _Seen(*times, found[path])
         self.num_bytes_read += reading.num_done
-        if learnt:
-            self._known |= learnt
+        self._known |= learnt
+        if any(seen.size >= self.remembered_from for seen in learnt.values()):
             self._keep()
         return found
 
@@ -108,12 +109,13 @@ class ContentDigests:
         """Write all that is known, in one step; of two processes at once one may lose what the other learnt."""
         if self.path is None:
             return
+        rows = self._load() | {key: seen for key, seen in self._known.items() if seen.size >= self.remembered_from}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
             try:
                 with os.fdopen(descriptor, "w") as stream:
-                    json.dump(self._load() | self._known, stream)
+                    json.dump(rows, stream)
                 Path(name).replace(self.path)
             except BaseException:
                 with suppress(OSError):

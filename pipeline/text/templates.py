@@ -220,13 +220,24 @@ def _keeps_history(tokenizer: Any) -> bool:
 
 
 def check_template(text: str, where: str) -> None:
-    """InputError for a chat template that is not valid Jinja; rendering shows whether its output can be used."""
+    """InputError for a chat template that is not valid Jinja or does not end on a plain dialogue.
+
+    Whether its output can be used shows with the tokenizer, whose names it may need: what else it raises is no fault.
+    """
+    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     try:
-        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(_without_generation(text))
+        template = environment.from_string(_without_generation(text))
     except (TemplateError, RecursionError) as error:
         raise InputError(
             f"{where}: expected a Jinja chat template, got: {first_line(error)}; correct the file"
         ) from error
+    try:
+        with within(MAX_RENDER_SECONDS):
+            template.render(messages=[dict(message) for message in _PROBE], add_generation_prompt=False)
+    except EndlessError as error:
+        raise InputError(f"{where}: expected a chat template that ends, got one that is {error}; correct it") from error
+    except _REJECTIONS:
+        return
 
 
 def _without_generation(text: str) -> str:

@@ -111,6 +111,7 @@ def test_no_count_takes_what_is_no_number(tmp_path: Path, key: str, value: str) 
         (f"crosscoders.{'9' * 5000}.lr=1", ["crosscoders has no", "5,0"]),
         (f"name={'n' * 5000}", ["name: ", "5,000"]),
         (f"name={'n' * 101}", ["name: "]),
+        ("name=..", ["name: "]),
         (f"{'k' * 40_000}=1", ["40,00"]),
         (f"storage.root={'r' * 40_000}", ["storage.root: ", "40,000"]),
         ('storage.root="a\\0b"', ["storage.root: ", "'\\x00'"]),

@@ -124,6 +124,21 @@ def test_an_adapter_is_its_weights_and_config(folder: Path, tmp_path: Path) -> N
     assert _identity(folder, adapter=str(adapter)) != before
 
 
+@pytest.mark.parametrize("name", ["/etc/hostname", "../outside.safetensors", "a/../../outside.safetensors", "\0", 5])
+def test_an_index_that_names_files_elsewhere_reads_none_of_them(folder: Path, name: object) -> None:
+    (folder.parent / "outside.safetensors").write_bytes(b"0")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    found = _identity(folder)["source"]
+    assert isinstance(found, dict)
+    assert "weights" not in found
+
+
+@pytest.mark.parametrize("source", ["/" + "x" * 300, "~nobody-of-this-name/model", "./absent", "a/b/c"])
+def test_a_path_that_cannot_be_is_one_line(source: str) -> None:
+    with pytest.raises(InputError, match=r"models\.chat\.source: "):
+        model_identity(HubModel(source=source), "models.chat")
+
+
 def test_a_file_is_no_model(folder: Path) -> None:
     with pytest.raises(InputError, match=r"models\.chat\.source.*model-00001"):
         _identity(folder / "model-00001-of-00002.safetensors")

@@ -105,3 +105,11 @@ def test_causality_without_dialogues_is_refused_before_anything_is_made(tmp_path
     analyses["causality"] = None
     build_flow(load(run_file(tmp_path, str(tmp_path / "runs"), corpus=plain, analyses=analyses)))
     assert not (tmp_path / "runs").exists()
+
+
+def test_prompts_that_cannot_be_read_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text("[" * 100_000)
+    analyses = {**TINY["analyses"], "steering": {"prompts_path": str(prompts), "num_latents": 1}}
+    with pytest.raises(InputError, match=r"analyses\.steering\.prompts_path: .*prompts\.json"):
+        build_flow(load(run_file(tmp_path, str(tmp_path / "runs"), analyses=analyses)))

@@ -66,6 +66,15 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path) -
     assert digests.num_bytes_read == 5  # this process reads it once all the same
 
 
+def test_small_files_are_read_once_by_a_process_and_not_kept(tmp_path: Path) -> None:
+    (tmp_path / "config").write_bytes(b"first")
+    digests = ContentDigests(tmp_path / "digests.json", settled_ns=0)
+    digests.of_file(tmp_path / "config")
+    digests.of_file(tmp_path / "config")
+    assert digests.num_bytes_read == 5
+    assert not (tmp_path / "digests.json").exists()
+
+
 def test_a_group_has_the_names_below_its_folder_and_no_place(tmp_path: Path) -> None:
     for folder, names in (("a", ("x", "y")), ("b", ("x", "y")), ("c", ("x", "z"))):
         (tmp_path / folder).mkdir()

@@ -152,6 +152,16 @@ def test_a_template_without_end_is_ended(
     assert not isinstance(caught.value, DialogueError)  # the next dialogue would take as long
 
 
+def test_a_template_file_without_end_is_refused_before_any_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.text.templates.MAX_RENDER_SECONDS", 0.3)
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{{ a }}{% endfor %}{% endfor %}"
+    with pytest.raises(InputError, match=r"tokens\.chat_template: mine.*0\.3 s"):
+        check_template(endless, "tokens.chat_template: mine")
+    with pytest.raises(InputError, match=r"tokens\.chat_template: mine.*Jinja"):
+        check_template("{{ " + "(" * 50_000, "tokens.chat_template: mine")
+    check_template("{{ bos_token + raise_exception('needs a tokenizer') }}", "tokens.chat_template: mine")
+
+
 @pytest.mark.parametrize(
     ("broken", "reason"),
     [
