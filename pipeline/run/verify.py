@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pipeline.errors import CrossrayError, InputError
+from pipeline.errors import CrossrayError, InputError, shortened
 from pipeline.extraction.activations import RowOptions, kept_positions
 from pipeline.schema import Split
 from pipeline.stages.extractor import read_rejected
@@ -85,7 +85,7 @@ def verify(storage: Storage, folders: Sequence[str], reporter: Reporter) -> Veri
     done = 0
     reporter.progress(progress.update(0))
     for folder in finished:
-        for read, found in _check_artifact(storage, folder):
+        for read, found in _whatever_it_holds(storage, folder):
             for fault in found:
                 faults.append(fault)
                 reporter.message(f"fault    {fault.where}: {fault.what}")
@@ -93,6 +93,15 @@ def verify(storage: Storage, folders: Sequence[str], reporter: Reporter) -> Veri
         done += sizes[folder]
     reporter.progress(progress.update(progress.total))
     return Verified(len(finished), len(folders) - len(finished), done, tuple(faults))
+
+
+def _whatever_it_holds(storage: Storage, folder: str) -> Iterator[tuple[int, list[Fault]]]:
+    """The checks of one artifact; what they cannot even work with is a fault of it, whatever the error."""
+    try:
+        yield from _check_artifact(storage, folder)
+    except Exception as error:
+        what = f"expected parts of the right types, got what cannot be checked: {type(error).__name__}: {error}"
+        yield 0, [Fault(storage.url(folder), shortened(what, 300))]
 
 
 def _size(storage: Storage, folder: str) -> int:

@@ -178,6 +178,33 @@ def test_a_record_that_names_files_elsewhere_is_a_fault(root: Root, name: str) -
     assert "leads out" in root.only_fault()
 
 
+WRONG_TYPES: list[Any] = [None, 5, "x", [1], {"a": 1}]
+
+
+@pytest.mark.parametrize("wrong", WRONG_TYPES, ids=["null", "number", "text", "list", "object"])
+@pytest.mark.parametrize("part", ["checksums", "counts", "identity", "identity.section", "identity.inputs", "stage"])
+def test_parts_of_a_record_of_another_type_are_faults(root: Root, part: str, wrong: Any) -> None:
+    def change(value: dict[str, Any]) -> None:
+        *parents, last = part.split(".")
+        for parent in parents:
+            value = value[parent]
+        value[last] = wrong
+
+    edit(root.path("record.json"), change)
+    faults = root.verify().faults
+    assert faults or (part, wrong) == ("counts", {"a": 1})
+    assert all(len(fault.what) < 500 for fault in faults)
+
+
+@pytest.mark.parametrize("wrong", WRONG_TYPES, ids=["null", "number", "text", "list", "object"])
+@pytest.mark.parametrize("field", ["name", "num_rows", "num_bytes", "sha256", "split"])
+def test_parts_of_a_manifest_of_another_type_are_faults(root: Root, field: str, wrong: Any) -> None:
+    path = root.path(MANIFEST_NAME)
+    edit(path, lambda value: value["shards"][0].update({field: wrong}))
+    edit(root.path("record.json"), lambda value: value["checksums"].update({MANIFEST_NAME: _sha256(path)}))
+    assert root.verify().faults
+
+
 def test_the_command_prints_a_line_per_fault_and_exits_with_2(root: Root, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "--root", root.storage.root]) == 0
     assert "2 artifacts" in capfd.readouterr().out
