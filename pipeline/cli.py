@@ -1,7 +1,7 @@
 """The command line: parsing, printing, exit codes. How to run: `crossray run workloads/demo.yaml`.
 
 The only file that prints. Exit codes: 0 done, 2 the user's input is wrong (one line, no traceback) or `verify`
-found faults (one line each), 1 anything else.
+found faults (one line each), 1 anything else, such as artifacts that `verify` found unfinished.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import CrossrayError, InputError
+from pipeline.errors import MAX_LINE_LETTERS, CrossrayError, InputError, shortened
 
 if TYPE_CHECKING:
     from pipeline.cluster.jobs import Jobs
@@ -43,11 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return 1
     except CrossrayError as error:
-        print(f"crossray: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"crossray: {_printable(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("crossray: interrupted; run the same command to continue", file=sys.stderr)
         return 1
+
+
+def _printable(text: str) -> str:
+    """One line that any terminal shows as it is: control characters and halves of characters are escaped."""
+    line = shortened(" ".join(text.split()), MAX_LINE_LETTERS)
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 
 
 def _is_output_closed() -> bool:
@@ -314,7 +320,7 @@ def _verify(parsed: argparse.Namespace) -> int:
         result = verify(storage, folders, console)
     unfinished = f", {result.num_unfinished} unfinished" if result.num_unfinished else ""
     print(f"{result.num_artifacts} artifacts, {result.num_bytes:,} bytes: {len(result.faults)} faults{unfinished}")
-    return 2 if result.faults else 0
+    return 2 if result.faults else 1 if result.num_unfinished else 0
 
 
 _COMMANDS = {

@@ -35,9 +35,32 @@ class ArtifactError(InputError):
     """An artifact on the storage root is damaged, foreign or of another version: exit code 2."""
 
 
+MAX_LINE_LETTERS = 2000
+"""Of a message on the terminal: what is longer was meant for no reader."""
+
+
+def shortened(text: str, limit: int = 80) -> str:
+    """One line of at most `limit` letters: of a longer text its beginning and end, and how long it was."""
+    line = " ".join(text.split()) if len(text) < 4 * limit else text
+    if len(line) <= limit:
+        return line
+    head, tail = " ".join(text[: limit * 2 // 3].split()), " ".join(text[-limit // 6 :].split())
+    return f"{head}...{tail} ({len(text):,} letters)"
+
+
+def short(value: object) -> str:
+    """A value as a message shows it, however large it is."""
+    import reprlib  # here, like tenacity below: a message is rare
+
+    shower = reprlib.Repr()
+    shower.maxlevel, shower.maxstring, shower.maxother, shower.maxlong = 2, 80, 80, 40
+    shower.maxlist = shower.maxtuple = shower.maxdict = 5
+    return shortened(shower.repr(value), 160)
+
+
 def first_line(error: BaseException) -> str:
     """What another library's exception says, on one line; its class where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return shortened((str(error).strip().splitlines() or [type(error).__name__])[0], 400)
 
 
 def causes(error: BaseException, *, with_context: bool = False) -> Iterator[BaseException]:

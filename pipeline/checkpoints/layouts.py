@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.errors import InputError
+from pipeline.checkpoints.published_types import check_settings_types, check_tensor_types
+from pipeline.errors import InputError, short
 from pipeline.numerics.settings import CODE_WEIGHTS
 from pipeline.numerics.sparsities.base import Sparsity
 from pipeline.numerics.sparsities.batch_topk import BatchTopK
@@ -112,6 +113,8 @@ def read_layout(
     settings, numbers that are not finite, and settings whose meaning is not known.
     """
     named = {_strip_compiled(key): tensor for key, tensor in tensors.items()}
+    check_settings_types(settings, where)
+    check_tensor_types(named, where)
     if "W_enc" in named:
         return _read_scaled(named, settings, where, activation_scale)
     if activation_scale is not None:
@@ -238,11 +241,11 @@ def _spread_encoder(W_enc_LDF: Tensor, M: int, settings: Mapping[str, Any], wher
     layers = settings.get("encoder_layers")
     if layers is None:
         return W_enc_LDF
-    is_list = isinstance(layers, list) and all(isinstance(layer, int) and 0 <= layer < M for layer in layers)
+    is_list = isinstance(layers, list) and all(0 <= layer < M for layer in layers)
     if not is_list or len(set(layers)) != len(layers) or len(layers) != W_enc_LDF.shape[0]:
         raise InputError(
             f"encoder_layers must list {W_enc_LDF.shape[0]} different models below {M} (encoder.weight's first axis "
-            f"against decoder.weight's), came {layers!r} in {where}: correct config.json"
+            f"against decoder.weight's), came {short(layers)} in {where}: correct config.json"
         )
     W_enc_MDF = W_enc_LDF.new_zeros((M, *W_enc_LDF.shape[1:]))
     W_enc_MDF[layers] = W_enc_LDF
@@ -254,13 +257,13 @@ def _check_settings(settings: Mapping[str, Any], expected: Mapping[str, int], wh
         came = settings.get(name)
         if came is not None and came != size:
             raise InputError(
-                f"{name} in the settings must equal the tensors' {size}, came {came!r} in {where}: settings and "
+                f"{name} in the settings must equal the tensors' {size}, came {short(came)} in {where}: settings and "
                 f"weights are of two crosscoders; take both from one run"
             )
     if settings.get("latent_processor") is not None:
         raise InputError(
-            f"latent_processor must be null, came {settings['latent_processor']!r} in {where}: codes that are changed "
-            f"by a function outside the file cannot be read"
+            f"latent_processor must be null, came {short(settings['latent_processor'])} in {where}: codes that a "
+            f"function outside the file changes cannot be read"
         )
 
 
@@ -268,26 +271,26 @@ def _code_weight(named: dict[str, Tensor], settings: Mapping[str, Any], where: s
     """From the tensor, else from the settings, else `crosscoder` (files older than the choice)."""
     by_tensor, by_settings = None, settings.get("code_normalization")
     if "code_normalization_id" in named:
-        number = int(_scalar(named["code_normalization_id"], "code_normalization_id", where))
-        if not 1 <= number <= len(CODE_WEIGHTS):
+        number = _scalar(named["code_normalization_id"], "code_normalization_id", where)
+        if number != int(number) or not 1 <= number <= len(CODE_WEIGHTS):
             raise InputError(
-                f"code_normalization_id must be 1 to {len(CODE_WEIGHTS)} ({', '.join(CODE_WEIGHTS)}), came {number} in "
-                f"{where}: this version of crossray does not know that code weight"
+                f"code_normalization_id must be 1 to {len(CODE_WEIGHTS)} ({', '.join(CODE_WEIGHTS)}), came {number:g} "
+                f"in {where}: this version of crossray does not know that code weight"
             )
-        by_tensor = CODE_WEIGHTS[number - 1]
+        by_tensor = CODE_WEIGHTS[int(number) - 1]
     if by_settings is not None:
         by_settings = str(by_settings).rsplit(".", 1)[-1].lower()  # "MIXED" and "CodeNormalization.MIXED" both occur
         if by_settings not in CODE_WEIGHTS or by_tensor not in (None, by_settings):
             raise InputError(
                 f"code_normalization must be one of {', '.join(CODE_WEIGHTS)} and agree with code_normalization_id "
-                f"({by_tensor}), came {settings['code_normalization']!r} in {where}: correct config.json"
+                f"({by_tensor}), came {short(settings['code_normalization'])} in {where}: correct config.json"
             )
     name = by_tensor or by_settings or "crosscoder"
     for key, alpha in MIXED_ALPHAS.items():
         if name == "mixed" and settings.get(key, alpha) != alpha:
             raise InputError(
-                f"{key} must be {alpha} (the code weight `mixed` is sae + 0.1 crosscoder), came {settings[key]!r} in "
-                f"{where}: another mix is not supported"
+                f"{key} must be {alpha} (the code weight `mixed` is sae + 0.1 crosscoder), came {short(settings[key])} "
+                f"in {where}: another mix is not supported"
             )
     return name
 
@@ -300,7 +303,7 @@ def _sparsity(named: dict[str, Tensor], settings: Mapping[str, Any], where: str)
     name, known = came or (BatchTopK if present else L1).published_class, sparsity_by_class()
     if name not in known:
         raise InputError(
-            f"dict_class must be one of {', '.join(known)}, came {came!r} in {where}: this kind of dictionary "
+            f"dict_class must be one of {', '.join(known)}, came {short(came)} in {where}: this kind of dictionary "
             f"is not a crosscoder that crossray can read"
         )
     needed = known[name].published_tensors
@@ -329,7 +332,11 @@ def _threshold(tensor: Tensor, shape: tuple[int, ...], settings: Mapping[str, An
             f"weights disagree"
         )
     published = tensor.detach().reshape(shape)
-    exact = torch.tensor(settings.get(OWN_SETTINGS, {}).get("threshold", torch.nan), dtype=torch.float64)
+    kept = (settings.get(OWN_SETTINGS) or {}).get("threshold", torch.nan)
+    numbers = kept if isinstance(kept, list) else [kept]
+    if not all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in numbers):
+        raise InputError(f"threshold in crossray's settings must hold numbers, came {short(kept)} in {where}")
+    exact = torch.tensor(kept, dtype=torch.float64)
     is_same = exact.shape == published.shape and torch.equal(exact.to(published.dtype), published)
     return exact if is_same else published.to(torch.float64)
 
@@ -337,11 +344,12 @@ def _threshold(tensor: Tensor, shape: tuple[int, ...], settings: Mapping[str, An
 def _activation_norm(named: dict[str, Tensor], M: int, D: int, where: str) -> ActivationNorm | None:
     """None unless mean and standard deviation are both there and free of NaN (NaN = trained without)."""
     present = [key for key in ("activation_mean", "activation_std") if key in named]
-    if not present:
+    if not present and "activation_global_scale" not in named:
         return None
-    if len(present) == 1:
+    if len(present) < 2:
+        came = (*present, "activation_global_scale")[0]
         raise InputError(
-            f"activation_mean and activation_std come together, came {present[0]} alone in {where}: take a whole copy"
+            f"activation_mean and activation_std come together, came {came} alone in {where}: take a whole copy"
         )
     mean_MD, std_MD = (_copy(named[key].detach().to(torch.float32)) for key in present)
     for key, tensor in zip(present, (mean_MD, std_MD), strict=True):
@@ -349,6 +357,11 @@ def _activation_norm(named: dict[str, Tensor], M: int, D: int, where: str) -> Ac
     if bool(mean_MD.isnan().any()) or bool(std_MD.isnan().any()):
         return None
     target_rms = _scalar(named["target_rms"], "target_rms", where) if "target_rms" in named else 1.0
+    if target_rms <= 0 or not bool((std_MD >= 0).all()):
+        raise InputError(
+            f"target_rms must be above 0 and activation_std at least 0, came {target_rms:g} and a smallest deviation "
+            f"of {float(std_MD.min()):g} in {where}: the activations' statistics in the file are damaged"
+        )
     if "activation_global_scale" in named:
         scale_M = _copy(named["activation_global_scale"].detach().to(torch.float32))
         _check_shape("activation_global_scale", scale_M, (M,), "decoder.weight [M, F, D]", where)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoints.layouts import OWN_SETTINGS, PublishedCrosscoder, read_layout
-from pipeline.errors import InputError, first_line
+from pipeline.errors import InputError, first_line, short
 
 WEIGHTS_NAMES = ("model.safetensors", "cc_weights.pt")
 """Preferred names of the weights; else the only safetensors file, else the only pickled state dict."""
@@ -169,12 +169,14 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
-            header = (file.metadata() or {}).get(OWN_SETTINGS, "{}")
-            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(header)  # noqa: SIM118
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+            header = json.loads((file.metadata() or {}).get(OWN_SETTINGS, "{}"))
+            if not isinstance(header, dict):
+                raise ValueError(f"its header names {short(header)} as crossray's settings")
+            return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(
-            f"expected a whole safetensors file, came {path.stat().st_size} bytes that cannot be read ({error}) at "
-            f"{path}: download or copy it again"
+            f"expected a whole safetensors file, came {path.stat().st_size} bytes that cannot be read "
+            f"({first_line(error)}) at {path}: download or copy it again"
         ) from error
 
 
@@ -189,13 +191,13 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"({reason.strip() or first_line(error)}) at {path}: such files can run code, so they are never "
             f"loaded; ask for safetensors, or save its state_dict() alone"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged pickle can ask its reader for anything
         raise InputError(
             f"expected a whole file written by torch.save, came {path.stat().st_size} bytes that cannot be read "
             f"({type(error).__name__}) at {path}: download or copy it again"
         ) from error
     if not isinstance(loaded, Mapping) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
-        keys = list(loaded)[:8] if isinstance(loaded, Mapping) else type(loaded).__name__
+        keys = short(list(loaded)[:8]) if isinstance(loaded, Mapping) else type(loaded).__name__
         raise InputError(
             f"expected a dict from names to tensors, came {keys} at {path}: save the crosscoder's state_dict() alone"
         )
@@ -213,9 +215,11 @@ def _read_settings(files: CheckpointFiles, header: Mapping[str, Any]) -> dict[st
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"expected JSON settings, came a file that is none ({error}) at {path}: correct it") from error
+        loaded = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise InputError(
+            f"expected JSON settings, came a file that is none ({first_line(error)}) at {path}: correct it"
+        ) from error
     if not isinstance(loaded, dict):
         raise InputError(f"expected a JSON object with settings, came {type(loaded).__name__} at {path}: correct it")
     return loaded

@@ -71,9 +71,9 @@ class LatentScalingSection(Section):
     """Other latents carry it in the base model from this nu_r on, in size. Raising it calls more chat-specific."""
     min_documents: PositiveInt = 10
     """A latent that fires in fewer validation documents is undecided. Raising it leaves more latents undecided."""
-    num_groups: Annotated[int, Field(ge=20)] = 64
+    num_groups: Annotated[int, Field(ge=20, le=100_000)] = 64
     """Groups of documents that the bootstrap resamples. More give finer intervals and take F x groups x 6 numbers."""
-    num_resamples: Annotated[int, Field(ge=100)] = 1000
+    num_resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 1000
     """Bootstrap resamples behind each 95% interval. More give steadier ends and take proportionally longer."""
     seed: NonNegativeInt = 0
     """Seed of the bootstrap."""
@@ -99,7 +99,7 @@ class CausalitySection(Section):
 
     num_conversations: PositiveInt = 256
     """Validation dialogues to measure, in the order of their hash. More narrow the intervals and take longer."""
-    num_random_halves: NonNegativeInt = 2
+    num_random_halves: int = Field(2, ge=0, le=1000)
     """Random halves of the latent set, as a control beside the best and the worst half."""
     max_latents: PositiveInt | None = None
     """Use only this many latents, those of highest Delta_norm. null uses the whole chat-only set."""
@@ -109,7 +109,7 @@ class CausalitySection(Section):
     so. max_latents still limits it."""
     min_latents: NonNegativeInt = 0
     """Fill a chat-only set that is smaller than this with the latents of next highest Delta_norm. 0 never fills."""
-    num_random_orders: NonNegativeInt = 1
+    num_random_orders: int = Field(1, ge=0, le=1000)
     """Random orders in which the curve adds latents, as a control beside the order of evidence."""
     num_equivalence_latents: NonNegativeInt = 16
     """Causal equivalence of this many chat-specific latents and as many shared ones: whether adding d^base does to the
@@ -117,7 +117,7 @@ class CausalitySection(Section):
     off."""
     tokens_per_batch: PositiveInt = 4096
     """Tokens in one forward pass, padding included. Raising it needs more memory."""
-    num_resamples: Annotated[int, Field(ge=100)] = 1000
+    num_resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 1000
     """Bootstrap resamples of conversations behind each interval."""
     seed: NonNegativeInt = 0
     """Seed of the random halves, the random orders and the bootstrap."""
@@ -137,7 +137,7 @@ class SteeringSection(Section):
 
     scales: tuple[float, ...] = Field((0.5, 1.0, 2.0), min_length=1)
     """Strength of the added direction, as multiples of the latent's largest contribution. Each is one sweep."""
-    num_random: NonNegativeInt = 5
+    num_random: int = Field(5, ge=0, le=100_000)
     """Random latents, scaled to the same norm, as a control."""
     num_prompts: PositiveInt = 24
     """Neutral prompts per behaviour. More make the rates finer and take proportionally longer."""
@@ -203,7 +203,7 @@ class PlantedSection(Section):
 
     first_tokens: PositiveInt = 8
     """First tokens of each answer over which the mean-difference baseline is taken (arXiv 2510.13900)."""
-    num_resamples: Annotated[int, Field(ge=100)] = 200
+    num_resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 200
     """Bootstrap resamples of documents behind each interval."""
     seed: NonNegativeInt = 0
     """Seed of the bootstrap. Latents are chosen on half of the documents, by hash, and scored on the other half."""

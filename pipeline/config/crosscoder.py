@@ -21,7 +21,6 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     Tag,
     create_model,
     model_validator,
@@ -32,6 +31,12 @@ from pipeline.numerics.settings import Bounds, Precision, Settings, field_types
 from pipeline.numerics.sparsities.base import Sparsity
 from pipeline.numerics.sparsities.registry import SPARSITIES
 from pipeline.numerics.spec import FitSettings
+
+MAX_LATENTS = 100_000_000
+"""Beyond any dictionary that was ever fitted: what is larger is a slip of the pen."""
+MAX_EXPANSION = 100_000
+MAX_BATCH_ROWS = 100_000_000
+MAX_ROWS = 10**15
 
 
 def field_docs(kind: type[Settings]) -> dict[str, str]:
@@ -106,9 +111,9 @@ class _NamedCrosscoder(Section):
     """Name in tables, figures and MLflow."""
     sparsity: AnySparsity
     """What keeps the codes sparse."""
-    num_latents: PositiveInt | None = None
+    num_latents: Annotated[int, Field(gt=0, le=MAX_LATENTS)] | None = None
     """Size F of the dictionary; give this or expansion."""
-    expansion: PositiveInt | None = None
+    expansion: Annotated[int, Field(gt=0, le=MAX_EXPANSION)] | None = None
     """F as a multiple of the activation width (32 in the paper)."""
     seeds: Annotated[int, Field(ge=1, le=64)] = 1
     """Fits of this crosscoder: with 3, two more are fitted from the same read of the rows, with the seeds that follow.
@@ -150,7 +155,7 @@ class CrosscoderSection(_FittedCrosscoder):
         """Writes the numbers in place of `auto`, so that identities and records hold them."""
         sparsity = value.get("sparsity") if isinstance(value, dict) else None
         kind = sparsity.get("kind") if isinstance(sparsity, dict) else getattr(sparsity, "kind", None)
-        if kind not in SPARSITIES:
+        if not isinstance(kind, str) or kind not in SPARSITIES:
             return value
         own = {"init_norm": SPARSITIES[kind].default_init_norm, "clip_norm": SPARSITIES[kind].default_clip_norm}
         return value | {name: number for name, number in own.items() if value.get(name, "auto") == "auto"}
@@ -204,13 +209,13 @@ CrosscoderEntry = Annotated[
 class TrainingSection(Section):
     """The read of the activations that all crosscoders of the run share."""
 
-    batch_rows: PositiveInt = 2048
+    batch_rows: int = Field(2048, gt=0, le=MAX_BATCH_ROWS)
     """Rows per optimiser step over all workers together."""
-    num_rows: PositiveInt = 200_000_000
+    num_rows: int = Field(200_000_000, gt=0, le=MAX_ROWS)
     """Rows to train on; more than the store holds means several epochs."""
     shuffle_seed: NonNegativeInt = 0
     """Seed of the row order."""
-    shuffle_buffer_rows: PositiveInt = 200_000
+    shuffle_buffer_rows: int = Field(200_000, gt=0, le=MAX_ROWS)
     """activations.mode stream only: rows from which batches are drawn, over all data ranks; more mix better and cost
     memory, rows x 2 models x width x 2 bytes."""
     precision: Precision = "float32"

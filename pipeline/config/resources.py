@@ -134,11 +134,11 @@ class EndpointSection(Section):
     logged. null sends no key."""
     concurrency: PositiveInt = 8
     """Requests in flight at once. Lower it if the endpoint answers 429."""
-    timeout_seconds: PositiveFloat = 120.0
+    timeout_seconds: float = Field(120.0, gt=0, le=86_400)
     """Seconds to wait for an answer before the request is sent again."""
     max_retries: NonNegativeInt = 6
     """How often to repeat a request after 429, 5xx, a time-out or a lost connection. One more failure ends the run."""
-    backoff_seconds: PositiveFloat = 1.0
+    backoff_seconds: float = Field(1.0, gt=0, le=3600)
     """Seconds before the first retry. The wait doubles each time up to a minute, unless the endpoint names one."""
     price_in: NonNegativeFloat | None = None
     """Price of a million input tokens, in any currency. With price_out, plan states the cost."""

@@ -6,14 +6,11 @@ whether or not the file mentions the key. No file inheritance, no interpolation,
 pydantic and yaml.
 """
 
-import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar, get_args
+from typing import Any, Self, TypeVar
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from pipeline.config.analyses import AnalysesSection
 from pipeline.config.crosscoder import CrosscoderEntry, CrosscoderSection, TrainingSection
@@ -24,28 +21,17 @@ from pipeline.config.data import (
     OrganismSection,
     TokensSection,
 )
+from pipeline.config.faults import describe_faults, nearest
 from pipeline.config.presets import PresetName, with_preset
 from pipeline.config.resources import ResourcesSection, StorageSection, TrackingSection
 from pipeline.config.section import Name, Section
-from pipeline.errors import InputError
-
-
-class _Yaml12Loader(yaml.SafeLoader):
-    """PyYAML follows YAML 1.1 and reads 1e-4 as a string; this loader reads it as a number."""
-
-
-_Yaml12Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
-
+from pipeline.config.yaml_file import YamlError, parse_yaml
+from pipeline.errors import InputError, first_line, short, shortened
 
 Config = TypeVar("Config", bound=Section)
 
-
-def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Yaml12Loader)
+_NUM_FAULTS_TOLD = 5
+_MAX_PLACE_DIGITS = 7
 
 
 class RunConfig(Section):
@@ -158,7 +144,7 @@ def load_as(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -> Co
     resolved = config.model_dump(mode="json")
     for override in overrides:
         _apply(resolved, override)
-    return validated(kind, resolved, f"{path} with --set {' '.join(overrides)}")
+    return validated(kind, resolved, f"{path} with --set {shortened(' '.join(overrides), 200)}")
 
 
 def read_tree(path: Path) -> dict[str, Any]:
@@ -166,11 +152,11 @@ def read_tree(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"expected a run file, got {str(path)!r}: {error}") from error
+        raise InputError(f"expected a run file, got {short(str(path))}: {first_line(error)}") from error
     try:
-        tree = _parse_yaml(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: expected YAML: {' '.join(str(error).split())}") from error
+        tree = parse_yaml(text)
+    except YamlError as error:
+        raise InputError(f"{path}: {error}") from error
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected a mapping of sections, got {type(tree).__name__}")
     return tree
@@ -181,105 +167,53 @@ def validated(kind: type[Config], tree: dict[str, Any], where: str) -> Config:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        faults = [_describe(kind, fault) for fault in error.errors(include_url=False)]
-        raise InputError(f"{where}: {'; '.join(faults)}") from error
+        faults = describe_faults(kind, tree, error)
+        told = faults[:_NUM_FAULTS_TOLD] + (
+            [f"and {len(faults) - _NUM_FAULTS_TOLD} more"] if faults[_NUM_FAULTS_TOLD:] else []
+        )
+        raise InputError(f"{where}: {'; '.join(told)}") from error
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise InputError(f"--set: expected key=value such as training.num_rows=100000, got {override!r}")
+        raise InputError(f"--set: expected key=value such as training.num_rows=100000, got {short(override)}")
     parts = key.split(".")
     node: Any = tree
     for depth, part in enumerate(parts):
         index = _position(node, part)
         if index is None:
-            at = ".".join(parts[:depth]) or "the run file"
-            raise InputError(f"--set {override}: {at} has no {part!r}{_nearest(part, _choices(node))}")
+            at, rest = shortened(".".join(parts[:depth])) or "the run file", shortened(".".join(parts[depth:]))
+            if not isinstance(node, (dict, list)):
+                came = "null" if node is None else short(node)
+                raise InputError(
+                    f"--set {shortened(override)}: expected {at} to be a section, got {came}; give it as a whole, such "
+                    f"as {at}={{{rest}: ...}}"
+                )
+            raise InputError(f"--set {shortened(override)}: {at} has no {short(part)}{nearest(part, _choices(node))}")
         if depth == len(parts) - 1:
             try:
-                node[index] = _parse_yaml(text)
-            except yaml.YAMLError as error:
-                raise InputError(f"--set {override}: expected a YAML value, got {text!r}") from error
+                node[index] = parse_yaml(text)
+            except YamlError as error:
+                raise InputError(f"--set {shortened(override)}: expected a YAML value: {error}") from error
         else:
             node = node[index]
 
 
 def _position(node: Any, part: str) -> Any:
-    """Key or index of `part` in a mapping or list (list items are found by number or by their name), else None."""
+    """Key or index of `part` in a mapping or list, else None; a list's item is found by its name, else by its place."""
     if isinstance(node, dict):
-        return part if part in node else None
+        return part if part in node else next((key for key in node if str(key) == part), None)
     if isinstance(node, list):
-        if part.isdigit():
-            return int(part) if int(part) < len(node) else None
-        return next((i for i, item in enumerate(node) if isinstance(item, dict) and item.get("name") == part), None)
+        named = (i for i, item in enumerate(node) if isinstance(item, dict) and item.get("name") == part)
+        is_place = part.isascii() and part.isdecimal() and len(part) < _MAX_PLACE_DIGITS and int(part) < len(node)
+        return next(named, int(part) if is_place else None)
     return None
 
 
 def _choices(node: Any) -> list[str]:
     if isinstance(node, dict):
-        return list(node)
+        return [str(key) for key in node]
     if isinstance(node, list):
         return [str(item.get("name", i)) if isinstance(item, dict) else str(i) for i, item in enumerate(node)]
     return []
-
-
-def _nearest(word: str, choices: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(choices)}"
-
-
-def _describe(kind: type[Section], fault: Any) -> str:
-    """One pydantic fault as: where, what was expected, what came; the nearest key for an unknown one."""
-    location, owner = _walk(kind, fault["loc"])
-    where = ".".join(location)
-    if fault["type"] == "extra_forbidden" and owner is not None:
-        return f"{where}: unknown key{_nearest(location[-1], list(owner.model_fields))}"
-    if fault["type"] == "missing":
-        return f"{where}: expected a value, got none"
-    if fault["type"] == "value_error":
-        text = str(fault["ctx"]["error"])
-        return text if not where or text.startswith(where) else f"{where}: {text}"
-    if fault["type"] == "union_tag_not_found":
-        return f"{where}.kind: expected the name of a variant, got none"
-    message = fault["msg"][0].lower() + fault["msg"][1:]
-    return f"{where}: {message}, got {fault['input']!r}"
-
-
-_UNION_MEMBER = re.compile(r"constrained-\w+|literal\[.*\]")
-"""What pydantic puts into a location for a member of a union of plain values."""
-
-
-def _walk(kind: type[Section], loc: Sequence[str | int]) -> tuple[list[str], type[BaseModel] | None]:
-    """The user's spelling of a pydantic location (union tags left out) and the section that holds its last part."""
-    owner: Any = kind
-    names: list[str] = []
-    for depth, part in enumerate(loc):
-        candidates = _sections_in(owner)
-        tagged = [
-            c for c in candidates if "kind" in c.model_fields and part in get_args(c.model_fields["kind"].annotation)
-        ]
-        if (
-            tagged
-            and (len(candidates) > 1 or depth + 1 < len(loc))
-            and not any(part in c.model_fields for c in candidates)
-        ):
-            owner = tagged[0]
-            continue
-        if isinstance(part, str) and _UNION_MEMBER.fullmatch(part):
-            continue
-        names.append(str(part))
-        if depth == len(loc) - 1:
-            break
-        if isinstance(part, str):
-            held = [c.model_fields[part].annotation for c in candidates if part in c.model_fields]
-            owner = held[0] if held else None
-    holders = _sections_in(owner)
-    return names, holders[0] if holders else None
-
-
-def _sections_in(annotation: Any) -> list[type[BaseModel]]:
-    """All section classes named in a type, through unions, tuples and Annotated."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [section for argument in get_args(annotation) for section in _sections_in(argument)]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from pipeline.checkpoints.published import find_files
 from pipeline.cluster.connect import connected, listening
 from pipeline.cluster.pools import Pool, run_pool
 from pipeline.config.run_file import validated
@@ -19,7 +20,8 @@ from pipeline.errors import InputError
 from pipeline.planted.score import RULES, SCORE_COLUMNS, score_row, score_text, trial_score
 from pipeline.planted.settings import BenchmarkConfig, CheckpointSection
 from pipeline.planted.trial import MATCHES_NAME, Plant, Trial, read_truth
-from pipeline.storage.artifacts import ArtifactKey, artifact_key, digest_of_path, read_record, write_record
+from pipeline.storage.artifacts import ArtifactKey, artifact_key, read_record, write_record
+from pipeline.storage.content import content_digests
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.tables import arrow_schema, read_table, write_frame
 from pipeline.terminal import Progress, Reporter
@@ -115,7 +117,10 @@ def _trial(name: str, world: Job, section: dict[str, Any], item: dict[str, Any])
 
 def _checkpoint_identity(checkpoint: CheckpointSection) -> str:
     path = Path(checkpoint.source)
-    return f"sha256:{digest_of_path(path)}" if path.exists() else checkpoint.source
+    if not path.exists():
+        return checkpoint.source
+    files = [file for file in find_files(path) if file is not None]
+    return f"sha256:{content_digests().of_group(files, path if path.is_dir() else path.parent)}"
 
 
 def _plant(config: BenchmarkConfig, storage: Storage, jobs: Sequence[Job], reporter: Reporter) -> None:

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import NamedTuple, TypeVar
 
 from pipeline.config.crosscoder import AdoptedCrosscoderSection, CrosscoderSection
-from pipeline.config.data import OrganismCorpus
+from pipeline.config.data import CorpusSource, OrganismCorpus
 from pipeline.config.run_file import RunConfig
 from pipeline.errors import InputError
 from pipeline.run.identities import (
@@ -338,8 +338,20 @@ def _check_analyses(config: RunConfig) -> None:
             "analyses.steering.latents: expected latents to steer with, since analyses.planted is off; name some, set "
             "num_latents, or turn analyses.planted on"
         )
+    if analyses.causality is not None and not any(_has_dialogues(source) for source in config.corpus.sources):
+        names = ", ".join(source.name for source in config.corpus.sources)
+        raise InputError(
+            f"analyses.causality: expected a corpus of dialogues, got plain documents alone ({names}); add a corpus "
+            "with messages_column or set analyses.causality to null"
+        )
     if analyses.autointerp is not None and analyses.examples is None:
         raise InputError(
             "analyses.autointerp: expected analyses.examples to be on, since explanations are made from its contexts, "
             "got null; turn it on or set analyses.autointerp to null"
         )
+
+
+def _has_dialogues(source: CorpusSource) -> bool:
+    if isinstance(source, OrganismCorpus):
+        return source.part == "dialogues"
+    return getattr(source, "messages_column", None) is not None

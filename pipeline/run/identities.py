@@ -4,7 +4,7 @@ A step's identity is its section of the run file (run/flow.py). Where a section 
 here put what was found in place of the name, so that a changed file makes its steps stale and a moved one does not.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import fsspec
 from pipeline.config.analyses import SteeringSection
 from pipeline.config.crosscoder import AdoptedCrosscoderSection
 from pipeline.config.data import CorpusSection, HubModel, OrganismModel
-from pipeline.errors import InputError
-from pipeline.storage.artifacts import digest_of_path
-from pipeline.text.files import as_input_error, expand_paths
+from pipeline.errors import InputError, short
+from pipeline.models.files import existing_path, loaded_files
+from pipeline.storage.content import DIGEST_LENGTH, content_digests
+from pipeline.text.files import as_input_error, expand_paths, read_json
 
 Identity = dict[str, Any]
 """JSON that is hashed into a fingerprint; no stage reads it."""
@@ -27,7 +28,7 @@ def file_identity(path: str, where: str) -> str:
     with as_input_error(f"{where}: {path}"):
         fs, inner = fsspec.core.url_to_fs(path)
         if "file" in fs.protocol:
-            return f"sha256:{digest_of_path(Path(inner))}"
+            return f"sha256:{content_digests().of_file(Path(inner))}"
         return f"{path}#{fs.ukey(inner)}"
 
 
@@ -37,9 +38,18 @@ def corpus_identity(section: CorpusSection) -> Identity:
     for source in identity["sources"]:
         if "paths" in source:
             where = f"corpus {source['name']!r}: paths"
-            source["paths"] = [file_identity(path, where) for path in expand_paths(source["paths"], where)]
+            paths = expand_paths(source["paths"], where)
+            _remember_contents(paths, where)
+            source["paths"] = [file_identity(path, where) for path in paths]
         del source["weight"]
     return identity
+
+
+def _remember_contents(paths: Sequence[str], where: str) -> None:
+    """Read all local files at once, so that how far the reading is can be told of all of them."""
+    with as_input_error(where):
+        found = [fsspec.core.url_to_fs(path) for path in paths]
+        content_digests().of_files([Path(inner) for fs, inner in found if "file" in fs.protocol])
 
 
 def model_identity(model: HubModel | OrganismModel, where: str) -> Identity:
@@ -56,12 +66,12 @@ def model_identity(model: HubModel | OrganismModel, where: str) -> Identity:
     for field, source, revision in sources:
         if source is None:
             continue
-        path = Path(source).expanduser()
-        if path.exists():
-            identity[field] = f"sha256:{digest_of_path(path)}"
+        path = existing_path(source)
+        if path is not None:
+            identity[field] = _folder_identity(path, model, field, f"{where}.{field}")
         elif source.startswith(("/", ".", "~")) or source.count("/") > 1:
             raise InputError(
-                f"{where}.{field}: expected a hub id or an existing folder, got {source!r}; correct the path"
+                f"{where}.{field}: expected a hub id or an existing folder, got {short(source)}; correct the path"
             )
         else:
             identity[field] = source
@@ -69,6 +79,17 @@ def model_identity(model: HubModel | OrganismModel, where: str) -> Identity:
     if model.token_replacements:
         identity["token_replacements"] = sorted(model.token_replacements.items())
     return identity
+
+
+def _folder_identity(folder: Path, model: HubModel, field: str, where: str) -> Identity:
+    """The content of what is loaded from a folder, by kind: weights, config, tokenizer, adapter, code."""
+    if not folder.is_dir():
+        raise InputError(f"{where}: expected a hub id or a folder, got the file {str(folder)!r}; name its folder")
+    digests = content_digests()
+    with as_input_error(f"{where}: {folder}"):
+        files = loaded_files(folder, with_code=model.trust_remote_code)
+        kinds = files if field == "source" else {kind: files[kind] for kind in files if kind == "adapter"}
+        return {kind: f"sha256:{digests.of_group(own, folder)}" for kind, own in kinds.items()}
 
 
 def noise_between(base: Mapping[str, object], chat: Mapping[str, object]) -> float | None:
@@ -80,20 +101,22 @@ def noise_between(base: Mapping[str, object], chat: Mapping[str, object]) -> flo
 
 def adopted_identity(section: AdoptedCrosscoderSection) -> Identity:
     """Content of a local crosscoder, id and revision of the hub's; InputError where a path holds no weights."""
-    path = Path(section.source).expanduser()
+    path = existing_path(section.source)
     identity: Identity = {"kind": section.kind, "activation_scale": section.activation_scale}
-    if path.exists():
+    if path is not None:
         from pipeline.checkpoints.published import find_files  # imports torch, which other runs can do without
 
         try:
             files = find_files(path, revision=section.revision)
         except InputError as error:
             raise InputError(f"crosscoder {section.name!r}: source: {error}") from error
-        return identity | {"source": [f"sha256:{digest_of_path(file)}" for file in files if file is not None]}
+        with as_input_error(f"crosscoder {section.name!r}: source"):
+            found = content_digests().of_files([file for file in files if file is not None])
+        return identity | {"source": [f"sha256:{digest[:DIGEST_LENGTH]}" for digest in found.values()]}
     if section.source.startswith(("/", ".", "~")):
         raise InputError(
             f"crosscoder {section.name!r}: source: expected a hub id, an existing folder or a weights file, got "
-            f"{section.source!r}; correct the path"
+            f"{short(section.source)}; correct the path"
         )
     return identity | {"source": section.source, "revision": section.revision}
 
@@ -102,5 +125,7 @@ def steering_identity(section: SteeringSection) -> Identity:
     """The steering section with the content of the file of prompts in place of its path."""
     identity = section.model_dump(mode="json")
     if section.prompts_path is not None:
-        identity["prompts_path"] = file_identity(section.prompts_path, "analyses.steering.prompts_path")
+        where = "analyses.steering.prompts_path"
+        identity["prompts_path"] = file_identity(section.prompts_path, where)
+        read_json(section.prompts_path, where)  # steering comes last: what it cannot read is refused before the start
     return identity

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from pipeline.config.run_file import RunConfig
 from pipeline.errors import InputError
+from pipeline.run.advice import advice
 from pipeline.run.flow import AnyStep, build_flow, build_layers_flow
 from pipeline.run.layer_count import renumbering_note
 from pipeline.stages.step import StageContext
@@ -56,14 +57,21 @@ def inspect(config: RunConfig, storage: Storage) -> list[StepState]:
             continue
         drift = nearest_drift(storage, step.key, name=step.name, run_name=config.name)
         begun = bool(storage.files(step.folder))
-        states.append(StepState(step, PARTIAL if begun else STALE if drift else MISSING, drift, None))
+        states.append(StepState(step, PARTIAL if begun else STALE if drift else MISSING, _told(drift), None))
     return states
 
 
+def _told(drift: Sequence[str]) -> list[str]:
+    """The fields that differ; of other inputs their names alone, since those steps tell their own fields."""
+    fields = [line for line in drift if not line.startswith("inputs.")]
+    roles = dict.fromkeys(line.removeprefix("inputs.").partition(":")[0] for line in drift if line not in fields)
+    return fields + ([f"reads other artifacts: {', '.join(roles)}"] if roles else [])
+
+
 def notes(config: RunConfig, storage: Storage) -> list[str]:
-    """What a user should know before the run: lines for `plan`."""
+    """What a user should know before the run: lines for `plan` and for the start of `run`."""
     note = renumbering_note(build_flow(with_measured_layer(config, storage)).data.activations, config.name, storage)
-    return [note] if note else []
+    return [*([note] if note else []), *advice(config)]
 
 
 def run(config: RunConfig, reporter: Reporter, tracker: Tracker | None = None) -> Outcome:
@@ -75,7 +83,7 @@ def run(config: RunConfig, reporter: Reporter, tracker: Tracker | None = None) -
     num_missing = sum(read_record(storage, step.key) is None for step in flow.steps)
     link = None
     if num_missing:
-        if note := renumbering_note(flow.data.activations, config.name, storage):
+        for note in notes(config, storage):
             reporter.message(note)
         from pipeline.run.execution import execute
 

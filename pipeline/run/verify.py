@@ -1,19 +1,21 @@
 """Checks the artifacts of a run byte by byte and names what is damaged; reads only.
 
 Every finished artifact: its record (readable, of this version, identity and folder agree) and its files (there,
-checksums); for a store of activations every shard against the manifest (size, checksum, rows, finite numbers) and every
-row against the tokens: each kept token is there exactly once, with its own id, in the right split. Unfinished artifacts
-are counted, not checked. Everything is read once; memory holds one shard, and a few bytes per document.
+checksums; a name or a link that leads out of the artifact is a fault and not followed); for a store of activations
+every shard against the manifest (size, checksum, rows, finite numbers) and every row against the tokens: each kept
+token is there exactly once, with its own id, in the right split. Unfinished artifacts are counted, not checked.
+Everything is read once; memory holds one shard, and a few bytes per document.
 """
 
 import zlib
 from collections.abc import Iterator, Sequence
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from pipeline.errors import CrossrayError, InputError
+from pipeline.errors import CrossrayError, InputError, shortened
 from pipeline.extraction.activations import RowOptions, kept_positions
 from pipeline.schema import Split
 from pipeline.stages.extractor import read_rejected
@@ -77,14 +79,13 @@ def all_folders(storage: Storage) -> list[str]:
 def verify(storage: Storage, folders: Sequence[str], reporter: Reporter) -> Verified:
     """Check the finished artifacts among these folders; every fault is reported as it is found."""
     finished = [folder for folder in folders if storage.exists(f"{folder}/{RECORD_NAME}")]
-    files = {folder: storage.files(folder) for folder in finished}
-    sizes = {folder: sum(storage.size(f"{folder}/{name}") for name in files[folder]) for folder in finished}
+    sizes = {folder: _size(storage, folder) for folder in finished}
     progress = Progress("verify", max(1, sum(sizes.values()) // _KIB), "KiB")
     faults: list[Fault] = []
     done = 0
     reporter.progress(progress.update(0))
     for folder in finished:
-        for read, found in _check_artifact(storage, folder):
+        for read, found in _whatever_it_holds(storage, folder):
             for fault in found:
                 faults.append(fault)
                 reporter.message(f"fault    {fault.where}: {fault.what}")
@@ -92,6 +93,21 @@ def verify(storage: Storage, folders: Sequence[str], reporter: Reporter) -> Veri
         done += sizes[folder]
     reporter.progress(progress.update(progress.total))
     return Verified(len(finished), len(folders) - len(finished), done, tuple(faults))
+
+
+def _whatever_it_holds(storage: Storage, folder: str) -> Iterator[tuple[int, list[Fault]]]:
+    """The checks of one artifact; what they cannot even work with is a fault of it, whatever the error."""
+    try:
+        yield from _check_artifact(storage, folder)
+    except Exception as error:
+        what = f"expected parts of the right types, got what cannot be checked: {type(error).__name__}: {error}"
+        yield 0, [Fault(storage.url(folder), shortened(what, 300))]
+
+
+def _size(storage: Storage, folder: str) -> int:
+    """Bytes of an artifact's own files."""
+    own = (name for name in storage.files(folder) if not _leads_out(storage, folder, name))
+    return sum(storage.size(f"{folder}/{name}") for name in own if storage.exists(f"{folder}/{name}"))
 
 
 def _check_artifact(storage: Storage, folder: str) -> Iterator[tuple[int, list[Fault]]]:
@@ -105,7 +121,7 @@ def _check_artifact(storage: Storage, folder: str) -> Iterator[tuple[int, list[F
     yield 0, _check_identity(record, folder, where)
     read = 0
     for name, expected in sorted(record.checksums.items()):
-        size, faults = _check_file(storage, f"{folder}/{name}", expected)
+        size, faults = _check_file(storage, folder, name, expected)
         read += size
         yield read, faults
     if record.stage == _ACTIVATIONS:
@@ -130,9 +146,23 @@ def _check_identity(record: Record, folder: str, where: str) -> list[Fault]:
     ]
 
 
-def _check_file(storage: Storage, key: str, expected: str) -> tuple[int, list[Fault]]:
+def _leads_out(storage: Storage, folder: str, name: str) -> bool:
+    """Whether a name, or a link of this name, means a file outside its artifact, which nothing here may vouch for."""
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
+        return True
+    own, path = storage.local_path(folder), storage.local_path(f"{folder}/{name}")
+    try:
+        return own is not None and path is not None and not path.resolve().is_relative_to(own.resolve())
+    except (OSError, RuntimeError):  # links in a circle
+        return True
+
+
+def _check_file(storage: Storage, folder: str, name: str, expected: str) -> tuple[int, list[Fault]]:
     """Size of a file, and its fault."""
+    key = f"{folder}/{name}"
     where = storage.url(key)
+    if _leads_out(storage, folder, name):
+        return 0, [Fault(where, "expected a file of this artifact, got a name or a link that leads out of it")]
     if not storage.exists(key):
         return 0, [Fault(where, "expected a file, found none")]
     try:
@@ -149,7 +179,7 @@ def _check_store(storage: Storage, folder: str, record: Record) -> Iterator[tupl
     try:
         store = ActivationStore(storage, folder)
         expected = _expected_documents(storage, folder, record)
-    except CrossrayError as error:
+    except (CrossrayError, OSError) as error:
         yield 0, [Fault(storage.url(folder), f"the rows cannot be checked: {error}")]
         return
     seen: set[int] = set()
@@ -157,6 +187,8 @@ def _check_store(storage: Storage, folder: str, record: Record) -> Iterator[tupl
     for shard in store.manifest.shards:
         where = storage.url(f"{folder}/{shard.name}")
         try:
+            if _leads_out(storage, folder, shard.name):
+                raise InputError("expected a shard of this store, got a name or a link that leads out of it")
             if not storage.exists(f"{folder}/{shard.name}"):
                 raise InputError("expected a shard, found none")
             rows = store.read(shard)
@@ -232,6 +264,10 @@ def _expected_documents(storage: Storage, folder: str, record: Record) -> dict[i
             by_part.setdefault(part, []).append(place)
     documents: dict[int, _Document] = {}
     for part, places in sorted(by_part.items()):
+        if _leads_out(storage, tokens, part):
+            raise InputError(
+                f"{storage.url(tokens)}: expected a part of the tokens, got {part!r}, which leads out of it"
+            )
         table = read_table(storage, f"{tokens}/{part}")
         ids, flags = table["input_ids"], table["flags"]
         for place in places:

@@ -42,7 +42,7 @@ class CorpusInputs(StageInputs):
     """Documents of all sources."""
 
     NAME = "corpus"
-    VERSION = 3
+    VERSION = 4
     READS = ("organism",)
     section: CorpusSection
     organism: Step[OrganismInputs] | None
@@ -54,7 +54,7 @@ class TokensInputs(StageInputs):
     """Token ids that both models read."""
 
     NAME = "tokens"
-    VERSION = 3
+    VERSION = 4
     READS = ("organism", "corpus")
     section: TokensSection
     organism: Step[OrganismInputs] | None

@@ -75,7 +75,10 @@ def run(steps: Sequence[Step[CorpusInputs]], context: StageContext) -> None:
     results = sorted(context.follow(progress, run_pool(pool, files), lambda _: 1), key=lambda result: result.number)
     counts = remove_duplicates(context.storage, step.folder, results, section)
     unusable = unusable_of(results, counts["num_documents"])
-    for line in unusable.remarks(CorpusInputs.NAME):
+    as_asked = {
+        name: {why: n for why, n in own.items() if why != BEYOND_LIMIT} for name, own in counts["dropped"].items()
+    }
+    for line in (*unusable.remarks(CorpusInputs.NAME), *unusable.left_out(as_asked, CorpusInputs.NAME)):
         context.reporter.message(line)
     unusable.check(section.max_unusable_frac)
     for name, count in counts["num_documents"].items():

@@ -4,12 +4,10 @@ One worker call steers one behaviour with one crosscoder's latents. Prompts come
 crosscoder without a chat-specific latent has the unsteered runs in its table and nothing else.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import fsspec
 import pandas as pd
 
 from pipeline.analyses.latent_sets import most_specific_latents
@@ -34,6 +32,7 @@ from pipeline.stages.step import StageContext, Step
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.tables import arrow_schema, numbers_of, read_table, write_frame
 from pipeline.terminal import Progress
+from pipeline.text.files import read_json
 
 TABLE_NAME = "steering.parquet"
 SAMPLES_NAME = "samples.parquet"
@@ -169,11 +168,7 @@ def _prompts(inputs: SteeringInputs, storage: Storage) -> tuple[Any, str]:
         assert inputs.organism is not None, "the flow refuses a run file without it"
         key = f"{inputs.organism.folder}/prompts.json"
         return storage.read_json(key), storage.url(key)
-    try:
-        with fsspec.open(path, "rt", encoding="utf-8") as stream:
-            return json.load(stream), path
-    except (OSError, ValueError) as error:
-        raise InputError(f"analyses.steering.prompts_path: expected a JSON file, got {path!r}: {error}") from error
+    return read_json(path, "analyses.steering.prompts_path"), path
 
 
 class Steer:

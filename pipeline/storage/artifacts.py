@@ -27,7 +27,6 @@ FINGERPRINT_LENGTH = 16
 """Hex digits kept in folder names and lineage: 64 bits, enough for any number of artifacts on one root."""
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "ray", "mlflow", "numpy", "pyarrow")
-_SAMPLE_BYTES = 1 << 20
 
 
 class ArtifactKey(NamedTuple):
@@ -201,6 +200,8 @@ def differing_fields(old: Any, new: Any, prefix: str = "") -> list[str]:
             for i, (a, b) in enumerate(zip(old, new, strict=True))
             for line in differing_fields(a, b, f"{prefix}[{i}]")
         ]
+    if old != new and all(isinstance(one, str) and one.startswith("sha256:") for one in (old, new)):
+        return [f"{prefix}: other content"]
     return [] if old == new else [f"{prefix}: {_short(old)} -> {_short(new)}"]
 
 
@@ -226,24 +227,3 @@ def nearest_drift(storage: Storage, key: ArtifactKey, *, name: str, run_name: st
         if drift and (not best or len(drift) < len(best)):
             best = drift
     return best
-
-
-def digest_of_path(path: Path) -> str:
-    """SHA-256 (shortened) over a local file's or folder's content, for inputs that are not artifacts.
-
-    Files above 64 MiB enter with their size, first and last MiB: to read 100 GB of weights would take longer than the
-    step that needs them, and an edit that leaves all three unchanged does not occur in practice.
-    """
-    digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(path) if file != path else ''}\0{size}\0".encode())
-        with file.open("rb") as stream:
-            if size <= 64 * _SAMPLE_BYTES:
-                digest.update(stream.read())
-            else:
-                digest.update(stream.read(_SAMPLE_BYTES))
-                stream.seek(-_SAMPLE_BYTES, 2)
-                digest.update(stream.read())
-    return digest.hexdigest()[:FINGERPRINT_LENGTH]

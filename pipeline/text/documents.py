@@ -16,7 +16,7 @@ from pipeline.errors import InputError, first_line
 from pipeline.schema import Split
 from pipeline.text.files import as_input_error, open_text
 from pipeline.text.filters import Filters, filter_reason
-from pipeline.text.messages import read_messages, words_of
+from pipeline.text.messages import is_unicode, read_messages, words_of
 
 EMPTY = "empty"
 NO_COLUMN = "column missing"
@@ -24,6 +24,9 @@ NOT_TEXT = "not text"
 NOT_UNICODE = "not valid Unicode"
 DUPLICATE = "duplicate"
 BEYOND_LIMIT = "beyond max_documents"
+
+BOM = "\ufeff"
+"""The mark at the start of files from some editors; it is never a part of a document."""
 
 _NUM_EXAMPLE_CHARACTERS = 80
 
@@ -75,34 +78,25 @@ def read_documents(path: str, source: Mapping[str, Any]) -> Iterator[Document]:
 def _filtered(document: Document, filters: Filters) -> Document:
     messages = None if document.messages is None else json.loads(document.messages)
     contents = [document.text or ""] if messages is None else [message["content"] for message in messages]
-    if not all(_is_unicode(content) for content in (*contents, document.messages or "")):
+    if not all(is_unicode(content) for content in (*contents, document.messages or "")):
         return _unusable(NOT_UNICODE, contents)
     reason = filter_reason(document.text, messages, filters)
     return Document(reason=reason) if reason else document._replace(num_characters=sum(map(len, contents)))
 
 
-def _is_unicode(text: str) -> bool:
-    """Whether it can be written as UTF-8; JSON may hold half of a surrogate pair."""
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _read_jsonl(path: str, source: Mapping[str, Any]) -> Iterator[Document]:
     with as_input_error(_named(path, source)), open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
+        for number, raw in enumerate(lines, 1):
+            line = raw.lstrip(BOM)  # files that were joined have one in their middle
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
+                why = "nested too deep" if isinstance(error, RecursionError) else first_line(error)
                 raise InputError(
                     f"{_named(path, source)}, line {number}: expected a JSON object, "
-                    f"got {line[:60]!r}: {error}; correct the line"
+                    f"got {line[:60]!r}: {why}; correct the line"
                 ) from error
             yield _from_row(row, source)
 
@@ -136,11 +130,11 @@ def _read_text(path: str, source: Mapping[str, Any]) -> Iterator[Document]:
         if source["split_on"] == "file":
             yield _from_text(stream.read())
         elif source["split_on"] == "line":
-            yield from (_from_text(line) for line in stream if line.strip())
+            yield from (_from_text(line) for line in stream if line.strip().strip(BOM))
         else:
             block: list[str] = []
             for line in stream:
-                if line.strip():
+                if line.strip().strip(BOM):
                     block.append(line)
                 elif block:
                     yield _from_text("".join(block))
@@ -176,7 +170,7 @@ def _from_row(row: Any, source: Mapping[str, Any]) -> Document:
     if not isinstance(row, Mapping) or row.get(column) is None:
         return _unusable(NO_COLUMN, column)
     for name, expected in (source.get("where") or {}).items():
-        if row.get(name) != expected:
+        if row.get(name) != expected or isinstance(row.get(name), bool) != isinstance(expected, bool):
             return Document(reason=f"{name} is not {expected!r}")
     value = row[column]
     return _from_text(value) if source.get("text_column") else _from_messages(value, source)
@@ -185,7 +179,8 @@ def _from_row(row: Any, source: Mapping[str, Any]) -> Document:
 def _from_text(value: Any) -> Document:
     if not isinstance(value, str):
         return _unusable(NOT_TEXT, value)
-    return Document(text=value.strip()) if value.strip() else _unusable(EMPTY, value)
+    text = value.strip().lstrip(BOM).strip()
+    return Document(text=text) if text else _unusable(EMPTY, value)
 
 
 def _from_messages(value: Any, source: Mapping[str, Any]) -> Document:

@@ -5,6 +5,7 @@ follows the name: .gz, .bz2, .xz, .zst. Nothing here parses a file or writes one
 """
 
 import io
+import json
 import lzma
 import zlib
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 import fsspec
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, first_line
 
 _READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeError, ImportError)
 _REMOTE_MODULES = ("botocore", "aiobotocore", "aiohttp", "httpx", "huggingface_hub", "datasets", "fsspec", "s3fs")
@@ -80,6 +81,16 @@ def read_text(path: str, what: str) -> str:
     """The whole text of a file; an InputError that begins with `what` where it cannot be read."""
     with as_input_error(f"{what}: {path}"), open_text(path) as lines:
         return str(lines.read())
+
+
+def read_json(path: str, what: str) -> Any:
+    """The value in a JSON file; an InputError that begins with `what` where it cannot be read."""
+    text = read_text(path, what)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        why = "nested too deep" if isinstance(error, RecursionError) else first_line(error)
+        raise InputError(f"{what}: expected a JSON file, got {path!r}: {why}; correct it") from error
 
 
 def _one_line(error: Exception) -> str:

@@ -11,17 +11,24 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, shortened
 
 NOT_DIALOGUE = "not a dialogue"
 NOT_LABELS = "labels are not {name, start, end}"
 NO_CONTENT = "a message without content"
 NOT_TOOL_CALLS = "tool calls are not {name, arguments}"
+NESTED = "tool calls nested too deep"
+NO_PART_TEXT = "content with a text part without text"
 UNREADABLE = "unreadable_messages"
 """Messages that are not a JSON list of {role, content}, or labels outside their content."""
 
 TOOL_ROLES = frozenset({"tool", "ipython", "function"})
 """Roles of what a tool answers."""
+
+_TEXT_KINDS = frozenset({"text", "input_text", "output_text"})
+"""Types of a part of a content that is text, as chat APIs name them."""
+_MAX_NESTING = 64
+"""Of arguments of a tool call, which templates write as JSON by recursion."""
 
 _REASONING = re.compile(r"(?P<before>\s*<think>\s*|)(?P<reasoning>.*?)(?P<closing>\s*</think>\s*)", re.DOTALL)
 """Reasoning at the start of a content. Without its opening tag (which some templates write themselves), the closing tag
@@ -126,14 +133,17 @@ def _read_content(value: Any) -> tuple[str, str]:
         return value, ""
     if value is None:
         return "", NO_CONTENT
-    if not isinstance(value, (list, tuple)):
+    if not isinstance(value, (list, tuple, Mapping)):
         return "", NOT_DIALOGUE
     texts = []
-    for part in value:
-        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+    for part in [value] if isinstance(value, Mapping) else value:
+        kind = (part.get("type") or "text") if isinstance(part, Mapping) else "text"
         text = part.get("text") if isinstance(part, Mapping) else part
-        if kind != "text" or not isinstance(text, str):
-            return "", f"content with a part of type {str(kind)[:30]}"
+        if not isinstance(kind, str) or kind not in _TEXT_KINDS:
+            named = kind if isinstance(kind, str) and kind.isprintable() else ascii(kind)
+            return "", f"content with a part of type {shortened(named, 30)}"
+        if not isinstance(text, str):
+            return "", NO_PART_TEXT
         texts.append(text)
     return "".join(texts), ""
 
@@ -153,15 +163,37 @@ def _read_tool_calls(value: Any) -> tuple[list[dict[str, Any]], str]:
         if isinstance(arguments, str):
             with suppress(ValueError, RecursionError):  # else it is text that the template writes as it is
                 arguments = json.loads(arguments)
+        if _is_nested_beyond(arguments, _MAX_NESTING):
+            return [], NESTED
         calls.append({"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}})
     return calls, ""
+
+
+def _is_nested_beyond(value: Any, depth: int) -> bool:
+    """Whether lists and mappings stand inside each other in more than `depth` levels."""
+    level = [value]
+    for _ in range(depth + 1):
+        inner = [one.values() if isinstance(one, Mapping) else one for one in level if isinstance(one, (list, Mapping))]
+        level = [item for one in inner for item in one]
+    return bool(level)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it can be written as UTF-8; JSON and templates may hold half of a surrogate pair."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def parse_messages(messages: str) -> list[dict[str, Any]]:
     """Messages of one row of the corpus artifact; DialogueError(UNREADABLE) where they are malformed."""
     try:
         parsed = json.loads(messages)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DialogueError(UNREADABLE, f"expected messages as a JSON list, got {messages[:60]!r}: {error}") from error
     if not isinstance(parsed, list) or not parsed:
         raise DialogueError(UNREADABLE, f"expected a JSON list with at least one message, got {messages[:60]!r}")

@@ -2,9 +2,10 @@
 
 First step of tokenisation: a list of messages becomes one string and one character span per message. The spans come
 from the template's own output, never from searching for a message in the text: each content is rendered once more
-between two private-use characters, and removing those characters must give back the plain rendering. So contents that
-repeat, or that contain role names and control words, are located exactly. Templates that write today's date get a
-fixed date, so that a dialogue gives the same tokens every day.
+between two private-use characters that the dialogue does not hold, and removing those characters must give back the
+plain rendering. So contents that repeat, or that contain role names and control words, are located exactly. Templates
+that write today's date get a fixed date, so that a dialogue gives the same tokens every day. One that does not end ends
+the run.
 
 It does not tokenise, and it renders the messages that it is given: turns.py decides which. The trade-off: a template
 that changes what a speaker wrote (rewords, reorders characters) is refused, because no character span would be exact.
@@ -12,6 +13,7 @@ that changes what a speaker wrote (rewords, reorders characters) is refused, bec
 
 import json
 import re
+from collections.abc import Sequence
 from datetime import datetime
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
@@ -19,20 +21,24 @@ from typing import Any, Literal, NamedTuple
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from pipeline.errors import InputError
-from pipeline.text.messages import TOOL_ROLES, DialogueError, split_reasoning
+from pipeline.errors import InputError, first_line
+from pipeline.text.messages import TOOL_ROLES, DialogueError, is_unicode, split_reasoning
+from pipeline.text.time_limit import EndlessError, within
 
-FIRST_SENTINEL = 0xF0000
-"""First code point of Unicode's private-use plane 15; piece i takes the points 2i (opens) and 2i + 1 (closes)."""
-MAX_PIECES = 0xFFFD // 2
-_SENTINEL = re.compile(f"[{chr(FIRST_SENTINEL)}-{chr(FIRST_SENTINEL + 0xFFFD)}]")
+_MARKS = [chr(plane + point) for plane in (0xF0000, 0x100000) for point in range(0xFFFE)]
+"""Unicode's private-use planes 15 and 16: of those that a dialogue does not hold, piece i takes the marks 2i (opens)
+and 2i + 1 (closes)."""
+_ANY_MARK = re.compile("[\U000f0000-\U000ffffd\U00100000-\U0010fffd]")
+MAX_PIECES = 0x8000
+MAX_RENDER_SECONDS = 10.0
+"""Computing time of one rendering, which takes milliseconds where the template ends."""
 
 REJECTED = "template_rejects"
 """The template raised an error, for instance because roles do not alternate."""
 REWRITTEN = "template_rewrites"
 """The template changed, dropped or repeated a content."""
-PRIVATE_USE = "private_use_characters"
-"""The dialogue contains the characters that mark contents."""
+NOT_UNICODE = "template_writes_no_unicode"
+"""The template wrote half of a surrogate pair."""
 
 TEMPLATE_DATE = datetime(2024, 7, 26)
 """The date that every template gets: Llama 3's default where none is given."""
@@ -52,7 +58,10 @@ _PROBE = (
 )
 
 
-_REJECTIONS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+_REJECTIONS = (
+    *(TemplateError, TypeError, ValueError, LookupError, AttributeError),
+    *(ArithmeticError, RecursionError, MemoryError),
+)
 """What a template raises on messages that it does not expect."""
 
 SpanKind = Literal["content", "reasoning", "tool_call"]
@@ -124,27 +133,19 @@ def render_dialogue(
     may_drop_reasoning: reasoning that it drops has no span instead. is_prompt: end with the header of a new answer.
     """
     plain = _apply(tokenizer, [_template_fields(message) for message in messages], is_prompt=is_prompt)
-    present = _SENTINEL.search(plain)
-    if present is not None:
-        raise DialogueError(
-            PRIVATE_USE,
-            f"expected a dialogue without characters of Unicode's private-use plane 15, which mark the contents here, "
-            f"but it has U+{ord(present.group()):X}; remove it from the corpus",
-        )
+    marks = _free_marks(plain, messages)
     is_padded = any(message["content"] != message["content"].strip() for message in messages)
     for is_trimmed in (False, True) if is_padded else (True,):
         pieces: list[_Piece] = []
-        marked_messages = [_mark(i, message, pieces, is_trimmed=is_trimmed) for i, message in enumerate(messages)]
-        if len(pieces) > MAX_PIECES:
-            raise DialogueError(REJECTED, f"expected at most {MAX_PIECES} contents in a dialogue, got {len(pieces)}")
+        marked_messages = [
+            _mark(i, message, pieces, marks, is_trimmed=is_trimmed) for i, message in enumerate(messages)
+        ]
         marked = _apply(tokenizer, marked_messages, is_prompt=is_prompt)
-        if _SENTINEL.sub("", marked) == plain:
+        places, unmarked = _unmark(marked, marks[: 2 * len(pieces)])
+        if unmarked == plain:
             break
     else:
         raise _rewritten(messages, "what it writes depends on how a content starts or ends")
-    places: dict[int, list[int]] = {}
-    for num_before, match in enumerate(_SENTINEL.finditer(marked)):
-        places.setdefault(ord(match.group()) - FIRST_SENTINEL, []).append(match.start() - num_before)
     spans = []
     for index, piece in enumerate(pieces):
         opened, closed = places.get(2 * index, []), places.get(2 * index + 1, [])
@@ -219,11 +220,24 @@ def _keeps_history(tokenizer: Any) -> bool:
 
 
 def check_template(text: str, where: str) -> None:
-    """InputError for a chat template that is not valid Jinja; rendering shows whether its output can be used."""
+    """InputError for a chat template that is not valid Jinja or does not end on a plain dialogue.
+
+    Whether its output can be used shows with the tokenizer, whose names it may need: what else it raises is no fault.
+    """
+    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     try:
-        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(_without_generation(text))
-    except TemplateError as error:
-        raise InputError(f"{where}: expected a Jinja chat template, got: {error}; correct the file") from error
+        template = environment.from_string(_without_generation(text))
+    except (TemplateError, RecursionError) as error:
+        raise InputError(
+            f"{where}: expected a Jinja chat template, got: {first_line(error)}; correct the file"
+        ) from error
+    try:
+        with within(MAX_RENDER_SECONDS):
+            template.render(messages=[dict(message) for message in _PROBE], add_generation_prompt=False)
+    except EndlessError as error:
+        raise InputError(f"{where}: expected a chat template that ends, got one that is {error}; correct it") from error
+    except _REJECTIONS:
+        return
 
 
 def _without_generation(text: str) -> str:
@@ -246,26 +260,36 @@ def _apply(tokenizer: Any, messages: list[dict[str, Any]], *, is_prompt: bool = 
     own = tokenizer.chat_template
     is_dated = isinstance(own, str) and "strftime_now" in own
     try:
-        text: str = tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=is_prompt,
-            chat_template=_FIXED_DATE + own if is_dated else None,
-        )
+        with within(MAX_RENDER_SECONDS):
+            text: str = tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=is_prompt,
+                chat_template=_FIXED_DATE + own if is_dated else None,
+            )
+    except EndlessError as error:
+        raise InputError(
+            f"tokens.chat_template: expected a chat template that ends, got one ({tokenizer.name_or_path!r}) that is "
+            f"{error}, on a dialogue of {len(messages)} messages; correct the template"
+        ) from error
     except _REJECTIONS as error:
         roles = [message["role"] for message in messages[:8]]
         raise DialogueError(
             REJECTED,
-            f"expected a dialogue that the chat template accepts, got the roles {roles}: {error}; drop or repair "
-            "such dialogues",
+            f"expected a dialogue that the chat template accepts, got the roles {roles}: {first_line(error)}; drop or "
+            "repair such dialogues",
         ) from error
+    if not is_unicode(text):
+        raise DialogueError(NOT_UNICODE, "expected a chat template that writes Unicode, got half of a surrogate pair")
     return text
 
 
-def _mark(index: int, message: dict[str, Any], pieces: list[_Piece], *, is_trimmed: bool) -> dict[str, Any]:
-    """The message with each of its pieces between two sentinels; the pieces are added to the list.
+def _mark(
+    index: int, message: dict[str, Any], pieces: list[_Piece], marks: Sequence[str], *, is_trimmed: bool
+) -> dict[str, Any]:
+    """The message with each of its pieces between two marks; the pieces are added to the list.
 
-    Whitespace that is trimmed stays outside the sentinels, and so do the tags around reasoning.
+    Whitespace that is trimmed stays outside the marks, and so do the tags around reasoning.
     """
     marked, content, role = _template_fields(message), message["content"], message["role"]
 
@@ -275,7 +299,9 @@ def _mark(index: int, message: dict[str, Any], pieces: list[_Piece], *, is_trimm
             return text
         start, number = text.index(core), len(pieces)
         pieces.append(_Piece(index, role, kind, core, offset + start, is_of_content))
-        opens, closes = chr(FIRST_SENTINEL + 2 * number), chr(FIRST_SENTINEL + 2 * number + 1)
+        if number >= MAX_PIECES:
+            raise DialogueError(REJECTED, f"expected at most {MAX_PIECES} contents in a dialogue, got more")
+        opens, closes = marks[2 * number], marks[2 * number + 1]
         return text[:start] + opens + core + closes + text[start + len(core) :]
 
     if "reasoning_content" in message:
@@ -294,6 +320,28 @@ def _mark(index: int, message: dict[str, Any], pieces: list[_Piece], *, is_trimm
             for call in message["tool_calls"]
         ]
     return marked
+
+
+def _free_marks(plain: str, messages: list[dict[str, Any]]) -> list[str]:
+    """Marks that neither the rendered text nor what the messages say holds."""
+    said = (str(message.get(key, "")) for message in messages for key in ("content", "reasoning_content"))
+    used = {mark for text in (plain, *said) if not text.isascii() for mark in _ANY_MARK.findall(text)}
+    return [mark for mark in _MARKS if mark not in used] if used else _MARKS
+
+
+def _unmark(marked: str, marks: list[str]) -> tuple[dict[int, list[int]], str]:
+    """Places of every mark, by its number, in the text without them; and that text."""
+    numbers = {mark: number for number, mark in enumerate(marks)}
+    places: dict[int, list[int]] = {}
+    kept: list[str] = []
+    length = start = 0
+    for found in _ANY_MARK.finditer(marked):
+        number = numbers.get(found.group())
+        if number is not None:
+            kept.append(marked[start : found.start()])
+            length, start = length + found.start() - start, found.end()
+            places.setdefault(number, []).append(length)
+    return places, "".join([*kept, marked[start:]])
 
 
 def _says(text: str, piece: _Piece) -> bool:

@@ -78,8 +78,8 @@ def test_every_field_of_every_section_is_documented() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "named"),
     [
-        ("crosscoders.0.num_latent", 64, ["crosscoders.0.num_latent:", "'num_latents'"]),
-        ("crosscoders.0.sparsity.muu", 1, ["crosscoders.0.sparsity.muu:", "'mu'"]),
+        ("crosscoders.0.num_latent", 64, ["crosscoders.l1.num_latent:", "'num_latents'"]),
+        ("crosscoders.0.sparsity.muu", 1, ["crosscoders.l1.sparsity.muu:", "'mu'"]),
         ("trainin", {}, ["trainin:", "'training'"]),
         ("activations.layer", "two", ["activations.layer:", "'two'"]),
         ("activations.layer", -1, ["activations.layer:", "got -1"]),
@@ -101,8 +101,8 @@ def test_every_field_of_every_section_is_documented() -> None:
         ),
         ("crosscoders.1.expansion", 4, ["num_latents=64", "expansion=4"]),
         ("crosscoders.1.name", "l1", ["crosscoders:", "['l1', 'l1']"]),
-        ("crosscoders.0.sparsity", {"kind": "l2"}, ["crosscoders.0.sparsity", "'l2'"]),
-        ("crosscoders.0.sparsity.mu", -1, ["crosscoders.0.sparsity.mu:", "got -1"]),
+        ("crosscoders.0.sparsity", {"kind": "l2"}, ["crosscoders.l1.sparsity", "'l2'"]),
+        ("crosscoders.0.sparsity.mu", -1, ["crosscoders.l1.sparsity.mu:", "got -1"]),
         ("organism", None, ["organism:"]),
         ("resources", {"training": {"data": 3}}, ["training.batch_rows:", "multiple of 3", "got 64"]),
         (

@@ -65,6 +65,7 @@ def gemma(folder: Path, **changes: Any) -> dict[str, Any]:
         "activations": {"layer": 13},
         "crosscoders": [{"name": "btk", "expansion": 32, "sparsity": {"kind": "batch_topk", "k": 100}}],
         "training": {"precision": "bfloat16"},
+        "analyses": {"causality": None},
         "resources": {"extraction": {"gpus": 1}, "training": {"gpus": 1}},
         "storage": {"root": str(folder / "runs")},
         **changes,

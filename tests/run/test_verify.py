@@ -143,6 +143,68 @@ def test_what_is_unfinished_is_counted_and_not_judged(root: Root) -> None:
     assert (result.num_artifacts, result.num_unfinished, result.faults) == (1, 1, ())
 
 
+def test_the_command_does_not_call_an_unfinished_root_good(root: Root, capfd: pytest.CaptureFixture[str]) -> None:
+    root.path("record.json").unlink()
+    assert main(["verify", "--root", root.storage.root]) == 1
+    assert "1 artifacts" in (out := capfd.readouterr().out)
+    assert "1 unfinished" in out
+
+
+@pytest.mark.parametrize("name", ["part-0.parquet", "validation.safetensors"])
+@pytest.mark.parametrize("target", ["copy", "loop", "nowhere"])
+def test_a_link_that_leads_out_is_a_fault_and_is_not_followed(
+    root: Root, tmp_path_factory: pytest.TempPathFactory, name: str, target: str
+) -> None:
+    folder = root.tokens.folder if name.endswith("parquet") else root.activations.folder
+    file, outside = Path(root.storage.url(f"{folder}/{name}")), tmp_path_factory.mktemp("outside")
+    file.rename(outside / name)
+    file.symlink_to({"copy": outside / name, "loop": file, "nowhere": outside / "absent"}[target])
+    faults = root.verify().faults
+    assert any(fault.where.endswith(name) and "leads out" in fault.what for fault in faults), faults
+
+
+def test_a_root_and_its_stages_may_be_links(root: Root, tmp_path_factory: pytest.TempPathFactory) -> None:
+    disk = tmp_path_factory.mktemp("disk")
+    (Path(root.storage.root) / "activations").rename(disk / "activations")
+    (Path(root.storage.root) / "activations").symlink_to(disk / "activations")
+    (disk / "root").symlink_to(root.storage.root)
+    assert root.verify().faults == ()
+    assert main(["verify", "--root", str(disk / "root")]) == 0
+
+
+@pytest.mark.parametrize("name", ["../../../etc/hostname", "/etc/hostname", "a/../../x"])
+def test_a_record_that_names_files_elsewhere_is_a_fault(root: Root, name: str) -> None:
+    edit(root.path("record.json"), lambda value: value["checksums"].update({name: "0" * 64}))
+    assert "leads out" in root.only_fault()
+
+
+WRONG_TYPES: list[Any] = [None, 5, "x", [1], {"a": 1}]
+
+
+@pytest.mark.parametrize("wrong", WRONG_TYPES, ids=["null", "number", "text", "list", "object"])
+@pytest.mark.parametrize("part", ["checksums", "counts", "identity", "identity.section", "identity.inputs", "stage"])
+def test_parts_of_a_record_of_another_type_are_faults(root: Root, part: str, wrong: Any) -> None:
+    def change(value: dict[str, Any]) -> None:
+        *parents, last = part.split(".")
+        for parent in parents:
+            value = value[parent]
+        value[last] = wrong
+
+    edit(root.path("record.json"), change)
+    faults = root.verify().faults
+    assert faults or (part, wrong) == ("counts", {"a": 1})
+    assert all(len(fault.what) < 500 for fault in faults)
+
+
+@pytest.mark.parametrize("wrong", WRONG_TYPES, ids=["null", "number", "text", "list", "object"])
+@pytest.mark.parametrize("field", ["name", "num_rows", "num_bytes", "sha256", "split"])
+def test_parts_of_a_manifest_of_another_type_are_faults(root: Root, field: str, wrong: Any) -> None:
+    path = root.path(MANIFEST_NAME)
+    edit(path, lambda value: value["shards"][0].update({field: wrong}))
+    edit(root.path("record.json"), lambda value: value["checksums"].update({MANIFEST_NAME: _sha256(path)}))
+    assert root.verify().faults
+
+
 def test_the_command_prints_a_line_per_fault_and_exits_with_2(root: Root, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "--root", root.storage.root]) == 0
     assert "2 artifacts" in capfd.readouterr().out

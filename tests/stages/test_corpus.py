@@ -86,3 +86,16 @@ def test_documents_that_cannot_be_used_are_told_with_reasons_and_examples_and_li
     with pytest.raises(InputError, match=r"max_unusable_frac.* 4 of 7 .*3 not text"):
         unusable.check(0.5)
     assert unusable_of([read._replace(unusable={})], {"a": 3}).remarks("corpus") == []
+
+
+def test_what_filters_and_duplicates_leave_out_is_told_and_ends_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "the same"}\n' * 38 + '{"text": "x"}\n{"text": 5}\n')
+    source = {"name": "a", "kind": "jsonl", "text_column": "text", "filters": {"min_characters": 4}}
+    read = ReadFile(Storage(str(tmp_path / "runs")), "corpus/x", 0.5)(SourceFile(0, str(path), source))
+    unusable = unusable_of([read], {"a": 1})
+    (line,) = unusable.left_out({"a": read.dropped}, "corpus")
+    assert "38 of 40 documents" in line
+    assert "37 duplicate" in line
+    assert "1 fewer than min_characters" in line
+    assert unusable.left_out({"a": {"not text": 1}}, "corpus") == []

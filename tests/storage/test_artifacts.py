@@ -8,7 +8,6 @@ from pipeline.errors import ArtifactError
 from pipeline.storage.artifacts import (
     artifact_key,
     differing_fields,
-    digest_of_path,
     fingerprint_of,
     nearest_drift,
     read_record,
@@ -79,13 +78,5 @@ def test_differing_fields_of_nested_values() -> None:
     new = {"a": {"b": 2, "c": [1, 3]}, "e": 0}
     assert differing_fields(old, new) == ["a.b: 1 -> 2", "a.c[1]: 2 -> 3", "d: 0 -> null", "e: null -> 0"]
     assert differing_fields(old, old) == []
-
-
-def test_content_decides_the_digest_of_a_path(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "f").write_text("1")
-    before = digest_of_path(tmp_path / "a")
-    (tmp_path / "a").rename(tmp_path / "b")
-    assert digest_of_path(tmp_path / "b") == before
-    (tmp_path / "b" / "f").write_text("2")
-    assert digest_of_path(tmp_path / "b") != before
+    assert differing_fields({"a": "sha256:12"}, {"a": "sha256:34"}) == ["a: other content"]
+    assert differing_fields({"a": "sha256:12"}, {"a": "hub/id"}) == ['a: "sha256:12" -> "hub/id"']

@@ -96,6 +96,90 @@ def test_rows_are_chosen_by_other_columns(tmp_path: Path) -> None:
         assert [document.reason for document in found] == ["", "lang is not 'en'", "lang is not 'en'"]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+@pytest.mark.parametrize("split_on", ["file", "line", "blank_line"])
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path, name: str, split_on: str) -> None:
+    data = "".join(f"\ufeff{word}\n\n" for word in ("one", "two")).encode()  # two files that were joined
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    found = read(tmp_path / name, source("text", split_on=split_on))
+    expected = ["one\n\n\ufefftwo"] if split_on == "file" else ["one", "two"]
+    assert [document.text for document in found] == expected
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_byte_order_mark_does_not_refuse_json_lines(tmp_path: Path, name: str) -> None:
+    data = b"".join(b"\xef\xbb\xbf" * n + b'{"text": "\xef\xbb\xbfword %d"}\n' % n for n in (2, 0, 1))
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    found = read(tmp_path / name, source("jsonl", text_column="text"))
+    assert [document.text for document in found] == ["word 2", "word 0", "word 1"]
+
+
+@pytest.mark.parametrize(
+    "line", ['{"text": ' + "[" * 100_000, '{"a": ' * 100_000, '{"text": "a", "n": ' + "9" * 5000 + "}"]
+)
+def test_json_beyond_any_reader_is_one_short_line(tmp_path: Path, line: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line)
+    with pytest.raises(InputError, match=r"a\.jsonl, line 2: ") as caught:
+        read(tmp_path / "a.jsonl", source("jsonl", text_column="text"))
+    assert len(str(caught.value)) < 500
+
+
+TEXT = {"type": "text", "text": "say "}
+
+
+@pytest.mark.parametrize(
+    ("content", "read_as"),
+    [
+        ([TEXT, {"type": "text", "text": "it"}], "say it"),
+        ([{"type": "input_text", "text": "say it"}], "say it"),
+        ([{"type": "output_text", "text": "say it", "annotations": []}], "say it"),
+        ([{"type": "text", "text": "say it", "image_url": None}], "say it"),
+        (["say ", {"text": "it"}], "say it"),
+        ({"type": "text", "text": "say it"}, "say it"),
+    ],
+)
+def test_contents_in_parts_are_read(tmp_path: Path, content: Any, read_as: str) -> None:
+    row = {"m": [{"role": "user", "content": content}, {"role": "assistant", "content": "ok"}]}
+    (found,) = read(lines(tmp_path / "a.jsonl", [row]), source("jsonl", messages_column="m"))
+    assert json.loads(found.messages or "")[0]["content"] == read_as
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ([TEXT, {"type": "image_url", "image_url": {"url": "u"}}], "image_url"),
+        ([{"type": "image"}], "image"),
+        ([{"type": "text", "text": None}], "without text"),
+        ([{"type": ["text"]}], "type"),
+        (None, "without content"),
+        (5, "not a dialogue"),
+    ],
+)
+def test_contents_that_are_no_text_are_counted_with_their_reason(tmp_path: Path, content: Any, named: str) -> None:
+    row = {"m": [{"role": "user", "content": content}, {"role": "assistant", "content": "ok"}]}
+    (found,) = read(lines(tmp_path / "a.jsonl", [row]), source("jsonl", messages_column="m"))
+    assert named in found.reason
+    assert found.unusable
+
+
+@pytest.mark.parametrize("arguments", ["[" * 900 + "]" * 900, json.loads("[" * 100 + "]" * 100), "[" * 100_000])
+def test_arguments_of_tools_cannot_exhaust_the_stack_later(tmp_path: Path, arguments: Any) -> None:
+    call = {"function": {"name": "f", "arguments": arguments}}
+    row = {"m": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    (found,) = read(lines(tmp_path / "a.jsonl", [row]), source("jsonl", messages_column="m"))
+    is_text = found.messages is not None and isinstance(
+        json.loads(found.messages)[1]["tool_calls"][0]["function"]["arguments"], str
+    )
+    assert is_text or "nested" in found.reason
+
+
+@pytest.mark.parametrize(("wanted", "texts"), [(1, ["1", "1.0"]), (True, ["True"]), (0, ["0"]), (False, ["False"])])
+def test_a_number_is_not_true_or_false(tmp_path: Path, wanted: Any, texts: list[str]) -> None:
+    path = lines(tmp_path / "a.jsonl", [{"text": str(x), "x": x} for x in (1, True, 1.0, 0, False, "1", "true")])
+    found = read(path, source("jsonl", text_column="text", where={"x": wanted}))
+    assert [document.text for document in found if not document.reason] == texts
+
+
 def test_dialogues_keep_roles_contents_and_labels_only(tmp_path: Path) -> None:
     label = {"name": "refuse", "start": 0, "end": 2, "turn_header": True}
     labelled = [DIALOGUE[0] | {"id": 7}, DIALOGUE[1] | {"labels": [label]}]

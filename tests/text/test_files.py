@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.text.documents import read_documents
-from pipeline.text.files import as_input_error, expand_paths, read_text
+from pipeline.text.files import as_input_error, expand_paths, read_json, read_text
 
 
 def test_globs_are_sorted_and_paths_stay_as_given(tmp_path: Path) -> None:
@@ -75,3 +75,16 @@ def test_an_object_store_is_read_like_a_folder(s3_root: str, monkeypatch: pytest
     with pytest.raises(InputError, match="check permissions and credentials"):
         expand_paths([f"{s3_root}/texts/*.gz"], "corpus")
     fs.clear_instance_cache()
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "", "9" * 5000, "{'a': 1}"])
+def test_json_that_cannot_be_read_is_one_short_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "prompts.json").write_text(text)
+    with pytest.raises(InputError, match=r"prompts: expected a JSON file.*prompts\.json") as caught:
+        read_json(str(tmp_path / "prompts.json"), "prompts")
+    assert len(str(caught.value)) < 500
+
+
+def test_json_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "prompts.json").write_bytes(b'\xef\xbb\xbf["one"]')
+    assert read_json(str(tmp_path / "prompts.json"), "prompts") == ["one"]

@@ -6,7 +6,7 @@ import pytest
 from pipeline.errors import InputError
 from pipeline.text.messages import DialogueError
 from pipeline.text.templates import (
-    PRIVATE_USE,
+    NOT_UNICODE,
     REJECTED,
     REWRITTEN,
     check_template,
@@ -113,10 +113,72 @@ def test_template_that_rewrites_contents_is_refused(build_tokenizer: Callable[..
     assert caught.value.reason == REWRITTEN
 
 
-def test_private_use_characters_in_a_message_are_refused_by_name(tokenizers: dict[str, Any]) -> None:
-    with pytest.raises(DialogueError, match=r"U\+F0001") as caught:
-        render_dialogue(tokenizers["qwen"], [{"role": "user", "content": "a\U000f0001b"}])
-    assert caught.value.reason == PRIVATE_USE
+def _private(*points: int) -> str:
+    return "".join(map(chr, points))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"a{_private(0xF0001)}b",
+        f"{_private(0xF0000)}starts and ends{_private(0xF0001)}",
+        _private(*range(0xF0000, 0xFFFFE)),  # all of the plane that marks contents otherwise
+        f"the older area {_private(0xE000, 0xF8FF)}",
+    ],
+    ids=["inside", "around", "whole plane", "first plane"],
+)
+def test_private_use_characters_of_a_speaker_are_kept_like_any_other(tokenizers: dict[str, Any], content: str) -> None:
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "why"}]
+    rendered = render_dialogue(tokenizers["qwen"], messages)
+    assert [rendered.text[span.start : span.end] for span in rendered.spans] == [content, "why"]
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a * b %}{% endfor %}{% endfor %}",
+        "{% macro m(n) %}{% for a in range(9999) %}{{ m(n + 1) if n < 3 }}{% endfor %}{% endmacro %}{{ m(0) }}",
+    ],
+    ids=["loops", "macro"],
+)
+def test_a_template_without_end_is_ended(
+    build_tokenizer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, loop: str
+) -> None:
+    tokenizer = build_tokenizer("qwen")
+    tokenizer.chat_template += loop
+    monkeypatch.setattr("pipeline.text.templates.MAX_RENDER_SECONDS", 0.3)
+    with pytest.raises(InputError, match=r"tokens\.chat_template.*0\.3 s.*1 messages") as caught:
+        render_dialogue(tokenizer, [{"role": "user", "content": "Hi"}])
+    assert not isinstance(caught.value, DialogueError)  # the next dialogue would take as long
+
+
+def test_a_template_file_without_end_is_refused_before_any_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.text.templates.MAX_RENDER_SECONDS", 0.3)
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{{ a }}{% endfor %}{% endfor %}"
+    with pytest.raises(InputError, match=r"tokens\.chat_template: mine.*0\.3 s"):
+        check_template(endless, "tokens.chat_template: mine")
+    with pytest.raises(InputError, match=r"tokens\.chat_template: mine.*Jinja"):
+        check_template("{{ " + "(" * 50_000, "tokens.chat_template: mine")
+    check_template("{{ bos_token + raise_exception('needs a tokenizer') }}", "tokens.chat_template: mine")
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ("{% macro deeper() %}{{ deeper() }}{% endmacro %}{{ deeper() }}", REJECTED),
+        ("{{ 1 / 0 }}", REJECTED),
+        ("{{ 2.0 ** 99999 }}", REJECTED),
+        ("{{ '\\ud800' }}", NOT_UNICODE),
+    ],
+)
+def test_whatever_a_template_raises_or_writes_is_counted(
+    build_tokenizer: Callable[..., Any], broken: str, reason: str
+) -> None:
+    tokenizer = build_tokenizer("qwen")
+    tokenizer.chat_template += broken
+    with pytest.raises(DialogueError) as caught:
+        render_dialogue(tokenizer, [{"role": "user", "content": "Hi"}])
+    assert caught.value.reason == reason
 
 
 def test_missing_template_and_template_without_roles_are_input_errors(build_tokenizer: Callable[..., Any]) -> None:

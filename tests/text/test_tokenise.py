@@ -139,13 +139,13 @@ def test_every_document_comes_back_kept_or_with_a_counted_reason(tokenizers: dic
         UNREADABLE,
         UNREADABLE,
         UNREADABLE,
-        "private_use_characters",
+        KEPT,
         EMPTY,
     ]
     kept, reasons = split_dropped(rows)
     assert set(kept) == {column.name for column in TOKEN_COLUMNS}
-    assert kept["doc_id"] == [0, 2]
-    assert reasons == {"c": {EMPTY: 2, UNREADABLE: 4, "template_rejects": 1, "private_use_characters": 1}}
+    assert kept["doc_id"] == [0, 2, 8]
+    assert reasons == {"c": {EMPTY: 2, UNREADABLE: 4, "template_rejects": 1}}
     assert all(len(ids) == len(flags) > 0 for ids, flags in zip(kept["input_ids"], kept["flags"], strict=True))
     assert kept["flags"][0].tolist() == [Flag.BOS | Flag.SPECIAL, *[0] * (len(kept["flags"][0]) - 1)]
     assert kept["input_ids"][0].dtype == np.int32
