@@ -37,6 +37,8 @@ from pipeline.models.stand_ins import (
     stop_before,
 )
 
+_MOST_ADDED_TOKENS = 1 << 16
+"""Beyond a model's vocabulary, of the ids that it reads as others."""
 LOGITS_PER_CHUNK = 1 << 25
 """Numbers in one chunk of logits: 128 MiB in float32."""
 
@@ -215,6 +217,11 @@ class SplitDecoder:
             yield slice(start, min(start + chunk, num_positions))
 
     @property
+    def num_readable(self) -> int:
+        """Ids below this number can be read, those beyond the vocabulary where they are replaced."""
+        return self.vocab_size if self._replacements is None else len(self._replacements)
+
+    @property
     def num_lower(self) -> int:
         """Decoder layers of the lower half, L + 1."""
         return self.layer + 1
@@ -260,13 +267,15 @@ class SplitDecoder:
     def _replacement_table(self, replacements: Mapping[int, int]) -> Tensor | None:
         if not replacements:
             return None
-        outside = [i for pair in replacements.items() for i in pair if not 0 <= i < self.vocab_size]
+        # Ids that are replaced may lie beyond the vocabulary: tokens that the other model was given later.
+        outside = [i for i in replacements.values() if not 0 <= i < self.vocab_size]
+        outside += [i for i in replacements if not 0 <= i < self.vocab_size + _MOST_ADDED_TOKENS]
         if outside:
             raise InputError(
                 f"expected token replacements between 0 and {self.vocab_size - 1} (the model's vocabulary), got "
                 f"{outside[0]}; change token_replacements"
             )
-        table = torch.arange(self.vocab_size)
+        table = torch.arange(max(self.vocab_size, max(replacements) + 1))
         table[list(replacements)] = torch.tensor(list(replacements.values()))
         return table.to(self.device)
 

@@ -5,7 +5,7 @@ twice, a model and its adapter, byte-equal leading layers (shared_layers.py). We
 first; placement.py moves them to their devices.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,6 +76,7 @@ class PairShape(NamedTuple):
     """Decoder layers of base and chat."""
     activation_dim: int
     vocab_size: int
+    """Ids that both have."""
 
 
 class LoadedPair(NamedTuple):
@@ -158,24 +159,42 @@ def _placed(decoder: SplitDecoder, options: LoadOptions, index: int) -> SplitDec
 def check_pair(base: ModelSpec, chat: ModelSpec, *, layer: int) -> PairShape:
     """The pair's shape from its two configs, no weights read.
 
-    InputError where a model is missing, the layer is out of range (names the number of layers), or widths or
-    vocabularies disagree.
+    InputError where a model is missing, the layer is out of range (names the number of layers), or widths disagree.
+    Vocabularies may: `check_used_ids` asks about the ids in use.
     """
     configs = [_load_config(spec) for spec in (base, chat)]
     for name, spec, config in zip(MODEL_NAMES, (base, chat), configs, strict=True):
         check_layer(layer, config.num_hidden_layers, f"the {name} model {spec.source!r}")
-    for attribute, word in (("hidden_size", "width"), ("vocab_size", "vocabulary size")):
-        base_value, chat_value = (getattr(config, attribute) for config in configs)
-        if base_value != chat_value:
-            raise InputError(
-                f"expected two models of the same {word}, got {base_value} for the base model {base.source!r} and "
-                f"{chat_value} for the chat model {chat.source!r}; choose a base model and its fine-tuned version"
-            )
+    base_width, chat_width = (config.hidden_size for config in configs)
+    if base_width != chat_width:
+        raise InputError(
+            f"expected two models of the same width, got {base_width} for the base model {base.source!r} and "
+            f"{chat_width} for the chat model {chat.source!r}; choose a base model and its fine-tuned version"
+        )
     return PairShape(
         (configs[BASE].num_hidden_layers, configs[CHAT].num_hidden_layers),
         configs[CHAT].hidden_size,
-        configs[CHAT].vocab_size,
+        min(config.vocab_size for config in configs),
     )
+
+
+def check_used_ids(specs: Sequence[ModelSpec], tokenizers: Sequence[Any], used_ids: Sequence[int]) -> None:
+    """InputError where texts use ids that one of the models has no row or no token for, and does not read as others.
+
+    Tokens that only one model was given do no harm as long as no text uses them.
+    """
+    for name, spec, tokenizer in zip(MODEL_NAMES, specs, tokenizers, strict=True):
+        replaced = {old for old, _ in spec.token_replacements}
+        num_rows = _load_config(spec).vocab_size
+        asked = sorted({int(index) for index in used_ids} - replaced)
+        tokens = tokenizer.convert_ids_to_tokens(asked)
+        lacking = [index for index, token in zip(asked, tokens, strict=True) if index >= num_rows or token is None]
+        if lacking:
+            raise InputError(
+                f"expected texts of ids that both models have, got {len(lacking)} of {len(asked)} ids in use that the "
+                f"{name} model {spec.source!r} lacks ({', '.join(map(str, lacking[:5]))}; it has {num_rows} rows and "
+                f"{len(tokenizer)} tokens); name in token_replacements what it reads instead, or choose another pair"
+            )
 
 
 def check_model(spec: ModelSpec, *, attn_implementation: str | None = None, is_used_here: bool = True) -> None:

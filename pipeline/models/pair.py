@@ -35,7 +35,10 @@ class ModelPair:
         self.layer = chat.layer
         self.num_layers = chat.num_layers
         self.activation_dim = chat.activation_dim
-        self.vocab_size = chat.vocab_size
+        self.vocab_size = min(base.vocab_size, chat.vocab_size)
+        """Ids that both models predict: one may have been given tokens, or padding, that the other lacks."""
+        self.num_readable = min(base.num_readable, chat.num_readable)
+        """Ids that both models read, token replacements counted."""
         self.device = chat.device
         self.num_shared_layers = chat.num_lower if base is chat else num_shared_layers
         self.commits: tuple[str | None, str | None] = (None, None)
@@ -85,6 +88,10 @@ class ModelPair:
     def head(self, model: int, hidden_PD: Tensor) -> Tensor:
         """logits_PV of chosen positions of `upper`; call it on chunks of positions to bound memory."""
         return self.decoders[model].head(hidden_PD).to(self.device)
+
+    def shared_head(self, model: int, hidden_PD: Tensor) -> Tensor:
+        """As `head`, of the ids that both models predict, so that their predictions can be compared."""
+        return self.head(model, hidden_PD)[:, : self.vocab_size]
 
     def upper_logits(self, model: int, h_BTD: Tensor, mask_BT: Tensor) -> Tensor:
         """logits_BTV continued from h_BTD at layer L; `upper` and `head` do the same in chunks."""

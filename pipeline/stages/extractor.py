@@ -81,7 +81,7 @@ class Extractor:
     def _ready(self) -> _Ready:
         """The models, checked against the library's own forward before anything is extracted."""
         pair = load_pair(self.storage, self.loading, is_lower_only=True)
-        verification = require_plain_forward(pair, self._first_documents(pair.vocab_size), ("rows",))
+        verification = require_plain_forward(pair, self._first_documents(pair.num_readable), ("rows",))
         pair.drop_upper()
         asked = self.section.tokens_per_batch
         budget = automatic_tokens_per_batch(pair) if asked == "auto" else asked
@@ -121,7 +121,7 @@ class Extractor:
         result = extract_with_quarantine(
             self._ready.extract,
             documents,
-            vocab_size=self._ready.extract.pair.vocab_size,
+            vocab_size=self._ready.extract.pair.num_readable,
             max_quarantined=self.max_rejected,
         )
         extracted = result.rows
