@@ -230,10 +230,10 @@ def _kl_of_hidden(batch: CausalityBatch, hidden: Sequence[Tensor], *, model: int
     pair = batch.pair
     parts: list[list[Tensor]] = [[] for _ in hidden]
     for here in pair.decoders[CHAT].head_chunks(len(batch.reference_PD)):
-        reference_PV = _log_softmax(pair.head(CHAT, batch.reference_PD[here]))
+        reference_PV = _log_softmax(pair.shared_head(CHAT, batch.reference_PD[here]))
         probability_PV = reference_PV.exp()
         for part, hidden_PD in zip(parts, hidden, strict=True):
-            edited_PV = _log_softmax(pair.head(model, hidden_PD[here])).to(reference_PV.device)
+            edited_PV = _log_softmax(pair.shared_head(model, hidden_PD[here])).to(reference_PV.device)
             part.append((probability_PV * (reference_PV - edited_PV)).sum(-1))
     return [torch.cat(part) for part in parts]
 

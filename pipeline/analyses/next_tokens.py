@@ -197,7 +197,7 @@ def compare(pair: ModelPair, reference: Prediction, others: Sequence[Prediction]
 
 
 def _log_probs(pair: ModelPair, prediction: Prediction, here: slice) -> Tensor:
-    return pair.head(prediction.model, prediction.hidden_PD[here]).double().log_softmax(-1)
+    return pair.shared_head(prediction.model, prediction.hidden_PD[here]).double().log_softmax(-1)
 
 
 def _compare_chunk(reference_PV: Tensor, other_PV: Tensor) -> Comparison:

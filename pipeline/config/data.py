@@ -270,7 +270,7 @@ class ActivationsSection(Section):
     in transformers, which is hidden_states[layer + 1], before the final norm. auto measures first (analyses.layers) and
     takes the layer that `crossray layers` names."""
     drop_first_tokens: NonNegativeInt = 0
-    """Leading tokens of each document to drop, such as a default system prompt: 25 for Llama 3, 21 for Qwen 2.5."""
+    """Leading tokens of each document to drop, such as a default system prompt: 26 for Llama 3, 21 for Qwen 2.5."""
     drop_bos: bool = True
     """Drop the rows of BOS, wherever it stands. It is an attention sink: its norm can be a hundred times the median."""
     rows: RowsSection = RowsSection()

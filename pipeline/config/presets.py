@@ -12,8 +12,9 @@ PresetName = Literal["gemma-2", "gemma-3", "llama-3.1", "llama-3.2", "qwen-2.5",
 
 _GEMMA: Mapping[str, Any] = {"activations": {"drop_first_tokens": 0, "drop_bos": True}}
 _LLAMA_3: Mapping[str, Any] = {
-    # BOS and the default system prompt with its dates, which all dialogues share.
-    "activations": {"drop_first_tokens": 25, "drop_bos": True},
+    # BOS and the default system turn with its dates and its closing token, which all dialogues share. The paper's
+    # code drops 25 and keeps that closing token as a constant row.
+    "activations": {"drop_first_tokens": 26, "drop_bos": True},
     # The base model never saw start_header_id, end_header_id and eot_id, so it reads plain tokens instead.
     "models": {"base": {"token_replacements": {128006: 1432, 128007: 827, 128009: 827}}},
 }

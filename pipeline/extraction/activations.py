@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import InputError
-from pipeline.models.memory import is_out_of_memory
+from pipeline.models.failures import is_out_of_memory
 from pipeline.models.padding import TokenBatch, pad_tokens
 from pipeline.models.pair import ModelPair
 from pipeline.schema import MODEL_NAMES, Flag

@@ -5,14 +5,18 @@ weights at loading. The trade-off: every chat forward computes the adapter's pro
 than the memory of a second model.
 """
 
+import logging
 import warnings
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
 from torch import nn
 
-from pipeline.errors import InputError, first_line
+from pipeline.errors import InputError
+from pipeline.models.failures import is_out_of_memory
+
+_log = logging.getLogger(__name__)
 
 
 class AdapterSwitch:
@@ -69,6 +73,20 @@ def adapted_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _load_adapter(model: Any, adapter: str, revision: str | None) -> Any:
+    adapted = _attached(model, adapter, revision)
+    deltas = _deltas(adapted)
+    if deltas is not None and not all(is_finite for is_finite, _ in deltas):
+        raise InputError(f"expected numbers in the adapter {adapter!r}, got NaN or infinity; save it again")
+    if deltas is not None and not any(changes for _, changes in deltas):
+        raise InputError(
+            f"expected an adapter that changes the model, got {adapter!r}, whose weights add 0 to every module: it was "
+            "saved before its training, or its trained weights were lost; save the trained adapter again"
+        )
+    return adapted.eval().requires_grad_(False)
+
+
+def _attached(model: Any, adapter: str, revision: str | None) -> Any:
+    """The model with all of the adapter's tensors in their places."""
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -78,35 +96,65 @@ def _load_adapter(model: Any, adapter: str, revision: str | None) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below, with the numbers
+            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # nothing is to be copied
             adapted = PeftModel.from_pretrained(model, adapter, revision=revision)
             keys = adapted.load_adapter(adapter, "default", revision=revision)  # from_pretrained keeps its keys secret
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise InputError(f"expected an adapter of this model at {adapter!r}: {first_line(error)}") from error
+    except Exception as error:  # what settings and files of others can raise has no bound
+        if is_out_of_memory(error):
+            raise
+        said = " ".join(str(error).split())[:400] or type(error).__name__
+        raise InputError(f"expected an adapter of this model at {adapter!r}: {said}") from error
     if any(config.is_prompt_learning for config in adapted.peft_config.values()):
         raise InputError(
             f"expected an adapter of weights, such as LoRA, at {adapter!r}, got one that learns a prompt; both models "
             "must read the same tokens"
         )
     require_all_keys(f"adapter {adapter!r}", missing=keys.missing_keys, unused=keys.unexpected_keys)
-    if not _changes_anything(adapted):
-        raise InputError(
-            f"expected an adapter that changes the model, got {adapter!r}, whose weights add 0 to every module: it was "
-            "saved before its training, or its trained weights were lost; save the trained adapter again"
-        )
-    return adapted.eval().requires_grad_(False)
+    return adapted
 
 
-def require_all_keys(what: str, *, missing: Collection[str], unused: Collection[str]) -> None:
+def check_adapter(model: Any, adapter: str, revision: str | None) -> None:
+    """InputError where an adapter does not fit a model, which may be without memory (the meta device).
+
+    Shapes tell no base model from its own fine-tuned version, so another name of the base is only said.
+    """
+    source = str(model.config.name_or_path)
+    for config in _attached(model, adapter, revision).peft_config.values():
+        made_for = str(config.base_model_name_or_path or "")
+        if made_for and _short_name(made_for) != _short_name(source):
+            _log.warning(
+                "adapter %r was trained on %r and is used on %r: unless that is the same model, the pair means nothing",
+                adapter,
+                made_for,
+                source,
+            )
+
+
+def _short_name(source: str) -> str:
+    """A model's name without owner and folders, also that of a snapshot in the hub's cache."""
+    parts = Path(source).parts
+    cached = [part for part in parts if part.startswith("models--")]
+    return (cached[-1].split("--")[-1] if cached else parts[-1] if parts else "").lower()
+
+
+def require_all_keys(
+    what: str, *, missing: Collection[str], unused: Collection[str], misshapen: Collection[str] = ()
+) -> None:
     """InputError unless a file and a model name the same tensors: half of a model is another model.
 
     Args:
         what: the file's owner, as the message names it.
         missing: tensors of the model that the file does not hold.
         unused: tensors of the file that the model does not have.
+        misshapen: tensors of another shape than the model's.
     """
     faults = [
         f"{len(names)} {kind} (first: {', '.join(map(repr, sorted(names)[:3]))})"
-        for kind, names in (("that it lacks", missing), ("that the model does not know", unused))
+        for kind, names in (
+            ("that it lacks", missing),
+            ("that the model does not know", unused),
+            ("of another shape", misshapen),
+        )
         if names
     ]
     if faults:
@@ -124,10 +172,13 @@ def _overwritten_tensors(adapted: Any, adapter: str, revision: str | None) -> se
     return own & set(load_peft_weights(adapter, device="cpu", revision=revision))
 
 
-def _changes_anything(adapted: Any) -> bool:
-    """Whether any adapted module differs from its original; True for kinds that cannot tell."""
+def _deltas(adapted: Any) -> list[tuple[bool, bool]] | None:
+    """Of what the adapter adds to every module: whether it is finite, whether it is anything but 0.
+
+    None for kinds of adapters that cannot tell.
+    """
     modules: list[Any] = [module for _, module in adapted_modules(adapted)]
     if not all(hasattr(module, "get_delta_weight") for module in modules):
-        return True
+        return None
     deltas = (module.get_delta_weight(name) for module in modules for name in module.active_adapters)
-    return any(bool(delta.any()) for delta in deltas)
+    return [(bool(delta.isfinite().all()), bool(delta.any())) for delta in deltas]

@@ -18,12 +18,14 @@ Shapes: B documents, T positions, D width, P chosen positions, V vocabulary.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
+from pipeline.models.rounding import ROUNDING, relative_errors
 from pipeline.models.stand_ins import (
     GivenBody,
     LayerReachedError,
@@ -35,6 +37,8 @@ from pipeline.models.stand_ins import (
     stop_before,
 )
 
+_MOST_ADDED_TOKENS = 1 << 16
+"""Beyond a model's vocabulary, of the ids that it reads as others."""
 LOGITS_PER_CHUNK = 1 << 25
 """Numbers in one chunk of logits: 128 MiB in float32."""
 
@@ -67,11 +71,15 @@ class SplitDecoder:
         self.num_layers: int = config.num_hidden_layers
         self.activation_dim: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
-        self.context: int | None = getattr(config, "max_position_embeddings", None)
+        context = getattr(config, "max_position_embeddings", None)
+        self.context: int | None = context if context and context > 0 else None  # some write -1 for no limit
         check_layer(layer, self.num_layers, f"the model {config.name_or_path!r}")
         self.layer = layer
         self.model: Any = model.eval()
-        self.base: Any = model.base_model
+        # In most models the body is the attribute that the class names as its prefix; a few (Llama 4) name another.
+        prefix = model.base_model_prefix
+        self._body_name = prefix if hasattr(model, prefix) else "model"
+        self.base: Any = getattr(model, self._body_name, model)
         if self.base is model:
             raise InputError(
                 f"expected a causal language model made of a body and a head, got {type(model).__name__} without a "
@@ -80,8 +88,8 @@ class SplitDecoder:
         self.layers = find_layers(self.base, self.num_layers)
         self.device = next(self.base.parameters()).device
         self._replacements = self._replacement_table(token_replacements or {})
-        # Whether this architecture's layers return tuples; read from the first forward through the lower half.
-        self.returns_tuple = False
+        # Length of the tuples that this architecture's layers return, None for tensors; from the first lower forward.
+        self.num_outputs: int | None = None
         self._select = select
 
     def body(self, **inputs: Any) -> Any:
@@ -138,16 +146,35 @@ class SplitDecoder:
             with replaced(self.layers, {**stand_ins, self.layer: stop}):
                 self.body(input_ids=self.read(ids_BT), **self._attention(mask_BT), use_cache=False)
         except LayerReachedError as reached:
-            self.returns_tuple = reached.returns_tuple
+            self.num_outputs = reached.num_outputs
+            expected, shape = (*ids_BT.shape, self.activation_dim), tuple(reached.hidden_BTD.shape)
+            if shape != expected:
+                raise InputError(
+                    f"expected one vector per token from layer {self.layer}, {list(expected)}, got {list(shape)} from "
+                    f"{type(self.base).__name__} ({self.base.config.name_or_path!r}): this architecture has no single "
+                    "residual stream; choose another model"
+                ) from None
             return reached.hidden_BTD.to(self.device)
         raise AssertionError(f"the forward of {type(self.base).__name__} never reached its layer {self.layer}")
 
     def _starting_from(self, h_BTD: Tensor, num_layers: int) -> dict[int, nn.Module]:
         """Stand-ins for the first layers that put the given stream in the place of the last one's output."""
         return {
-            i: skip(self.layers[i], h_BTD if i == num_layers - 1 else None, returns_tuple=self.returns_tuple)
-            for i in range(num_layers)
+            i: skip(self.layers[i], h_BTD if i == num_layers - 1 else None, self.num_outputs) for i in range(num_layers)
         }
+
+    @cached_property
+    @torch.no_grad()
+    def ignores_left_padding(self) -> bool:
+        """Whether padding on the left leaves the tokens after it as they are; recurrent layers may read it."""
+        ids_1T = torch.ones(1, 3, dtype=torch.int64, device=self.device)
+        padded_1T = torch.cat([torch.zeros_like(ids_1T), ids_1T], dim=1)
+        mask_1T = torch.cat([torch.zeros_like(ids_1T), ids_1T], dim=1)
+        alone_D, beside_D = (
+            self.body(input_ids=self.read(own_1T), use_cache=False, **arguments).last_hidden_state[0, -1].double()
+            for own_1T, arguments in ((ids_1T, {}), (padded_1T, self._attention(mask_1T)))
+        )
+        return bool(relative_errors(beside_D, alone_D) <= ROUNDING[self.base.dtype])
 
     def _attention(self, mask_BT: Tensor) -> dict[str, Tensor | None]:
         """The arguments that keep padding out of every real token's view.
@@ -176,12 +203,11 @@ class SplitDecoder:
         assert self.has_upper, "the head was dropped with the upper half; load the pair with both halves"
         self.select()
         hidden_1PD = hidden_PD.unsqueeze(0).to(self.device)
-        prefix = self.model.base_model_prefix
-        setattr(self.model, prefix, GivenBody(hidden_1PD))
+        setattr(self.model, self._body_name, GivenBody(self.base, hidden_1PD))
         try:
             logits_PV: Tensor = self.model(inputs_embeds=hidden_1PD, use_cache=False).logits[0]
         finally:
-            setattr(self.model, prefix, self.base)
+            setattr(self.model, self._body_name, self.base)
         return logits_PV.to(self.device)
 
     def head_chunks(self, num_positions: int) -> Iterator[slice]:
@@ -189,6 +215,11 @@ class SplitDecoder:
         chunk = max(1, LOGITS_PER_CHUNK // self.vocab_size)
         for start in range(0, num_positions, chunk):
             yield slice(start, min(start + chunk, num_positions))
+
+    @property
+    def num_readable(self) -> int:
+        """Ids below this number can be read, those beyond the vocabulary where they are replaced."""
+        return self.vocab_size if self._replacements is None else len(self._replacements)
 
     @property
     def num_lower(self) -> int:
@@ -236,13 +267,15 @@ class SplitDecoder:
     def _replacement_table(self, replacements: Mapping[int, int]) -> Tensor | None:
         if not replacements:
             return None
-        outside = [i for pair in replacements.items() for i in pair if not 0 <= i < self.vocab_size]
+        # Ids that are replaced may lie beyond the vocabulary: tokens that the other model was given later.
+        outside = [i for i in replacements.values() if not 0 <= i < self.vocab_size]
+        outside += [i for i in replacements if not 0 <= i < self.vocab_size + _MOST_ADDED_TOKENS]
         if outside:
             raise InputError(
                 f"expected token replacements between 0 and {self.vocab_size - 1} (the model's vocabulary), got "
                 f"{outside[0]}; change token_replacements"
             )
-        table = torch.arange(self.vocab_size)
+        table = torch.arange(max(self.vocab_size, max(replacements) + 1))
         table[list(replacements)] = torch.tensor(list(replacements.values()))
         return table.to(self.device)
 

@@ -3,12 +3,13 @@
 The loop is our own, not the library's `generate`: each prompt of a batch may have its own steering vector, and settings
 of a checkpoint (penalties, temperatures) must not decide what an analysis measures. Prompts are padded on the left with
 exact positions, so a batch gives the tokens that each prompt gives alone; a sampled answer is drawn with its own
-prompt's random numbers, so it does not depend on the batch either.
+prompt's random numbers, so it does not depend on the batch either. Recurrent models that read padding get prompts of
+one length at a time, and models without a cache that the library hands around read the whole text at every token.
 
 Shapes: B prompts, T positions, N new tokens, D width, P chosen positions, V vocabulary.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
@@ -70,6 +71,9 @@ def generate(
     check_prompts(decoder, prompts, max_new_tokens)
     if sampling is not None:
         _check_sampling(sampling, len(prompts), max_new_tokens)
+    if len(set(map(len, prompts))) > 1 and not decoder.ignores_left_padding:
+        about = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "use_cache": use_cache}
+        return _by_length(decoder, prompts, steering, sampling, about)
     ids_BT, mask_BT = (part.to(decoder.device) for part in pad_tokens(prompts, on_left=True))
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=decoder.device)
     steer = None if steering is None else _Steer(decoder, steering, num_prompts=len(prompts))
@@ -90,7 +94,8 @@ def generate(
                 past_key_values=cache,
                 use_cache=use_cache,
             )
-            cache = output.past_key_values if use_cache else None
+            cache = getattr(output, "past_key_values", None) if use_cache else None
+            use_cache = cache is not None  # models with a state of their own kind read everything again
             logits_BV = decoder.head(output.last_hidden_state[:, -1])
             next_B = logits_BV.argmax(-1) if sampling is None else _drawn(logits_BV, sampling, step)
             is_done_B = is_done_B | torch.isin(next_B, stops)
@@ -100,8 +105,28 @@ def generate(
                 break
             ids_BT = torch.cat([ids_BT, next_B[:, None]], dim=1)
             mask_BT = torch.cat([mask_BT, torch.ones_like(mask_BT[:, :1])], dim=1)
-    lengths = (~ended_BN).sum(1).tolist()
-    return [row[:length] for row, length in zip(new_BN.tolist(), lengths, strict=True)]
+    return [row[:length] for row, length in zip(new_BN.tolist(), (~ended_BN).sum(1).tolist(), strict=True)]
+
+
+def _by_length(
+    decoder: SplitDecoder,
+    prompts: Sequence[Sequence[int]],
+    steering: Steering | None,
+    sampling: Sampling | None,
+    about: Mapping[str, Any],
+) -> list[list[int]]:
+    """`generate` for prompts of one length after the other, so that none is padded."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    for length in sorted(set(map(len, prompts))):
+        own = [place for place, prompt in enumerate(prompts) if len(prompt) == length]
+        steer = steering
+        if steering is not None and steering.vector.dim() > 1:
+            steer = steering._replace(vector=steering.vector[own])
+        drawn = None if sampling is None else sampling._replace(uniform_BN=sampling.uniform_BN[own])
+        found = generate(decoder, [prompts[place] for place in own], steering=steer, sampling=drawn, **about)
+        for place, answer in zip(own, found, strict=True):
+            answers[place] = answer
+    return answers
 
 
 def check_prompts(decoder: SplitDecoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

@@ -97,7 +97,7 @@ def _rerounded(decoder: SplitDecoder, seed: int) -> Iterator[None]:
         )
         step_BTD = torch.finfo(hidden_BTD.dtype).eps * sign_BT[..., None] * sign_D
         moved_BTD = hidden_BTD + hidden_BTD * step_BTD
-        return (moved_BTD, *output[1:]) if isinstance(output, tuple) else moved_BTD
+        return (moved_BTD, *output[1:]) if isinstance(output, tuple | list) else moved_BTD
 
     handles = [layer.register_forward_hook(move) for layer in decoder.layers]
     try:

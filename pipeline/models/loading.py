@@ -5,25 +5,29 @@ twice, a model and its adapter, byte-equal leading layers (shared_layers.py). We
 first; placement.py moves them to their devices.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from pipeline.errors import InputError, first_line
-from pipeline.models.adapters import attach_adapter, merge_adapter, require_all_keys
+from pipeline.errors import InputError
+from pipeline.models.adapters import attach_adapter, check_adapter, merge_adapter, require_all_keys
 from pipeline.models.decoder import SplitDecoder, check_layer
+from pipeline.models.failures import is_out_of_memory
 from pipeline.models.noise import add_weight_noise
 from pipeline.models.placement import Placement, put
 from pipeline.models.shared_layers import count_unadapted_layers, share_equal_prefix
+from pipeline.models.weights import check_folder, check_numbers, check_quantisation
 from pipeline.schema import BASE, CHAT, MODEL_NAMES
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+_FEWEST_WORDS = 2
+"""Of a tokenizer's vocabulary, beside special tokens."""
 
 
 class ModelSpec(NamedTuple):
@@ -72,6 +76,7 @@ class PairShape(NamedTuple):
     """Decoder layers of base and chat."""
     activation_dim: int
     vocab_size: int
+    """Ids that both have."""
 
 
 class LoadedPair(NamedTuple):
@@ -154,36 +159,117 @@ def _placed(decoder: SplitDecoder, options: LoadOptions, index: int) -> SplitDec
 def check_pair(base: ModelSpec, chat: ModelSpec, *, layer: int) -> PairShape:
     """The pair's shape from its two configs, no weights read.
 
-    InputError where a model is missing, the layer is out of range (names the number of layers), or widths or
-    vocabularies disagree.
+    InputError where a model is missing, the layer is out of range (names the number of layers), or widths disagree.
+    Vocabularies may: `check_used_ids` asks about the ids in use.
     """
     configs = [_load_config(spec) for spec in (base, chat)]
     for name, spec, config in zip(MODEL_NAMES, (base, chat), configs, strict=True):
         check_layer(layer, config.num_hidden_layers, f"the {name} model {spec.source!r}")
-    for attribute, word in (("hidden_size", "width"), ("vocab_size", "vocabulary size")):
-        base_value, chat_value = (getattr(config, attribute) for config in configs)
-        if base_value != chat_value:
-            raise InputError(
-                f"expected two models of the same {word}, got {base_value} for the base model {base.source!r} and "
-                f"{chat_value} for the chat model {chat.source!r}; choose a base model and its fine-tuned version"
-            )
+    base_width, chat_width = (config.hidden_size for config in configs)
+    if base_width != chat_width:
+        raise InputError(
+            f"expected two models of the same width, got {base_width} for the base model {base.source!r} and "
+            f"{chat_width} for the chat model {chat.source!r}; choose a base model and its fine-tuned version"
+        )
     return PairShape(
         (configs[BASE].num_hidden_layers, configs[CHAT].num_hidden_layers),
         configs[CHAT].hidden_size,
-        configs[CHAT].vocab_size,
+        min(config.vocab_size for config in configs),
     )
+
+
+def check_used_ids(specs: Sequence[ModelSpec], tokenizers: Sequence[Any], used_ids: Sequence[int]) -> None:
+    """InputError where texts use ids that one of the models has no row or no token for, and does not read as others.
+
+    Tokens that only one model was given do no harm as long as no text uses them.
+    """
+    for name, spec, tokenizer in zip(MODEL_NAMES, specs, tokenizers, strict=True):
+        replaced = {old for old, _ in spec.token_replacements}
+        num_rows = _load_config(spec).vocab_size
+        asked = sorted({int(index) for index in used_ids} - replaced)
+        tokens = tokenizer.convert_ids_to_tokens(asked)
+        lacking = [index for index, token in zip(asked, tokens, strict=True) if index >= num_rows or token is None]
+        if lacking:
+            raise InputError(
+                f"expected texts of ids that both models have, got {len(lacking)} of {len(asked)} ids in use that the "
+                f"{name} model {spec.source!r} lacks ({', '.join(map(str, lacking[:5]))}; it has {num_rows} rows and "
+                f"{len(tokenizer)} tokens); name in token_replacements what it reads instead, or choose another pair"
+            )
+
+
+def check_model(spec: ModelSpec, *, attn_implementation: str | None = None, is_used_here: bool = True) -> None:
+    """InputError where a model that lies in a local folder will not load, found without reading its weights.
+
+    The library builds it without memory and compares it with the headers of its files, so that an unknown layer or half
+    a model is found in a second, however large it is. Models on the hub are checked when they are loaded.
+
+    is_used_here: whether the packages of this machine are those of the workers.
+    """
+    load_tokenizer(spec)
+    if not is_local(spec):
+        return
+    folder = Path(spec.source).expanduser()
+    what = f"model {spec.source!r}"
+    config = _load(AutoConfig, spec, "a model")
+    quantisation = getattr(config, "quantization_config", None)
+    is_quantised = check_quantisation(quantisation, what, is_used_here=is_used_here)
+    if is_quantised or find_spec("accelerate") is None:  # without it, the library builds nothing on the meta device
+        check_numbers(folder, what, parameters=(), is_quantised=is_quantised)
+        return
+    attention = {"attn_implementation": attn_implementation if is_used_here else "eager"}
+    model = _load_whole(spec, device_map="meta", **{key: value for key, value in attention.items() if value})
+    check_numbers(folder, what, parameters=[name for name, _ in model.named_parameters()], is_quantised=False)
+    if spec.adapter is not None:
+        check_adapter(model, spec.adapter, spec.adapter_revision)
+
+
+def is_local(spec: ModelSpec) -> bool:
+    """Whether a model lies in a folder of this machine."""
+    return Path(spec.source).expanduser().is_dir()
+
+
+def is_config_alone(spec: ModelSpec) -> bool:
+    """Whether a folder holds a configuration and nothing else of a model: enough to plan with, not to run."""
+    folder = Path(spec.source).expanduser()
+    suffixes = (".safetensors", ".bin", ".index.json")
+    return not any(path.name.endswith(suffixes) or "token" in path.name for path in folder.iterdir())
 
 
 def load_tokenizer(spec: ModelSpec) -> Any:
     """The model's own tokenizer, with the spec's chat template; InputError where there is no tokenizer."""
     tokenizer = _load(AutoTokenizer, spec, "a tokenizer")
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(
+            f"expected a tokenizer with the file tokenizer.json at {spec.source!r}, got {type(tokenizer).__name__}, "
+            "which tells no characters of its tokens; save it once with AutoTokenizer and save_pretrained"
+        )
+    # A folder without a tokenizer's files loads as one without words: every text would be one token, or none.
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < _FEWEST_WORDS:
+        raise InputError(
+            f"expected a tokenizer at {spec.source!r}, got one without words: the folder lacks its files "
+            "(tokenizer.json and tokenizer_config.json); copy them from the model that it was made from"
+        )
     if spec.chat_template:
         tokenizer.chat_template = spec.chat_template
     return tokenizer
 
 
 def _load_config(spec: ModelSpec) -> Any:
-    return _load(AutoConfig, spec, "a model").get_text_config()
+    config = _load(AutoConfig, spec, "a model").get_text_config()
+    for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
+        value = getattr(config, name, None)
+        if not isinstance(value, int) or value < 1:
+            raise InputError(
+                f"model {spec.source!r}: expected a whole number above 0 for {name} in its config, got {value!r}; "
+                "repair its config.json"
+            )
+    pad = getattr(config, "pad_token_id", None)
+    if isinstance(pad, int) and pad >= config.vocab_size:
+        raise InputError(
+            f"model {spec.source!r}: expected a pad_token_id below {config.vocab_size} (its vocabulary), got {pad}; "
+            "repair its config.json"
+        )
+    return config
 
 
 def _load_model(spec: ModelSpec, options: LoadOptions) -> Any:
@@ -193,11 +279,29 @@ def _load_model(spec: ModelSpec, options: LoadOptions) -> Any:
     settings: dict[str, Any] = {"dtype": getattr(torch, options.dtype)}
     if options.attn_implementation is not None:
         settings["attn_implementation"] = options.attn_implementation
-    model, info = _load(AutoModelForCausalLM, spec, "a causal language model", output_loading_info=True, **settings)
-    require_all_keys(f"model {spec.source!r}", missing=info["missing_keys"], unused=info["unexpected_keys"])
+    model = _load_whole(spec, **settings)
     if spec.weight_noise:
         add_weight_noise(model, scale=spec.weight_noise, seed=spec.weight_noise_seed)
     return model.requires_grad_(False)
+
+
+def _load_whole(spec: ModelSpec, **settings: Any) -> Any:
+    """A causal language model whose files hold exactly its tensors."""
+    model, info = _load(
+        AutoModelForCausalLM,
+        spec,
+        "a causal language model",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below, with the shapes
+        **settings,
+    )
+    require_all_keys(
+        f"model {spec.source!r}",
+        missing=info["missing_keys"],
+        unused=info["unexpected_keys"],
+        misshapen=[f"{name} {list(there)} for {list(own)}" for name, there, own in info["mismatched_keys"]],
+    )
+    return model
 
 
 def _with_merged_adapter(model: Any, spec: ModelSpec) -> Any:
@@ -222,13 +326,20 @@ def _load(loader: Any, spec: ModelSpec, what: str, **options: Any) -> Any:
     source = str(Path(spec.source).expanduser()) if looks_like_path else spec.source
     if looks_like_path and not Path(source).is_dir():
         raise InputError(f"expected {what} at {spec.source!r}, but there is no such folder; correct the path or hub id")
+    if looks_like_path:
+        check_folder(Path(source), f"model {spec.source!r}")
     try:
         with _without_progress_bars():
             return loader.from_pretrained(
                 source, revision=spec.revision, trust_remote_code=spec.trust_remote_code, **options
             )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"expected {what} at {spec.source!r}, it cannot be loaded: {first_line(error)}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # what configs, files and code of others can raise has no bound
+        if is_out_of_memory(error):
+            raise
+        said = " ".join(str(error).split())[:400] or type(error).__name__
+        raise InputError(f"expected {what} at {spec.source!r}, it cannot be loaded: {said}") from error
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""How many tokens fit into one forward pass, and which errors mean that memory ran out.
+"""How many tokens fit into one forward pass.
 
 The budget of an extraction is found once, from a short forward of the pair and the free memory of its GPUs; where it
 was too large, the extraction halves it (extraction/activations.py). The trade-off: budgets are powers of two, so that
@@ -49,12 +49,3 @@ def tokens_that_fit(free_bytes: int, bytes_per_token: float) -> int:
     while budget * 2 <= min(fitting, LARGEST):
         budget *= 2
     return budget
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a forward pass failed because memory ran out, on any device."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    # The CPU's allocator has no error class of its own; "out of memory" comes from CUDA libraries below torch.
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text.lower())

@@ -35,15 +35,15 @@ class LayerStandIn(nn.Module):
 class LayerReachedError(Exception):
     """Ends a forward at a layer and carries the residual stream out of it."""
 
-    def __init__(self, hidden_BTD: Tensor, *, returns_tuple: bool) -> None:
+    def __init__(self, hidden_BTD: Tensor, num_outputs: int | None) -> None:
         super().__init__("layer reached")
         self.hidden_BTD = hidden_BTD
-        self.returns_tuple = returns_tuple
+        self.num_outputs = num_outputs
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The residual stream in a layer's output, which is a tensor or a tuple that starts with it."""
-    hidden_BTD: Tensor = output[0] if isinstance(output, tuple) else output
+    """The residual stream in a layer's output: a tensor, or a tuple (in old models a list) that starts with it."""
+    hidden_BTD: Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden_BTD
 
 
@@ -53,7 +53,7 @@ def edited(layer: nn.Module, edit: Callable[[Tensor], Tensor]) -> LayerStandIn:
     def forward_as(*args: Any, **kwargs: Any) -> Any:
         output = layer(*args, **kwargs)
         hidden_BTD = edit(hidden_of(output))
-        return (hidden_BTD, *output[1:]) if isinstance(output, tuple) else hidden_BTD
+        return (hidden_BTD, *output[1:]) if isinstance(output, tuple | list) else hidden_BTD
 
     return LayerStandIn(layer, forward_as)
 
@@ -62,7 +62,7 @@ def stop_before(layer: nn.Module) -> LayerStandIn:
     """Raises LayerReachedError with the layer's input."""
 
     def forward_as(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> NoReturn:
-        raise LayerReachedError(hidden_states, returns_tuple=False)
+        raise LayerReachedError(hidden_states, None)
 
     return LayerStandIn(layer, forward_as)
 
@@ -72,31 +72,45 @@ def stop_after(layer: nn.Module) -> LayerStandIn:
 
     def forward_as(*args: Any, **kwargs: Any) -> NoReturn:
         output = layer(*args, **kwargs)
-        raise LayerReachedError(hidden_of(output), returns_tuple=isinstance(output, tuple))
+        raise LayerReachedError(hidden_of(output), len(output) if isinstance(output, tuple | list) else None)
 
     return LayerStandIn(layer, forward_as)
 
 
-def skip(layer: nn.Module, h_BTD: Tensor | None, *, returns_tuple: bool) -> LayerStandIn:
-    """Does not run the layer: returns h_BTD, or the layer's input where it is None."""
+def skip(layer: nn.Module, h_BTD: Tensor | None, num_outputs: int | None) -> LayerStandIn:
+    """Does not run the layer: returns h_BTD, or the layer's input where it is None.
+
+    num_outputs: length of the tuple that the layer returns, its other parts (attention weights, states) None; None for
+    a layer that returns a tensor.
+    """
 
     def forward_as(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
         given_BTD = hidden_states if h_BTD is None else h_BTD
-        return (given_BTD,) if returns_tuple else given_BTD
+        return given_BTD if num_outputs is None else (given_BTD, *[None] * (num_outputs - 1))
 
     return LayerStandIn(layer, forward_as)
 
 
 class GivenBody(nn.Module):
-    """Takes the place of a model's body and gives a known hidden state to the head."""
+    """Takes the place of a model's body and gives a known hidden state to the head.
 
-    def __init__(self, hidden_BTD: Tensor) -> None:
+    Settings that the head reads are the body's own. Its modules give the hidden state as well, since some models call
+    one inside their body (OPT's `model.decoder`).
+    """
+
+    def __init__(self, body: nn.Module, hidden_BTD: Tensor) -> None:
         super().__init__()
+        # Not as a module of this one: in `_modules` its parameters would count twice.
+        object.__setattr__(self, "_body", body)
         self.hidden_BTD = hidden_BTD
 
     def forward(self, *_args: Any, **_kwargs: Any) -> "_GivenOutput":
         """The hidden state as a body's output."""
         return _GivenOutput(self.hidden_BTD)
+
+    def __getattr__(self, name: str) -> Any:
+        own = getattr(self._body, name)
+        return GivenBody(own, self.hidden_BTD) if isinstance(own, nn.Module) else own
 
 
 class _GivenOutput:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.config.run_file import RunConfig
+from pipeline.errors import InputError
 from pipeline.planning import sizes
 from pipeline.planning.rates import GPU_SHARE
 from pipeline.planning.sizes import DataSize, format_bytes
@@ -19,6 +20,10 @@ from pipeline.terminal import format_seconds
 if TYPE_CHECKING:
     from pipeline.run.runner import StepState
     from pipeline.storage.filesystem import Storage
+
+
+_NOTICEABLE_SLOWDOWN = 1.5
+"""Of a dtype against float32, from which on the plan says so."""
 
 
 class Estimate(NamedTuple):
@@ -58,6 +63,10 @@ def estimate(
         activations = records.get("activations")
         num_bytes = None if activations is None else int(activations.counts["num_bytes"])
         return Estimate(data, num_bytes, None, None, None, {})
+    from pipeline.run.checks import check_models  # imports torch, which a finished run can do without
+
+    adopted = [state.step for state in states if state.step.key.stage == "crosscoder"]
+    check_models(steps.activations.inputs.loading, adopted, address=config.resources.cluster.address, only_local=True)
     model_config = sizes.model_config(config, steps, records, storage)
     shape = sizes.shape_of(model_config)
     if must_fit and data is not None and "activations" in missing:
@@ -105,11 +114,37 @@ def estimate_text(config: RunConfig, states: "Sequence[StepState]", storage: "St
     is_complete = bool(result.num_bytes or not result.seconds)
     unknown = "" if is_complete else " + what depends on the number of tokens"
     lines.append(f"  total        {format_seconds(sum(result.seconds.values()))}{unknown}")
+    lines += [f"  {'this machine':<13}{remark}" for remark in _remarks(config, states)]
     if named := _named_nodes(config):
         lines.append(f"  nodes        {named}")
     if result.seconds and (config.resources.extraction.gpus > 0 or training.gpus > 0):
         lines.append(f"  assumed      {gpu} at {GPU_SHARE.value:.0%} of its data sheet; name another with --gpu")
     return "\n".join(lines)
+
+
+def _remarks(config: RunConfig, states: "Sequence[StepState]") -> list[str]:
+    """What will not work, or not well, on the machine that plans, where it is the one that runs."""
+    missing = [state.step for state in states if state.record is None]
+    if not missing or config.resources.cluster.address != "local":
+        return []
+    from pipeline.planning.calibration import matmul_flops
+    from pipeline.run.checks import check_local_resources
+
+    remarks = []
+    try:
+        check_local_resources(missing, config.resources)
+    except InputError as error:  # the run may be meant for another machine: said, not refused
+        remarks.append(f"cannot hold this run: {error}")
+    reads_models = any(stage in ("activations", "evidence") for stage in (step.key.stage for step in missing))
+    dtype = config.models.dtype
+    if reads_models and dtype != "float32" and config.resources.extraction.gpus == 0:
+        slowdown = matmul_flops(1, dtype="float32") / matmul_flops(1, dtype=dtype)
+        if slowdown > _NOTICEABLE_SLOWDOWN:
+            remarks.append(
+                f"models.dtype: {dtype} takes {slowdown:.1f} times as long as float32 on its CPU, which has no "
+                f"instructions for it; float32 gives finer numbers for twice the memory"
+            )
+    return remarks
 
 
 def _data_steps(states: "Sequence[StepState]") -> DataSteps:

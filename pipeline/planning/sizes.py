@@ -245,14 +245,15 @@ class ModelShape(NamedTuple):
 
 
 def shape_of(model_config: Any) -> ModelShape:
-    """The shape of a decoder from its transformers configuration."""
+    """The shape of a decoder from its transformers configuration, which needs to name its width, layers and vocabulary.
+
+    Of an architecture without attention or with layers of several kinds, the rest is a guess from the width.
+    """
     width = int(model_config.hidden_size)
-    heads = int(model_config.num_attention_heads)
-    head_dim = int(getattr(model_config, "head_dim", None) or width // heads)
-    key_heads = int(getattr(model_config, "num_key_value_heads", None) or heads)
-    mlp_width = int(
-        getattr(model_config, "intermediate_size", None) or getattr(model_config, "n_inner", 0) or 4 * width
-    )
+    heads = _setting(model_config, "num_attention_heads") or 1
+    head_dim = _setting(model_config, "head_dim") or max(1, width // heads)
+    key_heads = _setting(model_config, "num_key_value_heads") or heads
+    mlp_width = _setting(model_config, "intermediate_size") or _setting(model_config, "n_inner") or 4 * width
     is_gated = hasattr(model_config, "rms_norm_eps")
     attention = width * head_dim * (2 * heads + 2 * key_heads)
     return ModelShape(
@@ -261,6 +262,15 @@ def shape_of(model_config: Any) -> ModelShape:
         attention + (3 if is_gated else 2) * width * mlp_width,
         int(model_config.vocab_size),
     )
+
+
+def _setting(model_config: Any, name: str) -> int | None:
+    """A whole number of a model's configuration; None where it has none, or one for each layer."""
+    try:
+        value = getattr(model_config, name, None)
+    except RuntimeError:  # transformers' answer for a number that differs between layers
+        return None
+    return int(value) if isinstance(value, int | float) and value > 0 else None
 
 
 def check_space(config: RunConfig, data: "DataSteps", records: "Mapping[str, Record]", storage: "Storage") -> None:

@@ -1,7 +1,7 @@
 """Makes the missing steps of a run in order, and logs everything that is made or found.
 
-The cluster is started when the first missing step needs it. Whatever can be refused is refused before anything is
-written. Imported only where something is to be done: a finished run does without it.
+The cluster is started where a missing step needs it. Whatever can be refused is refused before anything is computed
+(checks.py). Imported only where something is to be done: a finished run does without it.
 """
 
 import logging
@@ -13,13 +13,10 @@ from pathlib import Path
 from pipeline.cluster.connect import connected
 from pipeline.config.run_file import RunConfig
 from pipeline.errors import CrossrayError
-from pipeline.models.loading import check_pair
 from pipeline.planning.sizes import check_space
+from pipeline.run.checks import check_halves, check_local_resources, check_models, check_resources
 from pipeline.run.flow import AnyStep, Flow, Group, LayersFlow
-from pipeline.stages.adopt import read_checkpoint
 from pipeline.stages.autointerp import endpoint_options
-from pipeline.stages.catalogue import AdoptedCrosscoderInputs
-from pipeline.stages.models import model_spec
 from pipeline.stages.step import StageContext
 from pipeline.storage.artifacts import read_record
 from pipeline.storage.filesystem import Storage
@@ -33,56 +30,56 @@ _log = logging.getLogger(__name__)
 
 def execute(config: RunConfig, flow: Flow, storage: Storage, reporter: Reporter, tracker: Tracker | None) -> str:
     """Make what is missing; where the tracker shows the run. Raises InputError before anything is written."""
-    _check_models(flow)
+    missing = [step for step in flow.steps if read_record(storage, step.key) is None]
+    check_local_resources(missing, config.resources)
+    loading, adopted = flow.data.activations.inputs.loading, [own.crosscoder for own in flow.crosscoders]
+    check_models(loading, adopted, address=config.resources.cluster.address)
     asked = [own.autointerp for own in flow.crosscoders if own.autointerp is not None]
     if any(read_record(storage, step.key) is None for step in asked):
         endpoint_options(config.resources.autointerp)
     _check_space(config, flow, storage)
     storage.check_writable()
-    log = RunLog(tracker or make_tracker(config.tracking, storage, reporter.message), config, storage, flow)
-    reporter.message(f"tracking: {log.link}")
-    context = StageContext(storage, config.resources, reporter, log, config.name, config.tracking.log_every_steps)
-    try:
-        _make_groups(config, flow, context, log)
-    except BaseException:
-        log.close(succeeded=False)
-        raise
-    log.close(succeeded=True)
+    with ExitStack() as stack:
+        if _needs_cluster(flow.groups, missing):
+            stack.enter_context(connected(config.resources.cluster, _log_path(storage)))
+            check_resources(missing, config.resources)
+            check_halves(missing, storage, config.resources)
+        log = RunLog(tracker or make_tracker(config.tracking, storage, reporter.message), config, storage, flow)
+        reporter.message(f"tracking: {log.link}")
+        context = StageContext(storage, config.resources, reporter, log, config.name, config.tracking.log_every_steps)
+        try:
+            _make_groups(config, flow, context, log)
+        except BaseException:
+            log.close(succeeded=False)
+            raise
+        log.close(succeeded=True)
     return log.link
 
 
 def measure_layers(flow: LayersFlow, context: StageContext) -> None:
     """Make what is missing of the curve over layers; a later run finds it, and logs what it uses of it."""
-    context.storage.check_writable()
+    storage, resources = context.storage, context.resources
+    missing = [step for group in flow.groups for step in group.steps if read_record(storage, step.key) is None]
+    check_local_resources(missing, resources)
+    check_models(flow.layers.inputs.loading, address=resources.cluster.address)
+    storage.check_writable()
     with ExitStack() as stack:
-        is_connected = False
+        if _needs_cluster(flow.groups, missing):
+            stack.enter_context(connected(resources.cluster, _log_path(storage)))
+            check_resources(missing, resources)
+            check_halves(missing, storage, resources)
         for group in flow.groups:
-            missing = [step for step in group.steps if read_record(context.storage, step.key) is None]
-            if not missing:
+            own = [step for step in group.steps if step in missing]
+            if not own:
                 continue
-            if group.needs_cluster and not is_connected:
-                stack.enter_context(connected(context.resources.cluster, _log_path(context.storage)))
-                is_connected = True
             started = time.monotonic()
-            _make(group, missing, context)
-            names = ", ".join(step.name for step in missing)
+            _make(group, own, context)
+            names = ", ".join(step.name for step in own)
             context.reporter.message(f"{names}: done in {format_seconds(time.monotonic() - started)}")
 
 
-def _check_models(flow: Flow) -> None:
-    """Raise an InputError for a pair, or an adopted crosscoder, that does not fit.
-
-    The organism's pair fits by construction, apart from the layer, which is checked when it is loaded; its width is
-    known, and compared with an adopted crosscoder's, when it is built.
-    """
-    loading = flow.data.activations.inputs.loading
-    if any(location.folder for location in loading.models):
-        return
-    base, chat = (model_spec(location) for location in loading.models)
-    pair = check_pair(base, chat, layer=loading.layer)
-    for own in flow.crosscoders:
-        if isinstance(own.crosscoder.inputs, AdoptedCrosscoderInputs):
-            read_checkpoint(own.crosscoder.inputs.section, pair.activation_dim)
+def _needs_cluster(groups: Sequence[Group], missing: Sequence[AnyStep]) -> bool:
+    return any(group.needs_cluster and any(step in missing for step in group.steps) for group in groups)
 
 
 def _check_space(config: RunConfig, flow: Flow, storage: Storage) -> None:
@@ -93,27 +90,22 @@ def _check_space(config: RunConfig, flow: Flow, storage: Storage) -> None:
 
 
 def _make_groups(config: RunConfig, flow: Flow, context: StageContext, log: RunLog) -> None:
-    """Run the groups in order; the cluster is started when the first missing step needs it."""
-    with ExitStack() as stack:
-        is_connected = False
-        for number, group in enumerate(flow.groups, 1):
-            found = {step.name: read_record(context.storage, step.key) for step in group.steps}
-            missing = [step for step in group.steps if found[step.name] is None]
-            if missing:
-                if group.needs_cluster and not is_connected:
-                    stack.enter_context(connected(context.resources.cluster, _log_path(context.storage)))
-                    is_connected = True
-                if flow.data.activations in missing:
-                    _check_space(config, flow, context.storage)  # exact now that the tokens are there
-                context.reporter.step(number, len(flow.groups))
-                started = time.monotonic()
-                _make(group, missing, context)
-                names = ", ".join(step.name for step in missing)
-                _log.info("%s: made in %.1f s", names, time.monotonic() - started)
-                context.reporter.message(f"{names}: done in {format_seconds(time.monotonic() - started)}")
-            for step in group.steps:
-                record = found[step.name]
-                log.finished(step, record or context.record_of(step), reused=record is not None)
+    """Run the groups in order."""
+    for number, group in enumerate(flow.groups, 1):
+        found = {step.name: read_record(context.storage, step.key) for step in group.steps}
+        missing = [step for step in group.steps if found[step.name] is None]
+        if missing:
+            if flow.data.activations in missing:
+                _check_space(config, flow, context.storage)  # exact now that the tokens are there
+            context.reporter.step(number, len(flow.groups))
+            started = time.monotonic()
+            _make(group, missing, context)
+            names = ", ".join(step.name for step in missing)
+            _log.info("%s: made in %.1f s", names, time.monotonic() - started)
+            context.reporter.message(f"{names}: done in {format_seconds(time.monotonic() - started)}")
+        for step in group.steps:
+            record = found[step.name]
+            log.finished(step, record or context.record_of(step), reused=record is not None)
 
 
 def _make(group: Group, missing: Sequence[AnyStep], context: StageContext) -> None:

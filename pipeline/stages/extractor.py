@@ -17,7 +17,7 @@ from pipeline.config.data import ActivationsSection
 from pipeline.extraction.activations import ExtractRows, RowOptions
 from pipeline.extraction.quarantine import QuarantinedDocument, extract_with_quarantine, too_many_quarantined
 from pipeline.models.memory import automatic_tokens_per_batch
-from pipeline.models.pair import Verification
+from pipeline.models.verification import Verification, require_plain_forward
 from pipeline.schema import QUARANTINE_COLUMNS
 from pipeline.stages.locations import Loading
 from pipeline.stages.models import load_pair
@@ -81,7 +81,7 @@ class Extractor:
     def _ready(self) -> _Ready:
         """The models, checked against the library's own forward before anything is extracted."""
         pair = load_pair(self.storage, self.loading, is_lower_only=True)
-        verification = pair.require_plain_forward(self._first_documents(pair.vocab_size))
+        verification = require_plain_forward(pair, self._first_documents(pair.num_readable), ("rows",))
         pair.drop_upper()
         asked = self.section.tokens_per_batch
         budget = automatic_tokens_per_batch(pair) if asked == "auto" else asked
@@ -121,7 +121,7 @@ class Extractor:
         result = extract_with_quarantine(
             self._ready.extract,
             documents,
-            vocab_size=self._ready.extract.pair.vocab_size,
+            vocab_size=self._ready.extract.pair.num_readable,
             max_quarantined=self.max_rejected,
         )
         extracted = result.rows

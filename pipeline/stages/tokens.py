@@ -19,7 +19,7 @@ import pyarrow as pa
 from pipeline.cluster.pools import Pool, run_pool
 from pipeline.config.data import TokensSection
 from pipeline.errors import InputError
-from pipeline.models.loading import load_tokenizer
+from pipeline.models.loading import check_used_ids, load_tokenizer
 from pipeline.schema import INDEX_COLUMNS, Flag
 from pipeline.stages.catalogue import TokensInputs
 from pipeline.stages.locations import ModelLocation
@@ -79,6 +79,7 @@ def run(steps: Sequence[Step[TokensInputs]], context: StageContext) -> None:
     with local_specs(context.storage, *inputs.models) as specs:
         base, chat = (load_tokenizer(spec) for spec in specs)
         used = np.unique(np.concatenate([result.used_ids for result in results]))
+        check_used_ids(specs, (base, chat), used.tolist())
         check_vocabularies(base, chat, used, [old for spec in specs for old, _ in spec.token_replacements])
         hashed = tokenizer_hash(chat)
     num_read = corpus.counts["num_documents"]

@@ -223,10 +223,10 @@ def test_a_preset_reaches_the_base_model_and_leaves_the_rest_of_it(tmp_path: Pat
 
 def test_a_preset_can_be_overridden_and_turned_off(tmp_path: Path) -> None:
     path = write(tmp_path, {**real_pair(), "preset": "llama-3.1"})
-    assert load(path).activations.drop_first_tokens == 25
+    assert load(path).activations.drop_first_tokens == 26
     assert load(path, ["preset=gemma-2"]).activations.drop_first_tokens == 0
     assert load(path, ["preset=null"]).activations.drop_first_tokens == 0
-    assert load(write(tmp_path, real_pair()), ["preset=llama-3.2"]).activations.drop_first_tokens == 25
+    assert load(write(tmp_path, real_pair()), ["preset=llama-3.2"]).activations.drop_first_tokens == 26
     with pytest.raises(InputError, match=r"preset: .*'gemma-2'.*got 'gemma'"):
         load(path, ["preset=gemma"])
 

@@ -16,8 +16,9 @@ from pipeline.extraction.activations import (
     num_leading,
     plan_batches,
 )
+from pipeline.models.failures import is_out_of_memory
 from pipeline.models.loading import LoadOptions, ModelSpec
-from pipeline.models.memory import automatic_tokens_per_batch, is_out_of_memory, tokens_that_fit
+from pipeline.models.memory import automatic_tokens_per_batch, tokens_that_fit
 from pipeline.models.pair import ModelPair
 from pipeline.schema import MODEL_NAMES, Flag
 

@@ -16,6 +16,7 @@ from pipeline.models.loading import LoadOptions, ModelSpec
 from pipeline.models.pair import ModelPair
 from pipeline.models.placement import spread_map
 from pipeline.models.shared_layers import modules_before_layers
+from pipeline.models.verification import require_plain_forward
 from pipeline.schema import BASE, CHAT
 
 peft = pytest.importorskip("peft")
@@ -105,7 +106,7 @@ def test_adapter_on_one_copy_equals_two_full_copies(
     one.lower(BASE, ids, mask)
     nll = one.answer_likelihood(prompts, [[1, 2], [3]]).nll_B
     torch.testing.assert_close(nll, two.answer_likelihood(prompts, [[1, 2], [3]]).nll_B, rtol=1e-4, atol=1e-4)
-    assert max(one.require_plain_forward([row.tolist() for row in ids]).relative_difference) < 1e-5
+    assert max(require_plain_forward(one, [row.tolist() for row in ids]).relative_difference) < 1e-5
     assert _num_bytes(one) < 1.1 * _num_bytes(two) / 2
 
 
@@ -116,7 +117,7 @@ def test_only_layers_up_to_the_cut_of_an_adapted_model_remain(
     adapter = _save_adapter(base, tmp_path / "adapter", ["q_proj"], layers_to_transform=[1])
     whole = ModelPair.load(ModelSpec(base), ModelSpec(base, adapter=adapter), OPTIONS)
     lower = ModelPair.load(ModelSpec(base), ModelSpec(base, adapter=adapter), OPTIONS._replace(is_lower_only=True))
-    assert max(lower.require_plain_forward([[1, 2, 3], [4]]).relative_difference) < 1e-5
+    assert max(require_plain_forward(lower, [[1, 2, 3], [4]]).relative_difference) < 1e-5
     lower.drop_upper()
     assert [len(decoder.layers) for decoder in lower.decoders] == [NUM_LOWER, NUM_LOWER]
     assert torch.equal(lower.activations(*_batch()), whole.activations(*_batch()))
@@ -250,7 +251,7 @@ def test_spread_models_give_the_same_numbers(saved_pairs: Callable[[str], tuple[
         assert torch.equal(*logits)
     assert spread.generate([[5, 6, 7], [8]], 5) == one.generate([[5, 6, 7], [8]], 5)
     lower = ModelPair.load(base, chat, OPTIONS._replace(placement="spread", devices=("cpu", "cpu"), is_lower_only=True))
-    assert max(lower.require_plain_forward([[1, 2, 3], [4]]).relative_difference) < 1e-5
+    assert max(require_plain_forward(lower, [[1, 2, 3], [4]]).relative_difference) < 1e-5
     lower.drop_upper()
     assert torch.equal(lower.activations(*_batch()), h_BTMD)
 
