@@ -5,7 +5,9 @@ Ray's own messages go to a log file, never to the user's terminal.
 
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -277,5 +279,23 @@ def timestamp_ms() -> int:
 
 
 def local_cpus() -> int:
-    """Cores of the machine that this process runs on."""
-    return len(os.sched_getaffinity(0))
+    """Cores that this process may use; all of the machine's where the system does not say (macOS)."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C within the block is a KeyboardInterrupt, and after it what it was before.
+
+    Ray Train installs a handler that ends the fit and then this process, without a word and with exit code 0, and
+    leaves it installed.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
