@@ -1,30 +1,41 @@
 """The command line: parsing, printing, exit codes. How to run: `crossray run workloads/demo.yaml`.
 
 The only file that prints. Exit codes: 0 done, 2 the user's input is wrong (one line, no traceback) or `verify`
-found faults (one line each), 1 anything else, such as artifacts that `verify` found unfinished.
+found faults (one line each), 130 interrupted, 1 anything else, such as artifacts that `verify` found unfinished.
 """
 
 import argparse
+import io
 import os
-import select
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO, cast
 
 from pipeline.errors import MAX_LINE_LETTERS, CrossrayError, InputError, shortened
 
 if TYPE_CHECKING:
     from pipeline.cluster.jobs import Jobs
     from pipeline.config.run_file import RunConfig
-    from pipeline.terminal import Console
+    from pipeline.terminal import Console, Stream
 
+_INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it: 128 and the number of the signal."""
 _DESCRIPTION = "Tells what fine-tuning changed inside a language model, and proves it."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
+    with _streams() as output:
+        code = _code_of(arguments)
+        sys.stdout.flush()
+        if output.fault is not None and not isinstance(output.fault, BrokenPipeError):
+            print(f"crossray: standard output: cannot be written to: {output.fault.strerror}", file=sys.stderr)
+        return code if output.fault is None else code or 1
+
+
+def _code_of(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     parsed = parser.parse_args(arguments)
     if parsed.command is None:
@@ -32,39 +43,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     _set_library_defaults()
     try:
+        if sys.flags.optimize > 1:
+            raise InputError(
+                "python: expected an interpreter that keeps docstrings, which transformers reads, got -OO (or "
+                f"PYTHONOPTIMIZE={sys.flags.optimize}); leave it out, or use -O"
+            )
         from pipeline.tracking.log_file import terminal_logging
 
         with terminal_logging(lambda text: print(text, file=sys.stderr)):
-            code = int(_COMMANDS[parsed.command](parsed))
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        if not _is_output_closed():
-            raise
-        return 1
+            return int(_COMMANDS[parsed.command](parsed))
     except CrossrayError as error:
-        print(f"crossray: {_printable(str(error))}", file=sys.stderr)
+        print(f"crossray: {shortened(' '.join(str(error).split()), MAX_LINE_LETTERS)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("crossray: interrupted; run the same command to continue", file=sys.stderr)
-        return 1
+        return _INTERRUPTED
 
 
-def _printable(text: str) -> str:
-    """One line that any terminal shows as it is: control characters and halves of characters are escaped."""
-    line = shortened(" ".join(text.split()), MAX_LINE_LETTERS)
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+@contextmanager
+def _streams() -> Iterator["Stream"]:
+    """Standard output and error as streams that spell control characters and outlive their readers; the output.
 
+    A descriptor that was closed before the start is opened on nothing: the next file would get its number.
+    """
+    from pipeline.terminal import Stream
 
-def _is_output_closed() -> bool:
-    """Whether the reader of standard output, like `head`, has closed it; if so, nothing more is written to it."""
-    output = sys.stdout.fileno()
-    poll = select.poll()
-    poll.register(output, select.POLLOUT)
-    if not any(event & select.POLLERR for _, event in poll.poll(0)):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # the interpreter flushes once more at its end
-    return True
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a locale without the letters of a label
+    nothing = io.StringIO()
+    output, errors = (Stream(stream or nothing, is_plain=True) for stream in before)
+    sys.stdout, sys.stderr = cast("TextIO", output), cast("TextIO", errors)
+    try:
+        yield output
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 class _Version(argparse.Action):
@@ -186,7 +205,8 @@ def _console() -> Iterator["Console"]:
     """Progress on a copy of standard error: cluster.connected sends the original to a log file while Ray runs."""
     from pipeline.terminal import Console
 
-    with os.fdopen(os.dup(2), "w") as terminal, closing(Console(terminal)) as console:
+    terminal = os.fdopen(os.dup(2), "w", encoding=sys.stderr.encoding, errors="backslashreplace")
+    with terminal, closing(Console(terminal)) as console:
         yield console
 
 
@@ -243,7 +263,7 @@ def _submit(parsed: argparse.Namespace) -> int:
     config = _config(parsed)
     environment = dict(_pair(text) for text in parsed.env)
     jobs = Jobs(parsed.address)
-    name = jobs.submit(config, name=parsed.name, environment=environment)
+    name = jobs.submit(config, name=parsed.name, environment=environment, say=lambda text: print(f"packed   {text}"))
     print(f"job      {name} on {jobs.address}")
     print(f"         crossray status {name} | logs {name} --follow | stop {name}", flush=True)
     return 0 if parsed.detach else _follow(jobs, name)

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from pipeline.redaction import redacted
+
 if TYPE_CHECKING:
     from tenacity import RetryCallState
 
@@ -23,6 +25,10 @@ class CrossrayError(Exception):
     """A failure with a message made for the user: what was expected, what came, where, what to do."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        """The message loses every secret that what it quotes may hold."""
+        super().__init__(redacted(message))
 
 
 class InputError(CrossrayError):

@@ -6,12 +6,16 @@ imported when the first line is drawn, so that commands which draw nothing do no
 """
 
 import logging
+import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import IO, TYPE_CHECKING, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol, cast
+
+from pipeline.redaction import redacted
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -29,7 +33,51 @@ _BAR_WIDTHS = (8, 24)
 """Fewest and most letters of a bar."""
 _UNLIMITED_WIDTH = 10_000
 
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What moves a terminal's cursor, changes its colours or turns the direction of writing; and half characters."""
+
 _log = logging.getLogger(__name__)
+
+
+def printable(text: str) -> str:
+    """The text for a person: without secrets, and with control characters (of a label, of a server's words) spelled."""
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), redacted(text))
+
+
+class Stream:
+    """A text stream to a person, whose loss ends no run: a reader that left, a full disk.
+
+    Args of the constructor: `is_plain`, whether all that is written passes through `printable`.
+    """
+
+    def __init__(self, file: IO[str], *, is_plain: bool) -> None:
+        self._file, self._is_plain = file, is_plain
+        self.fault: OSError | None = None
+        """Why nothing more is written."""
+
+    def write(self, text: str) -> int:
+        """Write, or forget what nobody can read."""
+        self._do(lambda: self._file.write(printable(text) if self._is_plain else text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Hand on what was written."""
+        self._do(self._file.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def _do(self, action: Callable[[], object]) -> None:
+        if self.fault is not None:
+            return
+        try:
+            action()
+        except OSError as error:
+            self.fault = error
+            _log.info("the terminal is gone: %s", error)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._file.fileno())  # what is still in a buffer goes there
+            os.close(null)
 
 
 class Reporter(Protocol):
@@ -127,7 +175,7 @@ class Console:
     def __init__(
         self, file: IO[str], *, is_terminal: bool | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._file = file
+        self._file = Stream(file, is_plain=False)
         self._is_terminal = file.isatty() if is_terminal is None else is_terminal
         self._clock = clock
         self._last_seconds = float("-inf")
@@ -139,7 +187,8 @@ class Console:
     def _rich(self) -> "RichConsole":
         from rich.console import Console as RichConsole
 
-        return RichConsole(file=self._file, force_terminal=True, markup=False, highlight=False, emoji=False)
+        file = cast("IO[str]", self._file)
+        return RichConsole(file=file, force_terminal=True, markup=False, highlight=False, emoji=False)
 
     def message(self, text: str) -> None:
         """Write a line that stays, above the progress line; keep it in the run's log file too."""
@@ -148,6 +197,7 @@ class Console:
 
     def note(self, text: str) -> None:
         """Write a line that stays without logging it, as what shows what was logged must."""
+        text = printable(text)
         if self._live is not None:
             self._rich.print(text, soft_wrap=True)
         else:
@@ -193,7 +243,7 @@ class Console:
         from rich.table import Column, Table
         from rich.text import Text
 
-        head, details = f"{self._step}  {progress.stage}".strip(), progress.details()
+        head, details = f"{self._step}  {printable(progress.stage)}".strip(), printable(progress.details())
         room = min(_BAR_WIDTHS[1], self._rich.width - len(f"{head}    {details}"))
         if room < _BAR_WIDTHS[0]:
             return Text(f"{head}  {details}", no_wrap=True, overflow="ellipsis")

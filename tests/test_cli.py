@@ -1,4 +1,4 @@
-"""The command line beside its commands: what the terminal gets when its reader leaves early."""
+"""The command line beside its commands: what the terminal gets, and what happens when it is gone."""
 
 import logging
 import subprocess
@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import run_file
+from runs import environment, run_file
 
 from pipeline import cli
+from pipeline.errors import InputError
 
 
 def test_output_that_nobody_reads_any_more_is_no_traceback(tmp_path: Path) -> None:
@@ -20,6 +21,66 @@ def test_output_that_nobody_reads_any_more_is_no_traceback(tmp_path: Path) -> No
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("streams", "code", "told"),
+    [
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+        (">&- 2>&- <&-", 0, ""),
+        (">/dev/full", 1, "crossray: standard output: cannot be written to: No space left on device"),
+        (">/dev/full 2>&1", 1, ""),
+    ],
+)
+def test_streams_that_are_closed_or_full_are_no_traceback(streams: str, code: int, told: str) -> None:
+    command = ["sh", "-c", f"{sys.executable} -m pipeline {streams}"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=environment())
+    assert (done.returncode, done.stderr.strip()) == (code, told)
+
+
+def test_an_error_is_told_by_its_code_where_nobody_can_read_it() -> None:
+    command = ["sh", "-c", f"{sys.executable} -m pipeline plan /nowhere.yaml 2>&- >&-"]
+    assert subprocess.run(command, env=environment()).returncode == 2
+
+
+def test_control_characters_and_foreign_letters_are_spelled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def show(_parsed: object) -> int:
+        sys.stdout.write("label \x1b]0;owned\x07 \x9b31m \u202egnp.exe \ud800 caf\u00e9\n")
+        raise InputError("models.chat: got '\x1b[2J'")
+
+    monkeypatch.setitem(cli._COMMANDS, "plan", show)
+    assert cli.main(["plan", "any.yaml"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "label \\x1b]0;owned\\x07 \\x9b31m \\u202egnp.exe \\ud800 caf\u00e9\n"
+    assert "\x1b" not in err and "models.chat" in err
+
+
+def test_letters_that_the_locale_lacks_are_spelled() -> None:
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    program = (
+        "import sys; from pipeline import cli; "
+        "cli._COMMANDS['plan'] = lambda _: sys.stdout.write('caf\\u00e9') and 0; sys.exit(cli.main(['plan', 'x']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment() | plain)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"caf\\xe9", b"")
+
+
+def test_an_interpreter_without_docstrings_is_refused_in_one_line() -> None:
+    command = [sys.executable, "-OO", "-m", "pipeline", "plan", "/nowhere.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "-OO" in done.stderr
+
+
+def test_ctrl_c_is_one_line_and_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_parsed: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli._COMMANDS, "plan", interrupted)
+    assert cli.main(["plan", "any.yaml"]) == 130
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_connection_that_breaks_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

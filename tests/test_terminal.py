@@ -1,6 +1,7 @@
 """Rate, time left, the lines of a log, the redrawn line of a terminal, and tables; time is injected."""
 
 import io
+import os
 import re
 
 import pytest
@@ -112,6 +113,32 @@ def test_a_terminal_is_left_with_its_cursor(clock: Clock, monkeypatch: pytest.Mo
     assert file.getvalue().count("\x1b[?25h") == 0
     console.close()
     assert file.getvalue().count("\x1b[?25l") == file.getvalue().count("\x1b[?25h") == 1
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_reader_that_leaves_ends_no_run(clock: Clock, is_terminal: bool) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as file:
+        console = Console(file, is_terminal=is_terminal, clock=clock)
+        progress = Progress("x", 10, "rows", clock=clock)
+        console.progress(progress.update(1))
+        os.close(reading)
+        for done in range(2, 11):
+            clock.seconds += 20
+            console.progress(progress.update(done))
+            console.message("a message")
+        console.close()
+
+
+def test_what_is_shown_moves_no_cursor(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    file = io.StringIO()
+    console = Console(file, is_terminal=True, clock=clock)
+    console.progress(Progress("stage\x1b]0;a", 10, "rows", clock=clock).update(1, "note\x1b[2J"))
+    console.message("label \x1b[31m \x9b2J")
+    console.close()
+    assert not re.search(r"\x1b\]0;a|\x1b\[2J|\x1b\[31m|\x9b", file.getvalue())
+    assert all(text in file.getvalue() for text in (r"stage\x1b]0;a", r"note\x1b[2J", r"label \x1b[31m \x9b2J"))
 
 
 def test_a_table_is_plain_text_with_numbers_to_the_right() -> None:

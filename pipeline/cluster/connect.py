@@ -5,7 +5,9 @@ Ray's own messages go to a log file, never to the user's terminal.
 
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +15,9 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, NamedTuple
 
+from pipeline.cluster.surroundings import allow_files, check_address, ray_folder
 from pipeline.config.resources import ClusterSection, TrainingResources, WorkersSection
-from pipeline.errors import InputError, first_line
+from pipeline.errors import CrossrayError, InputError, first_line
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")
@@ -57,28 +60,43 @@ def connected(section: ClusterSection, log_path: Path) -> Iterator[None]:
 
 
 def _start(section: ClusterSection) -> None:
-    import ray
-
     common: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     if section.address == "local":
-        memory = section.object_store_bytes or min(_OBJECT_STORE_LIMIT, _memory_bytes() // 10)
-        info = ray.init(
-            address="local",
-            num_cpus=section.num_cpus,
-            include_dashboard=False,
-            object_store_memory=memory,
-            **common,
-        )
-        _name_log(info.address_info)
+        _start_local(section, common)
         return
+    check_address(section.address)
+    import ray
+
     try:
         use_token()
         _name_log(ray.init(address=section.address, **common).address_info)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, OSError, SystemExit) as error:
         raise InputError(
             f"resources.cluster.address: expected a running Ray cluster at {section.address!r}: "
             f"{first_line(error)}; start one with `ray start --head` or use address: local"
         ) from error
+
+
+def _start_local(section: ClusterSection, common: Mapping[str, Any]) -> None:
+    allow_files()
+    folder = ray_folder()
+    import ray
+
+    try:
+        info = ray.init(
+            address="local",
+            num_cpus=section.num_cpus,
+            include_dashboard=False,
+            object_store_memory=section.object_store_bytes or min(_OBJECT_STORE_LIMIT, _memory_bytes() // 10),
+            _temp_dir=folder,
+            **common,
+        )
+    except (ConnectionError, ValueError, RuntimeError, OSError, SystemExit) as error:
+        raise CrossrayError(
+            f"resources.cluster: Ray cannot start on this machine: {first_line(error)}; look into {folder} and at "
+            "/dev/shm (space, permissions), the limits of processes and open files (ulimit -u, -n), and RAY_* variables"
+        ) from error
+    _name_log(info.address_info)
 
 
 def _name_log(address_info: Mapping[str, Any]) -> None:
@@ -99,7 +117,12 @@ def _memory_bytes() -> int:
 @contextmanager
 def _stderr_to(path: Path) -> Iterator[None]:
     """Point file descriptor 2 at a file for the length of the block."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:  # the log is not worth the run
+        _log.warning("Ray's messages are not kept, since %s cannot be written: %s", path, error.strerror)
+        path = Path(os.devnull)
     sys.stderr.flush()
     saved = os.dup(2)
     try:
@@ -277,5 +300,23 @@ def timestamp_ms() -> int:
 
 
 def local_cpus() -> int:
-    """Cores of the machine that this process runs on."""
-    return len(os.sched_getaffinity(0))
+    """Cores that this process may use; all of the machine's where the system does not say (macOS)."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C within the block is a KeyboardInterrupt, and after it what it was before.
+
+    Ray Train installs a handler that ends the fit and then this process, without a word and with exit code 0, and
+    leaves it installed.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)

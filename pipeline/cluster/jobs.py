@@ -12,27 +12,21 @@ import asyncio
 import json
 import logging
 import os
-import re
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from pipeline.cluster.connect import use_token
+from pipeline.cluster.job_package import NamedFiles, Packed, check_environment, pack_code
 from pipeline.config.run_file import RunConfig
 from pipeline.errors import InputError, RetryPolicy
+from pipeline.redaction import has_secret
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-_PACKAGES = ("pipeline",)
 _RUN_FILE = "run.yaml"
-_FILE_KEYS = frozenset({"paths", "prompts_path", "chat_template", "source", "adapter"})
-"""Keys of a run file whose values may name a file or folder of this machine."""
-_MAX_FILE_BYTES = 100_000_000
-"""Of all local files together; more belongs on the object store, once, not into every job."""
 _START_RETRIES = RetryPolicy(first_wait_seconds=0.5, longest_wait_seconds=2.0, deadline_seconds=60.0)
 _NOISY_LOGGERS = (
     "ray.dashboard.modules.job.sdk",
@@ -42,7 +36,6 @@ _NOISY_LOGGERS = (
 """They report uploads and closed sockets at INFO."""
 _ERROR_PREFIX = "crossray: "
 """What the command line puts before an error."""
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 
 
 class JobState(NamedTuple):
@@ -90,24 +83,25 @@ class Jobs:
             ) from error
 
     def submit(
-        self, config: RunConfig, *, name: str | None = None, environment: Mapping[str, str] | None = None
+        self,
+        config: RunConfig,
+        *,
+        name: str | None = None,
+        environment: Mapping[str, str] | None = None,
+        say: Callable[[str], object] = lambda _: None,
     ) -> str:
         """Start a run on the cluster; the job's name. InputError where it could not work there or the name is taken.
 
-        environment: plain settings for the run's processes; names that look like secrets are refused.
+        environment: plain settings for the run's processes; what looks like a secret is refused. say: what travels.
         """
         environment = dict(environment or {})
-        secrets = sorted(key for key in environment if _SECRET.search(key))
-        if secrets:
-            raise InputError(
-                f"--env: expected plain settings, got {secrets[0]}: a job's environment is readable in the dashboard; "
-                "set it in the environment of the cluster's nodes"
-            )
+        check_environment(environment)
         name = name or f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
         if any(job.submission_id == name for job in self._asked(self._client.list_jobs)):
             raise InputError(f"--name: expected a new name, got {name!r}, which is taken; `crossray status {name}`")
         with tempfile.TemporaryDirectory(prefix="crossray-job-") as folder:
-            pack(config, Path(folder))
+            for packed in pack(config, Path(folder)):
+                say(f"{packed.num_bytes / 1e6:.2f} MB in {packed.num_files} files of {packed.source}")
             self._submit(
                 entrypoint=f"python -m pipeline run {_RUN_FILE}",
                 submission_id=name,
@@ -195,7 +189,7 @@ def _reason(lines: Sequence[str]) -> str:
     return errors[-1] if errors else ""
 
 
-def pack(config: RunConfig, folder: Path) -> None:
+def pack(config: RunConfig, folder: Path) -> list[Packed]:
     """Write what a job needs into an empty folder: code, run file, and the local files that it names.
 
     InputError for a storage root or a tracking URI that only this machine has, and for files too large to travel.
@@ -204,51 +198,12 @@ def pack(config: RunConfig, folder: Path) -> None:
     settings = config.model_dump(mode="json")
     settings["resources"]["cluster"] = {"address": "auto", "autoscales": config.resources.cluster.autoscales}
     settings["tracking"]["uri"] = _tracking_uri(config)
-    packed = _Files(folder / "files")
-    settings = packed.moved(settings)
-    for package in _PACKAGES:
-        spec = find_spec(package)
-        assert spec is not None, package
-        source = Path(next(iter(spec.submodule_search_locations or ())))
-        shutil.copytree(source, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    named = NamedFiles(folder / "files")
+    settings = named.moved(settings)
+    code = pack_code(folder)
     # JSON is YAML too.
     (folder / _RUN_FILE).write_text(json.dumps(settings, indent=1), encoding="utf-8")
-
-
-class _Files:
-    """Copies the local files that a run file names and gives their names inside the job."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._num_bytes = 0
-        self._moved: dict[str, str] = {}
-
-    def moved(self, value: Any, key: str = "") -> Any:
-        """The same settings with the job's paths in place of this machine's."""
-        if isinstance(value, dict):
-            return {name: self.moved(item, name) for name, item in value.items()}
-        if isinstance(value, list):
-            return [self.moved(item, key) for item in value]
-        is_local = key in _FILE_KEYS and isinstance(value, str) and Path(value).expanduser().exists()
-        return self._copied(Path(value).expanduser(), key) if is_local else value
-
-    def _copied(self, path: Path, key: str) -> str:
-        source = str(path)
-        if source in self._moved:
-            return self._moved[source]
-        files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-        self._num_bytes += sum(p.stat().st_size for p in files)
-        if self._num_bytes > _MAX_FILE_BYTES:
-            raise InputError(
-                f"{key}: expected local files of at most {_MAX_FILE_BYTES // 10**6} MB in a job, got "
-                f"{self._num_bytes // 10**6} MB up to {source!r}; put it on the object store and name its URL"
-            )
-        inside = f"{len(self._moved):03d}-{path.name}"
-        target = self._folder / inside
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(path, target) if path.is_dir() else shutil.copy2(path, target)
-        self._moved[source] = f"./files/{inside}"
-        return self._moved[source]
+    return [code, *named.packed]
 
 
 def _check_places(config: RunConfig) -> None:
@@ -270,7 +225,7 @@ def _tracking_uri(config: RunConfig) -> str | None:
             "tracking.uri: expected the address of an MLflow server that the cluster reaches, got none (nor "
             "MLFLOW_TRACKING_URI); set it, or tracking.kind: none"
         )
-    if uri is not None and urlsplit(uri).password:
+    if uri is not None and has_secret(uri):
         raise InputError(
             "tracking.uri: expected an address without a password, since it is recorded; set "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on the cluster's nodes"

@@ -1,8 +1,8 @@
 """The base class of every section of a run file, and the types that sections share.
 
 Sections are frozen and strict, and document each field below it. They check numbers; they read no files. What no field
-may hold is refused here, in one place: numbers that are none (inf, nan, true) or that 64 bits cannot hold, and texts
-that are absurdly long or hold characters that neither a path nor a terminal takes.
+may hold is refused here, in one place: numbers that are none (inf, nan, true) or that 64 bits cannot hold; texts that
+are absurdly long or hold characters that neither a path nor a terminal takes; secrets, since all values are recorded.
 """
 
 import math
@@ -10,9 +10,10 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.errors import short
+from pipeline.redaction import has_secret, redacted
 
 MAX_NAME_LETTERS = 100
 """Names become parts of file names and of MLflow's keys, which have at most 250."""
@@ -35,7 +36,12 @@ class Section(BaseModel):
     """Base class of all sections. Unknown keys fail, values cannot change, and the text under a field documents it."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
     )
 
     @model_validator(mode="before")
@@ -47,6 +53,17 @@ class Section(BaseModel):
             types = set() if field is None else _types_in(field.annotation)
             if not any(issubclass(one, BaseModel) for one in types):
                 _check(str(name), given, types)
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _no_secret(cls, value: Any) -> Any:
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(text, str) and has_secret(text):
+                raise ValueError(
+                    f"expected a value without credentials, since it is recorded, got {redacted(text)!r}; put them "
+                    "into the environment (MLFLOW_TRACKING_URI, AWS_* for s3, HF_TOKEN)"
+                )
         return value
 
 

@@ -73,6 +73,12 @@ def read_key(api_key_env: str | None) -> str | None:
             f"resources.autointerp.api_key_env: expected a key in the environment variable {api_key_env}, got none; "
             "set it, or set api_key_env to null for an endpoint without keys"
         )
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise InputError(
+            f"resources.autointerp.api_key_env: expected a key of plain letters, digits and signs in {api_key_env}, "
+            f"got one of {len(key)} characters with a space, a control character or a letter beyond ASCII (a "
+            "BOM, a line break); set it again"
+        )
     return key
 
 

@@ -6,11 +6,11 @@ layers; answers x tokens x layers. Not predicted: downloads, queues, restarts, t
 """
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.cluster.connect import local_cpus
 from pipeline.config.data import OrganismModel
 from pipeline.config.resources import WorkersSection
 from pipeline.config.run_file import RunConfig
@@ -93,7 +93,7 @@ def _speeds(inputs: PlanInputs, shape: ModelShape, *, gpu: str) -> Speeds:
     config, storage = inputs.config, inputs.storage
     from pipeline.planning.calibration import matmul_flops, tokens_per_second, write_bytes_per_second
 
-    here = len(os.sched_getaffinity(0))
+    here = local_cpus()
     num_cpus = config.resources.cluster.num_cpus or here
     flops = matmul_flops(min(num_cpus, here))
     layer = decode = head = step = 0.0
@@ -132,7 +132,7 @@ def _model_speeds(
     common: dict[str, Any] = {"dtype": config.models.dtype, "num_threads": threads, "flops": flops / 2}
     layer = layer_seconds(model_config, (max(1, sizes.batch_tokens(config) // length), length), **common)
     decode = layer_seconds(model_config, (num_prompts, 1), **common)
-    return layer, decode, 2 * shape.width * shape.vocab_size / (flops * threads / max(1, len(os.sched_getaffinity(0))))
+    return layer, decode, 2 * shape.width * shape.vocab_size / (flops * threads / max(1, local_cpus()))
 
 
 def _training_speed(config: RunConfig, width: int, flops: float, gpu: Gpu) -> float:
@@ -149,7 +149,7 @@ def _training_speed(config: RunConfig, width: int, flops: float, gpu: Gpu) -> fl
     from pipeline.planning.calibration import step_seconds
     from pipeline.stages.crosscoder_spec import spec_of
 
-    num_threads = max(1, int(ranks.cpus or len(os.sched_getaffinity(0)) / num_ranks))
+    num_threads = max(1, int(ranks.cpus or local_cpus() / num_ranks))
     specs = [spec_of(s, config.training, ranks, num_models=NUM_MODELS, activation_dim=width) for s in config.fitted]
     seconds = [step_seconds(spec, config.training.batch_rows, num_threads=num_threads, flops=flops) for spec in specs]
     return sum(seconds) / num_ranks

@@ -20,6 +20,7 @@ from pipeline.stages.autointerp import endpoint_options
 from pipeline.stages.step import StageContext
 from pipeline.storage.artifacts import read_record
 from pipeline.storage.filesystem import Storage
+from pipeline.storage.locks import locked
 from pipeline.terminal import Reporter, format_seconds
 from pipeline.tracking.choose import make_tracker
 from pipeline.tracking.run_log import RunLog
@@ -109,14 +110,20 @@ def _make_groups(config: RunConfig, flow: Flow, context: StageContext, log: RunL
 
 
 def _make(group: Group, missing: Sequence[AnyStep], context: StageContext) -> None:
-    """Run one group; after a refusal, what it has left is removed unless a later run can continue from it."""
-    try:
-        group.run(missing, context)
-    except CrossrayError:
-        for step in missing:
-            if not group.keeps_parts and read_record(context.storage, step.key) is None:
-                context.storage.delete(step.folder)
-        raise
+    """Run one group; after a refusal, what it has left is removed unless a later run can continue from it.
+
+    Its artifacts are locked meanwhile: what another run has finished just before is there now, and is left as it is.
+    """
+    with locked(context.storage, [step.folder for step in missing], context.run_name):
+        missing = [step for step in missing if read_record(context.storage, step.key) is None]
+        try:
+            if missing:
+                group.run(missing, context)
+        except CrossrayError:
+            for step in missing:
+                if not group.keeps_parts and read_record(context.storage, step.key) is None:
+                    context.storage.delete(step.folder)
+            raise
 
 
 def _log_path(storage: Storage) -> Path:

@@ -17,6 +17,7 @@ from pipeline.stages.step import StageContext
 from pipeline.storage.artifacts import Record, nearest_drift, read_record
 from pipeline.storage.filesystem import Storage
 from pipeline.terminal import Reporter
+from pipeline.tracking.choose import deliver_waiting
 from pipeline.tracking.tracker import Point, Tracker
 
 DONE, PARTIAL, MISSING, STALE = "done", "partial", "missing", "stale"
@@ -90,6 +91,8 @@ def run(config: RunConfig, reporter: Reporter, tracker: Tracker | None = None) -
         link = execute(config, flow, storage, reporter, tracker)
     else:
         reporter.message(f"{config.name}: all {len(flow.steps)} steps are done, nothing was written")
+        if tracker is None:
+            deliver_waiting(config.tracking, storage, reporter.message)
     return _outcome(storage, flow.report, link, num_missing, started)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import ray.data
 
-from pipeline.cluster.connect import check_fits, listening, node_cpus, request, total_cpus
+from pipeline.cluster.connect import check_fits, interruptible, listening, node_cpus, request, total_cpus
 from pipeline.cluster.pools import find_fault
 from pipeline.config.resources import TrainingResources
 from pipeline.errors import CrossrayError
@@ -130,7 +130,8 @@ def _fit(job: TrainingJob, group: str, cpus: float, dataset: ray.data.Dataset | 
         dataset_config=stream_config(data=resources.data, latent=resources.latent) if dataset is not None else None,
     )
     try:
-        result = trainer.fit()
+        with interruptible():
+            result = trainer.fit()
     except Exception as error:
         fault = find_fault(error)
         if fault is None:

@@ -205,7 +205,7 @@ class _Log:
             curve.append(row)
         if self.is_first:
             self.job.board.post(CurvePoints([curve_points([row]) for row in rows]))
-            losses = "  ".join(f"{own['loss']:.3f}" for own in metrics)
+            losses = "  ".join(f"{fit.name} {own['loss']:.3f}" for fit, own in zip(self.job.fits, metrics, strict=True))
             self.job.board.post(StepsDone(step, f"loss {losses}"))
 
     def publish(self, trainers: Sequence[CrosscoderTrainer]) -> list[dict[str, Any]]:

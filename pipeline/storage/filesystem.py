@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -22,12 +23,15 @@ from urllib.parse import urlsplit
 
 import fsspec
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, first_line
+from pipeline.redaction import has_secret
 from pipeline.storage import faults as storage_faults
 
 _TEMPORARY_MARK = ".tmp-"
 _PIECE_BYTES = 1 << 20
 _FLUSH_BYTES = 8 << 20
+_NO_PLACES = ("memory", "http", "https", "data")
+"""Kinds of URLs that no other process sees or that nobody can write to."""
 _HAS_ADVICE = hasattr(os, "posix_fadvise")
 
 _Result = TypeVar("_Result")
@@ -40,12 +44,10 @@ class Storage:
     """
 
     def __init__(self, root: str) -> None:
-        scheme = urlsplit(root).scheme
+        _check_root(root)
         self._has_answered = False
-        self.is_local = scheme in ("", "file")
-        self.root = (
-            str(Path(root.removeprefix("file://")).expanduser().resolve()) if self.is_local else root.rstrip("/")
-        )
+        self.is_local = _scheme(root) in ("", "file")
+        self.root = _local_root(root) if self.is_local else root.rstrip("/")
 
     def __repr__(self) -> str:
         return f"Storage({self.root!r})"
@@ -211,6 +213,39 @@ class Storage:
             raise explained from error
         self._has_answered = True
         return result
+
+
+def _scheme(root: str) -> str:
+    return urlsplit(root).scheme if ":" in root.partition("/")[0] else ""
+
+
+def _check_root(root: str) -> None:
+    """Raise an InputError for what no machine could keep artifacts in, or what would be recorded with a secret."""
+    if has_secret(root):
+        raise InputError(
+            f"storage.root: expected an address without credentials, since it is recorded, got {root}; set AWS_* "
+            "variables, or those of its file system"
+        )
+    if not root.strip() or not root.isprintable():
+        raise InputError(f"storage.root: expected a folder or a URL, got {root!r}")
+    if _scheme(root) in _NO_PLACES:
+        raise InputError(
+            f"storage.root: expected a place that all processes of a run share and may write to, got {root!r}; name a "
+            "folder or an object store, like s3://bucket/prefix"
+        )
+
+
+def _local_root(root: str) -> str:
+    """The absolute path of a local root: plain, or as file:///x, file://localhost/x or file:/x."""
+    path = re.sub(r"^file:(//(localhost(?=/))?)?", "", root)
+    try:
+        absolute = Path(path).expanduser().resolve()
+        os.fsencode(absolute)
+    except (RuntimeError, OSError, UnicodeEncodeError) as error:
+        raise InputError(
+            f"storage.root: expected a folder of this machine, got {root!r}: {first_line(error)}"
+        ) from error
+    return str(absolute)
 
 
 def _write_local(path: Path, parts: Sequence[bytes | memoryview]) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 from pipeline.config.resources import TrackingSection
 from pipeline.errors import InputError
 from pipeline.storage.filesystem import Storage
+from pipeline.storage.locks import exclusive
 from pipeline.tracking.mlflow_tracker import MlflowTracker
-from pipeline.tracking.spool import SpooledTracker
+from pipeline.tracking.spool import FOLDER, SpooledTracker
 from pipeline.tracking.tracker import NoopTracker, Tracker
 
 
@@ -29,5 +30,13 @@ def make_tracker(section: TrackingSection, storage: Storage, say: Callable[[str]
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"tracking: cannot create {folder}: {error.strerror}; set tracking.uri") from error
-    with contextlib.redirect_stderr(None):  # the first use of a SQLite file announces each of its tables
-        return MlflowTracker(f"sqlite:///{folder / 'mlflow.db'}", section.experiment, (folder / "artifacts").as_uri())
+    # Two first runs would make the tables at the same time. The first use of a SQLite file announces each of them.
+    with exclusive(folder / "mlflow.db.lock"), contextlib.redirect_stderr(None):
+        local = MlflowTracker(f"sqlite:///{folder / 'mlflow.db'}", section.experiment, (folder / "artifacts").as_uri())
+    return SpooledTracker(local, storage, say)
+
+
+def deliver_waiting(section: TrackingSection, storage: Storage, say: Callable[[str], object]) -> None:
+    """Deliver what former runs on this root could not; nothing is loaded or written where nothing waits."""
+    if section.kind != "none" and storage.files(FOLDER):
+        make_tracker(section, storage, say).close()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.errors import CrossrayError
+from pipeline.terminal import printable
 
 if TYPE_CHECKING:
     from pipeline.storage.filesystem import Storage
@@ -127,6 +128,13 @@ class _TerminalHandler(logging.Handler):
             self._show(f"{record.levelname.lower()}: {text}")
 
 
+class _Formatter(logging.Formatter):
+    """Spells control characters and leaves secrets out, whoever logged them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 class _FileHandler(MemoryHandler):
     """Writes records to a file at once, but holds them back while none is more than a message of the terminal."""
 
@@ -151,7 +159,7 @@ class _FileHandler(MemoryHandler):
         except OSError:
             self.setTarget(logging.NullHandler())
             return
-        file.setFormatter(logging.Formatter(FORMAT))
+        file.setFormatter(_Formatter(FORMAT))
         self.setTarget(file)
 
     def close(self) -> None:

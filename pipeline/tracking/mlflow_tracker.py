@@ -1,10 +1,12 @@
 """The tracker that logs to MLflow: the only file that imports mlflow.
 
 Curves are written in batches: one call per metric and step would take longer than the training that they describe. A
-server that does not answer is a TrackerAwayError; errors that it answers with are left as they are.
+server that does not answer is a TrackerAwayError, one that refuses a TrackerRefusedError; a server, database or
+experiment that cannot be used at all is refused when the tracker is made, before anything is computed.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -17,7 +19,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.errors import InputError, causes, first_line
-from pipeline.tracking.tracker import ENTRY_TAG, Dataset, Point, TrackerAwayError, flatten
+from pipeline.redaction import redacted
+from pipeline.tracking.tracker import ENTRY_TAG, Dataset, Point, TrackerAwayError, TrackerRefusedError, flatten
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
@@ -30,19 +33,21 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 _METRICS_PER_CALL = 1000
 _PARAMS_PER_CALL = 100
 _PARAM_LENGTH = 6000
+_NAME_LENGTH = 250
+_QUOTED_LETTERS = 200
 
 
 class MlflowTracker:
     """Logs to an MLflow server, or to a SQLite file without one."""
 
     def __init__(self, uri: str, experiment: str, artifact_root: str | None) -> None:
-        import mlflow
-        from mlflow.exceptions import MlflowException
-
-        self.uri = uri
-        self._mlflow = mlflow
-        self._client = mlflow.MlflowClient(tracking_uri=uri)
+        self.uri, self.experiment = uri, experiment
         try:
+            _check_database(uri)
+            import mlflow
+
+            self._mlflow = mlflow
+            self._client = mlflow.MlflowClient(tracking_uri=uri)
             with self._reaching():
                 found = self._client.get_experiment_by_name(experiment)
                 self._experiment = (
@@ -50,24 +55,31 @@ class MlflowTracker:
                     if found is not None
                     else self._client.create_experiment(experiment, artifact_location=artifact_root)
                 )
-        except (MlflowException, TrackerAwayError) as error:
+        except Exception as error:  # of a server, a driver or a database of any kind; nothing has been computed yet
             raise InputError(
-                f"tracking.uri: expected an MLflow server at {uri!r}, got: {first_line(error)}; start it, correct the "
-                "address or its credentials, or set tracking.kind: none"
+                f"tracking.uri: expected an MLflow server or database at {uri!r}, got: {_short(error)}; start or mend "
+                "it, correct the address or its credentials, or set tracking.kind: none"
             ) from error
+        if found is not None and found.lifecycle_stage != "active":
+            raise InputError(
+                f"tracking.experiment: expected an experiment that is not deleted, got {experiment!r}; restore it "
+                f"(`mlflow experiments restore -x {self._experiment}`) or name another"
+            )
 
     @contextlib.contextmanager
     def _reaching(self) -> Iterator[None]:
-        """Raise TrackerAwayError where the server does not answer; leave its own errors as they are."""
-        from mlflow.exceptions import MlflowException
-        from requests import RequestException
+        """Turn every failure into TrackerAwayError (it may pass) or TrackerRefusedError (a person must mend something).
 
+        MLflow hands on what its stores, drivers and artifact clients raise, so no list of classes would be complete.
+        """
         try:
             yield
-        except (MlflowException, RequestException) as error:
-            if not is_absence(error):
-                raise
-            raise TrackerAwayError(f"{self.uri} does not answer ({first_line(error)[:200]})") from error
+        except (TrackerAwayError, TrackerRefusedError):
+            raise
+        except Exception as error:
+            if is_absence(error):
+                raise TrackerAwayError(f"{redacted(self.uri)} does not answer ({_short(error)})") from error
+            raise TrackerRefusedError(f"{redacted(self.uri)} refuses: {_short(error)}") from error
 
     def start_run(
         self, name: str, tags: Mapping[str, str], parent: str | None = None, time_ms: int | None = None
@@ -84,7 +96,10 @@ class MlflowTracker:
     def find_run(self, entry: str) -> str:
         """The id of the run whose tag ENTRY_TAG has this value."""
         with self._reaching():
-            return str(self._runs_of(entry)[0].info.run_id)
+            found = self._runs_of(entry)
+        if not found:
+            raise TrackerRefusedError(f"{redacted(self.uri)} knows no run with the tag {ENTRY_TAG} = {entry!r}")
+        return str(found[0].info.run_id)
 
     def _runs_of(self, entry: str) -> list[Any]:
         return list(self._client.search_runs([self._experiment], f"tags.`{ENTRY_TAG}` = '{entry}'"))
@@ -93,7 +108,7 @@ class MlflowTracker:
         """Settings of a run; nested mappings become dotted names."""
         from mlflow.entities import Param
 
-        entities = [Param(name, value[:_PARAM_LENGTH]) for name, value in flatten(params).items()]
+        entities = [Param(safe_name(name), value[:_PARAM_LENGTH]) for name, value in flatten(params).items()]
         for start in range(0, len(entities), _PARAMS_PER_CALL):
             with self._reaching():
                 self._client.log_batch(run, params=entities[start : start + _PARAMS_PER_CALL])
@@ -102,7 +117,7 @@ class MlflowTracker:
         """Values of curves or single numbers (step 0)."""
         from mlflow.entities import Metric
 
-        entities = [Metric(point.name, point.value, point.time_ms, point.step) for point in points]
+        entities = [Metric(safe_name(point.name), point.value, point.time_ms, point.step) for point in points]
         for start in range(0, len(entities), _METRICS_PER_CALL):
             with self._reaching():
                 self._client.log_batch(run, metrics=entities[start : start + _METRICS_PER_CALL])
@@ -110,9 +125,9 @@ class MlflowTracker:
     def log_file(self, run: str, name: str, data: bytes) -> None:
         """A file of the run; `name` may hold folders."""
         with tempfile.TemporaryDirectory(prefix="crossray-") as folder:
-            path = Path(folder) / Path(name).name
+            path = Path(folder) / Path(safe_name(name)).name
             path.write_bytes(data)
-            parent = str(Path(name).parent)
+            parent = str(Path(safe_name(name)).parent)
             with self._reaching():
                 self._client.log_artifact(run, str(path), artifact_path=None if parent == "." else parent)
 
@@ -174,16 +189,47 @@ class MlflowTracker:
     def link(self, run: str) -> str:
         """The run's page on a server, or the command that shows it from a SQLite file."""
         if self.uri.startswith("http"):
-            return f"{self.uri.rstrip('/')}/#/experiments/{self._experiment}/runs/{run}"
+            return f"{redacted(self.uri).rstrip('/')}/#/experiments/{self._experiment}/runs/{run}"
         command = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).with_name("mlflow"))
-        return f"{command} ui --backend-store-uri {self.uri}"
+        return f"{command} ui --backend-store-uri {redacted(self.uri)}"
+
+
+def safe_name(name: str) -> str:
+    """A name of a parameter, metric or file as MLflow allows it; a digest keeps one that was changed distinct."""
+    plain = "".join(c if c.isalnum() or c in "_-. :/" else "_" for c in name)
+    plain = "/".join(part for part in plain.split("/") if part.strip(". ")) or "_"
+    if plain == name and len(name) <= _NAME_LENGTH:
+        return name
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
+    return f"{plain[: _NAME_LENGTH - 9].rstrip('/')}-{digest}"
 
 
 def is_absence(error: BaseException) -> bool:
-    """Whether an error of MLflow means that the server did not answer, or only a gateway before it."""
+    """Whether an error of MLflow may pass: no answer, only a gateway's, or a database that is locked, full or away."""
     from requests import RequestException
+    from sqlalchemy.exc import OperationalError
 
     has_code = re.search(r"(error code|status code|server error|HTTP)\D{0,3}(429|50[0234])", str(error), re.IGNORECASE)
-    return has_code is not None or any(
-        isinstance(link, RequestException | ConnectionError) for link in causes(error, with_context=True)
-    )
+    passing = (RequestException, ConnectionError, TimeoutError, OperationalError)
+    return has_code is not None or any(isinstance(link, passing) for link in causes(error, with_context=True))
+
+
+def _check_database(uri: str) -> None:
+    """Raise what a database answers that cannot be used; MLflow itself would try again for a hundred seconds."""
+    if urlsplit(uri).scheme.partition("+")[0] not in ("sqlite", "postgresql", "mysql", "mssql"):
+        return
+    import sqlalchemy
+
+    url = sqlalchemy.make_url(uri)
+    if url.get_backend_name() == "sqlite" and url.database:
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = sqlalchemy.create_engine(url)
+    try:
+        sqlalchemy.inspect(engine)
+    finally:
+        engine.dispose()
+
+
+def _short(error: BaseException) -> str:
+    """What an error says, in one short line without secrets."""
+    return redacted(first_line(error))[:_QUOTED_LETTERS]

@@ -6,7 +6,6 @@ that lead from any number to the artifact that it comes from and to that artifac
 before are logged too, marked as reused, so that every run is complete in the tracker.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -158,18 +157,9 @@ def numeric(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """All numbers in nested values, by dotted name; NaN and everything that is not a number is left out."""
     numbers: dict[str, float] = {}
     for key, value in values.items():
-        name = f"{prefix}{_metric_name(key)}"
+        name = f"{prefix}{key}"
         if isinstance(value, Mapping):
             numbers |= numeric(value, f"{name}/")
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
             numbers[name] = float(value)
     return numbers
-
-
-def _metric_name(key: str) -> str:
-    """A name of the characters that MLflow allows; where others were replaced, a digest keeps it distinct."""
-    if all(character.isalnum() or character in "_-. /" for character in key):
-        return key
-    return (
-        "".join(c if c.isalnum() or c in "_-. /" else "_" for c in key) + hashlib.sha256(key.encode()).hexdigest()[:4]
-    )

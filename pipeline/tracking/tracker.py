@@ -40,6 +40,10 @@ class TrackerAwayError(Exception):
     """The tracking server did not answer; the same call may succeed later."""
 
 
+class TrackerRefusedError(Exception):
+    """The tracking server answered and does not take this run's values until a person mends something there."""
+
+
 class Tracker(Protocol):
     """Where a run logs. Every call may be repeated without anything being there twice."""
 
@@ -83,7 +87,10 @@ class Tracker(Protocol):
 
 
 class TrackingServer(Tracker, Protocol):
-    """A tracker whose server may be away (TrackerAwayError) and finds runs by their tag."""
+    """A tracker whose server may be away (TrackerAwayError) or refuse (TrackerRefusedError), and finds runs by tag."""
+
+    experiment: str
+    """Name of the experiment that its runs belong to."""
 
     def find_run(self, entry: str) -> str:
         """The id of the run whose tag ENTRY_TAG has this value."""
@@ -145,6 +152,8 @@ class RecordedRun(NamedTuple):
 
 class RecordingTracker:
     """Keeps everything in memory, for tests."""
+
+    experiment = "crossray"
 
     def __init__(self) -> None:
         self.runs: dict[str, RecordedRun] = {}

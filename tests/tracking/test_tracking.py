@@ -22,9 +22,7 @@ from pipeline.tracking.tracker import Dataset, NoopTracker, Point, RecordingTrac
 def tracker(request: pytest.FixtureRequest, tmp_path: Path) -> MlflowTracker:
     if request.param == "server":
         return MlflowTracker(request.getfixturevalue("mlflow_server"), "crossray", None)
-    made = make_tracker(TrackingSection(), Storage(str(tmp_path)))
-    assert isinstance(made, MlflowTracker)
-    return made
+    return MlflowTracker(f"sqlite:///{tmp_path / 'mlflow.db'}", "crossray", (tmp_path / "artifacts").as_uri())
 
 
 def client(tracker: MlflowTracker) -> Any:
@@ -97,7 +95,7 @@ def test_the_link_leads_to_the_run(tracker: MlflowTracker) -> None:
 
 def test_a_server_that_is_not_there_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(InputError, match=r"tracking\.uri: expected an MLflow server at 'http://127\.0\.0\.1:9'"):
+    with pytest.raises(InputError, match=r"tracking\.uri: .*'http://127\.0\.0\.1:9'"):
         make_tracker(TrackingSection(uri="http://127.0.0.1:9"), Storage(str(tmp_path)))
 
 
