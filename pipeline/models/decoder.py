@@ -136,7 +136,7 @@ class SplitDecoder:
         stop = stop_after(self.layers[self.layer])
         try:
             with replaced(self.layers, {**stand_ins, self.layer: stop}):
-                self.body(input_ids=self.read(ids_BT), **self._attention(mask_BT), use_cache=False)
+                self.body(input_ids=self.read(ids_BT), **self.attention(mask_BT), use_cache=False)
         except LayerReachedError as reached:
             self.returns_tuple = reached.returns_tuple
             return reached.hidden_BTD.to(self.device)
@@ -149,7 +149,7 @@ class SplitDecoder:
             for i in range(num_layers)
         }
 
-    def _attention(self, mask_BT: Tensor) -> dict[str, Tensor | None]:
+    def attention(self, mask_BT: Tensor) -> dict[str, Tensor | None]:
         """The arguments that keep padding out of every real token's view.
 
         A causal model never sees padding on the right, so nothing is passed and the fast causal kernels apply.
@@ -166,7 +166,7 @@ class SplitDecoder:
         assert self.has_upper, "the upper half was dropped; load the pair with both halves"
         h_BTD = h_BTD.to(self.device, self.base.dtype)
         with replaced(self.layers, self._starting_from(h_BTD, self.num_lower)):
-            output = self.body(inputs_embeds=h_BTD, **self._attention(mask_BT), use_cache=False)
+            output = self.body(inputs_embeds=h_BTD, **self.attention(mask_BT), use_cache=False)
         hidden_BTD: Tensor = output.last_hidden_state
         return hidden_BTD.to(self.device)
 
