@@ -4,13 +4,14 @@ Settings are those of a run file, checked by its sections. What a run would fit 
 fitted here to the last bit. A checkpoint folder makes a fit one that can be stopped and continued.
 """
 
+import os
 import pickle
 import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -248,5 +249,17 @@ def reporting(progress: bool | Reporter) -> Iterator[Reporter]:
     elif not progress:
         yield SilentReporter()
     else:
-        with closing(Console(sys.stderr)) as console:
+        with _terminal() as terminal, closing(Console(terminal)) as console:
             yield console
+
+
+@contextmanager
+def _terminal() -> Iterator[IO[str]]:
+    """A copy of standard error, since a run sends the original to a log file; a notebook's own stream as it is."""
+    try:
+        number = sys.stderr.fileno()
+    except (OSError, ValueError):  # a stream without a file
+        yield sys.stderr
+        return
+    with os.fdopen(os.dup(number), "w") as terminal:
+        yield terminal
