@@ -89,9 +89,8 @@ def fit(
     """
     kind = {"kind": sparsity} if isinstance(sparsity, str) else dict(sparsity)
     plan = _plan(
-        {"num_latents": num_latents, "expansion": expansion, **settings},
+        {"num_latents": num_latents, "expansion": expansion, **settings, "seed": seed, "seeds": seeds},
         kind if k is None else kind | {"k": k},
-        seeds=range(seed, seed + seeds),
         training={"batch_rows": batch_rows, "num_rows": num_steps * batch_rows, "shuffle_seed": shuffle_seed},
     )
     trainers = _trainers(plan, rows, device)
@@ -110,27 +109,19 @@ def _published(trainers: Sequence[CrosscoderTrainer], rows: Rows, curves: list[l
     return made[0]
 
 
-def _plan(
-    settings: Mapping[str, Any], sparsity: Mapping[str, Any], *, seeds: Sequence[int], training: Mapping[str, Any]
-) -> _Plan:
+def _plan(settings: Mapping[str, Any], sparsity: Mapping[str, Any], *, training: Mapping[str, Any]) -> _Plan:
     """The sections of a run file that ask for the same; InputError for what they refuse."""
-    if len(seeds) < 1:
-        raise InputError(f"fit: expected at least one of seeds, got {len(seeds)}; a seed is chosen with seed=")
     if settings["num_latents"] is None and settings["expansion"] is None:
         settings = {**settings, "expansion": _EXPANSION}
     read = validated(TrainingSection, dict(training), "fit")
     brief = int(read.num_steps * _WARM_UP_FRAC)
-    kind = SPARSITIES.get(str(sparsity.get("kind")))
     own, beside = dict(sparsity), dict(settings)
-    start_step = getattr(kind, "threshold_start_step", None)
+    start_step = getattr(SPARSITIES.get(str(sparsity.get("kind"))), "threshold_start_step", None)
     if start_step is not None:
         own.setdefault("threshold_start_step", min(brief, start_step))
     beside.setdefault("lr_warmup_steps", min(brief, FitSettings.lr_warmup_steps))
-    sections = [
-        validated(CrosscoderSection, {"name": f"seed_{seed}", "sparsity": own, **beside, "seed": seed}, "fit")
-        for seed in seeds
-    ]
-    return _Plan(tuple(sections), read)
+    section = validated(CrosscoderSection, {"name": "fit", "sparsity": own, **beside}, "fit")
+    return _Plan((section, *section.replicas()), read)
 
 
 def _trainers(plan: _Plan, rows: Rows, device: str | torch.device | None) -> list[CrosscoderTrainer]:

@@ -163,11 +163,12 @@ class Run:
 
     def _folder_of(self, stage: str, name: str) -> str:
         """The artifact of a step; InputError for a name that is not there."""
-        if name and name not in self.crosscoders:
-            raise InputError(f"{self.name}: expected one of {', '.join(self.crosscoders)}, got {name!r}")
         role = f"{stage} {name}".rstrip()
         if role not in self._inputs:
-            have = ", ".join(sorted({key.split(" ")[0] for key in self._inputs}))
+            names = {key.partition(" ")[2] for key in self._inputs} - {""}
+            if name and name not in names:
+                raise InputError(f"{self.name}: expected one of {', '.join(sorted(names))}, got {name!r}")
+            have = ", ".join(sorted({key.partition(" ")[0] for key in self._inputs}))
             raise InputError(
                 f"{self.name}: expected a step of the run ({have}), got {role!r}, which was off or is unknown"
             )
