@@ -76,6 +76,7 @@ def imports_of(path: Path) -> frozenset[str]:
         ("ray,mlflow,pydantic", "pipeline.analyses"),
         ("ray,mlflow,torch,transformers,pandas,fsspec", "pipeline.config,pipeline.schema"),
         ("ray,mlflow,torch,transformers", "pipeline.cli"),
+        ("ray,mlflow", "pipeline.library"),
     ],
 )
 def test_a_layer_imports_where_the_packages_above_it_are_missing(blocked: str, modules: str) -> None:
@@ -150,7 +151,7 @@ def test_a_file_says_what_it_is_and_stays_readable(path: Path) -> None:
 def test_only_the_flow_and_the_rim_see_the_whole_configuration() -> None:
     seeing = {path for path in FILES if "pipeline.config.run_file" in imports_of(path)}
     rooms = {path.relative_to(PACKAGE).parts[0] for path in seeing}
-    assert rooms <= {"cli.py", "run", "planning", "planted", "tracking", "cluster"}
+    assert rooms <= {"cli.py", "run", "planning", "planted", "tracking", "cluster", "library"}
     assert {path.name for path in seeing if path.parent.name in ("tracking", "cluster")} == {"run_log.py", "jobs.py"}
 
 
@@ -162,7 +163,7 @@ def test_few_files_lie_outside_the_rooms_and_nothing_in_the_package_needs_a_work
 def test_the_wheel_holds_the_package_and_nothing_else() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = find_namespace_packages(str(ROOT), include=settings["packages"]["find"]["include"])
-    assert {name.split(".")[0] for name in found} == {"pipeline"}
+    assert {name.split(".")[0] for name in found} == {"pipeline", "crossray"}
     assert set(find_packages(str(ROOT), include=["pipeline*"])) == {
         ".".join(path.parent.relative_to(ROOT).parts) for path in FILES
     }, "a folder without __init__.py"

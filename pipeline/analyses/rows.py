@@ -11,7 +11,7 @@ Shapes: B rows, M models, D width, P active pairs.
 """
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import pandas as pd
@@ -26,6 +26,7 @@ from pipeline.numerics.crosscoder import Crosscoder
 
 Sums = dict[str, Tensor]
 """What an analysis keeps between batches: named float64, int64 or float32 tensors."""
+_ROWS_PER_BATCH = 8192
 
 
 class RowBatch(NamedTuple):
@@ -90,6 +91,12 @@ def row_batch(crosscoder: Crosscoder, rows: Mapping[str, Tensor]) -> RowBatch:
         reconstruction_BMD,
         *(rows[name].to(x_BMD.device) for name in ("token_id", "doc_id", "position", "flags", "corpus")),
     )
+
+
+def encoded_batches(crosscoder: Crosscoder, rows: Mapping[str, Tensor]) -> Iterator[RowBatch]:
+    """Encoded batches of whole documents, of the rows of a shard (names of schema.SHARD_TENSORS)."""
+    for part in document_slices(rows["doc_id"], max_rows=_ROWS_PER_BATCH):
+        yield row_batch(crosscoder, {name: value[part] for name, value in rows.items()})
 
 
 def document_slices(doc_id_B: Tensor, *, max_rows: int) -> list[slice]:

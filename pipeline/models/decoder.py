@@ -144,7 +144,7 @@ class SplitDecoder:
         stop = stop_after(self.layers[self.layer])
         try:
             with replaced(self.layers, {**stand_ins, self.layer: stop}):
-                self.body(input_ids=self.read(ids_BT), **self._attention(mask_BT), use_cache=False)
+                self.body(input_ids=self.read(ids_BT), **self.attention(mask_BT), use_cache=False)
         except LayerReachedError as reached:
             self.num_outputs = reached.num_outputs
             expected, shape = (*ids_BT.shape, self.activation_dim), tuple(reached.hidden_BTD.shape)
@@ -172,11 +172,11 @@ class SplitDecoder:
         mask_1T = torch.cat([torch.zeros_like(ids_1T), ids_1T], dim=1)
         alone_D, beside_D = (
             self.body(input_ids=self.read(own_1T), use_cache=False, **arguments).last_hidden_state[0, -1].double()
-            for own_1T, arguments in ((ids_1T, {}), (padded_1T, self._attention(mask_1T)))
+            for own_1T, arguments in ((ids_1T, {}), (padded_1T, self.attention(mask_1T)))
         )
         return bool(relative_errors(beside_D, alone_D) <= ROUNDING[self.base.dtype])
 
-    def _attention(self, mask_BT: Tensor) -> dict[str, Tensor | None]:
+    def attention(self, mask_BT: Tensor) -> dict[str, Tensor | None]:
         """The arguments that keep padding out of every real token's view.
 
         A causal model never sees padding on the right, so nothing is passed and the fast causal kernels apply.
@@ -193,7 +193,7 @@ class SplitDecoder:
         assert self.has_upper, "the upper half was dropped; load the pair with both halves"
         h_BTD = h_BTD.to(self.device, self.base.dtype)
         with replaced(self.layers, self._starting_from(h_BTD, self.num_lower)):
-            output = self.body(inputs_embeds=h_BTD, **self._attention(mask_BT), use_cache=False)
+            output = self.body(inputs_embeds=h_BTD, **self.attention(mask_BT), use_cache=False)
         hidden_BTD: Tensor = output.last_hidden_state
         return hidden_BTD.to(self.device)
 

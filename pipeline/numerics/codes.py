@@ -84,8 +84,8 @@ class SparseCodes(NamedTuple):
 
 def pick(values_P: Tensor, places: Tensor) -> Tensor:
     """values_P[places]; on CPU by numpy, since torch's threads cost more than they save on arrays this small."""
-    if values_P.device.type == "cpu":
-        return torch.from_numpy(values_P.detach().numpy()[places.numpy()])
+    if values_P.device.type == "cpu" and not values_P.requires_grad:
+        return torch.from_numpy(values_P.numpy()[places.numpy()])
     return values_P.index_select(0, places)
 
 

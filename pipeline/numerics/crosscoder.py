@@ -4,10 +4,11 @@
 
 This is the inference side: activations in, sparse codes out, reconstructions back, all in the units of the raw
 activations (a normalisation, if the crosscoder was trained with one, is applied and inverted here and nowhere else).
-Training has hand-written gradients (trainer.py), so nothing here builds an autograd graph. M = 2 is model diffing,
-M = models x layers a multi-layer crosscoder, M = 1 an SAE; a difference SAE (recipes.py) is published as a crosscoder
-of two models. A row's code does not depend on its neighbours. Files are read and written by checkpoints/, which knows
-tensors and settings only and is imported when a method needs it.
+Training has hand-written gradients (trainer.py). Here autograd follows `encode` and `decode` as it follows any module:
+where the rows or codes ask for gradients, or the weights after `requires_grad_()`; a new crosscoder's weights do not.
+M = 2 is model diffing, M = models x layers a multi-layer crosscoder, M = 1 an SAE; a difference SAE (recipes.py) is
+published as a crosscoder of two models. A row's code does not depend on its neighbours. Files are read and written by
+checkpoints/, which knows tensors and settings only and is imported when a method needs it.
 
 Shapes: B rows, M models (0 = base, 1 = chat), D width, F latents, N = M * D, P active pairs.
 """
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from pipeline.numerics.batch import InferenceBlock
 from pipeline.numerics.code_weight import code_weights, decoder_norms
 from pipeline.numerics.codes import SparseCodes, concatenate, split_models
+from pipeline.numerics.differentiable import asks_for_gradients, decoded, with_gradients
 from pipeline.numerics.kernels.base import Kernels
 from pipeline.numerics.kernels.choose import choose_kernels
 from pipeline.numerics.settings import CODE_WEIGHTS, check_choice
@@ -92,10 +94,10 @@ class Crosscoder(nn.Module):
         self.k = k
         shape = (num_latents, num_models, activation_dim)
         single = torch.float32  # explicit, so that the caller's default dtype does not decide
-        self.W_enc_FMD = nn.Parameter(torch.zeros(shape, dtype=single))
-        self.b_enc_F = nn.Parameter(torch.zeros(num_latents, dtype=single))
-        self.W_dec_FMD = nn.Parameter(torch.zeros(shape, dtype=single))
-        self.b_dec_MD = nn.Parameter(torch.zeros(shape[1:], dtype=single))
+        self.W_enc_FMD = nn.Parameter(torch.zeros(shape, dtype=single), requires_grad=False)
+        self.b_enc_F = nn.Parameter(torch.zeros(num_latents, dtype=single), requires_grad=False)
+        self.W_dec_FMD = nn.Parameter(torch.zeros(shape, dtype=single), requires_grad=False)
+        self.b_dec_MD = nn.Parameter(torch.zeros(shape[1:], dtype=single), requires_grad=False)
         per_model = self.sparsity.compares_scores and code_weight == "decoupled"
         self.register_buffer("threshold", torch.zeros(num_models if per_model else (), dtype=torch.float64))
         num_jumps = num_latents if "jump_threshold" in needed else 0
@@ -177,7 +179,6 @@ class Crosscoder(nn.Module):
         """
         return self.W_dec_FMD / self.scale_M[:, None] if self.is_normalised else self.W_dec_FMD.detach()
 
-    @torch.no_grad()
     def encode(self, x_BMD: Tensor) -> SparseCodes:
         """Sparse codes of raw activations, in inference mode: a row's code depends on that row alone.
 
@@ -189,13 +190,19 @@ class Crosscoder(nn.Module):
             trained yet) that is every positive code. Rows with NaN have no codes.
         """
         x_BN = self._flatten(x_BMD)
+        codes = self._encode(x_BN)
+        if asks_for_gradients(x_BN, self.W_enc_FMD, self.b_enc_F):
+            return with_gradients(codes, x_BN, self.W_enc_FMD.flatten(1), self.b_enc_F, self.kernels)
+        return codes
+
+    @torch.no_grad()
+    def _encode(self, x_BN: Tensor) -> SparseCodes:
         rows = max(1, _BLOCK_NUMBERS // self.num_latents)
         W_enc_NF = self.W_enc_FMD.flatten(1).T
         weight_F = self.code_weights_F()
         blocks = [x_BN[start : start + rows] for start in range(0, max(len(x_BN), 1), rows)]
         return concatenate([self._sparsify(torch.addmm(self.b_enc_F, block, W_enc_NF), weight_F) for block in blocks])
 
-    @torch.no_grad()
     def decode(self, codes: SparseCodes | Tensor) -> Tensor:
         """Reconstructed raw activations x_BMD from sparse codes or from a dense code_BF."""
         num_latents = codes.num_latents if isinstance(codes, SparseCodes) else codes.shape[-1]
@@ -208,9 +215,9 @@ class Crosscoder(nn.Module):
         if not isinstance(codes, SparseCodes):
             xh_BN = codes @ W_dec_FN
         elif codes.model_mask_PM is None:
-            xh_BN = self.kernels.decode(codes, W_dec_FN)
+            xh_BN = self._decode(codes, W_dec_FN)
         else:
-            xh_BN = self.kernels.decode(split_models(codes).codes, W_dec_FN.view(-1, self.activation_dim))
+            xh_BN = self._decode(split_models(codes).codes, W_dec_FN.view(-1, self.activation_dim))
         xh_BMD = xh_BN.view(-1, self.num_models, self.activation_dim) + self.b_dec_MD
         return xh_BMD / self.scale_M[:, None] + self.mean_MD if self.is_normalised else xh_BMD
 
@@ -230,6 +237,11 @@ class Crosscoder(nn.Module):
             f"num_latents={self.num_latents}, num_models={self.num_models}, activation_dim={self.activation_dim}, "
             f"activation={self.activation}, code_weight={self.code_weight}, k={self.k}"
         )
+
+    def _decode(self, codes: SparseCodes, W_dec_FN: Tensor) -> Tensor:
+        if asks_for_gradients(codes.values_P, W_dec_FN):
+            return decoded(codes, W_dec_FN, self.kernels)
+        return self.kernels.decode(codes, W_dec_FN)
 
     def _flatten(self, x_BMD: Tensor) -> Tensor:
         """Normalised activations as rows x_BN in the weights' dtype."""

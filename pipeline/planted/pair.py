@@ -13,6 +13,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pipeline.analyses.latent_tables import limits_of
+from pipeline.analyses.rows import encoded_batches
 from pipeline.config.run_file import RunConfig
 from pipeline.errors import InputError
 from pipeline.numerics.statistics import auroc_by_latent
@@ -23,8 +25,8 @@ from pipeline.run.flow import build_flow
 from pipeline.schema import PLANTED_SHIFT, Split
 from pipeline.stages.catalogue import LatentsInputs
 from pipeline.stages.finished_crosscoder import open_crosscoder
-from pipeline.stages.latents import limits_of, read_latents
-from pipeline.stages.row_pass import batches, shard_rows
+from pipeline.stages.latents import read_latents
+from pipeline.stages.row_pass import shard_rows
 from pipeline.stages.step import Step
 from pipeline.storage.activation_store import ActivationStore
 from pipeline.storage.artifacts import read_record
@@ -84,7 +86,7 @@ def label_auroc(crosscoder: Any, store: ActivationStore) -> Tensor:
     num_rows, num_positive_L = 0, torch.zeros(len(bits_L), dtype=torch.int64)
     for shard in store.manifest.of_split(Split.VALIDATION):
         rows = shard_rows(store, shard)
-        for batch in batches(crosscoder, _kept(rows, torch.isin(rows["corpus"], corpora))):
+        for batch in encoded_batches(crosscoder, _kept(rows, torch.isin(rows["corpus"], corpora))):
             positive_BL = (batch.flags_B[:, None] >> bits_L) & 1 == 1
             parts.append((batch.codes.latents_P, batch.codes.values_P, positive_BL[batch.codes.rows_P()]))
             num_rows, num_positive_L = num_rows + len(positive_BL), num_positive_L + positive_BL.sum(0)

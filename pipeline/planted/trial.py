@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from pipeline.analyses.rows import analyse
+from pipeline.analyses.latent_tables import limits_of, verdict_analyses, verdict_table
+from pipeline.analyses.rows import analyse, encoded_batches
 from pipeline.analyses.units import judged_decoder
 from pipeline.analyses.verdict import Limits, by_evidence, by_paper
 from pipeline.cluster.connect import Board
@@ -25,6 +26,7 @@ from pipeline.config.analyses import LatentScalingSection
 from pipeline.config.crosscoder import CrosscoderSection, TrainingSection
 from pipeline.config.resources import TrainingResources
 from pipeline.errors import InputError
+from pipeline.numerics import fitting
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.numerics.moments import Moments
 from pipeline.numerics.trainer import CrosscoderTrainer
@@ -41,8 +43,7 @@ from pipeline.schema import (
     latent_corpus_columns,
 )
 from pipeline.stages.crosscoder_spec import normalisation_of, spec_of
-from pipeline.stages.latents import limits_of, verdict_analyses, verdict_table
-from pipeline.stages.row_pass import batches, shard_rows
+from pipeline.stages.row_pass import shard_rows
 from pipeline.storage.activation_store import MANIFEST_NAME, ActivationStore, Manifest, Shard, StoredMoments
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.row_order import TrainingRows
@@ -157,9 +158,8 @@ class Trial:
             dataclasses.replace(spec, seed=recipe.seed + seed), normalisation=normalisation_of(recipe, store.manifest)
         )
         rows = TrainingRows(store, seed=self.training.shuffle_seed + seed, batch_rows=self.training.batch_rows)
-        trainer.initialise(next(rows.batches(0, 1)).float())
-        for step, x_BMD in enumerate(rows.batches(0, spec.num_steps), 1):
-            trainer.step(x_BMD.float())
+        fitting.initialise([trainer], next(rows.batches(0, 1)))
+        for step in fitting.steps([trainer], rows.batches(0, spec.num_steps)):
             if self.board is not None and (step % 100 == 0 or step == spec.num_steps):
                 self.board.post(((step - 1) % 100 + 1, f"{recipe.name}, seed {seed}"))
         return trainer.crosscoder()
@@ -172,7 +172,9 @@ def judged(
     rms_M = store.manifest.training_rms_M()
     analyses = verdict_analyses(crosscoder, judge, corpora=(CORPUS,), rms_M=rms_M)
     shards = store.manifest.of_split(Split.VALIDATION)
-    sums = analyse(analyses, (batch for shard in shards for batch in batches(crosscoder, shard_rows(store, shard))))
+    sums = analyse(
+        analyses, (batch for shard in shards for batch in encoded_batches(crosscoder, shard_rows(store, shard)))
+    )
     tables: dict[str, Any] = {name: analysis.table(sums[name]) for name, analysis in analyses.items()}
     return verdict_table(judged_decoder(crosscoder, rms_M), tables, judge), tables["fidelity"]
 

@@ -25,6 +25,7 @@ from pipeline.analyses.autointerp import (
 from pipeline.analyses.autointerp_columns import ANSWER_COLUMNS, AUTOINTERP_COLUMNS, InterpStatus
 from pipeline.analyses.autointerp_prompts import Cost, cost_text
 from pipeline.analyses.latent_sets import interpreted_latents
+from pipeline.analyses.rows import encoded_batches
 from pipeline.cluster.pools import run_task
 from pipeline.config.analyses import AutointerpSection
 from pipeline.config.resources import EndpointSection
@@ -38,7 +39,7 @@ from pipeline.stages.finished_crosscoder import open_crosscoder
 from pipeline.stages.interviews import Answers, Interview, control_all, interview_all, pending_cost
 from pipeline.stages.latents import read_latents
 from pipeline.stages.models import local_specs
-from pipeline.stages.row_pass import batches, shard_rows
+from pipeline.stages.row_pass import shard_rows
 from pipeline.stages.step import StageContext, Step
 from pipeline.storage.activation_store import ActivationStore
 from pipeline.storage.filesystem import Storage
@@ -149,7 +150,7 @@ def _quiet_contexts(storage: Storage, inputs: AutointerpInputs, chosen: Sequence
         for shard in store.manifest.of_split(Split.VALIDATION)[:_MAX_SHARDS]:
             rows = shard_rows(store, shard)
             keep_B = choose_windows(rows["doc_id"], rows["corpus"], left, window_tokens=window_tokens)
-            windows = batches(crosscoder, {name: value[keep_B] for name, value in rows.items()})
+            windows = encoded_batches(crosscoder, {name: value[keep_B] for name, value in rows.items()})
             found += quiet_windows(
                 windows,
                 chosen,

@@ -11,6 +11,7 @@ import pandas as pd
 
 from pipeline.analyses import controls
 from pipeline.analyses.latent_scaling import LatentScaling
+from pipeline.analyses.latent_tables import latent_scaling, limits_of
 from pipeline.analyses.ownership import delta_norm
 from pipeline.analyses.rows import RowAnalysis, Sums
 from pipeline.analyses.units import judged_decoder
@@ -18,7 +19,7 @@ from pipeline.analyses.verdict import SHARED_HIGH
 from pipeline.schema import CHAT, CONTROL_COLUMNS, SEED_COLUMNS, Verdict
 from pipeline.stages.catalogue import ControlsInputs, LatentsInputs
 from pipeline.stages.finished_crosscoder import open_crosscoder
-from pipeline.stages.latents import latent_scaling, limits_of, read_latents
+from pipeline.stages.latents import read_latents
 from pipeline.stages.row_pass import Measured
 from pipeline.stages.step import StageContext, Step
 from pipeline.storage.activation_store import ActivationStore

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.analyses.examples import Examples, contexts
 from pipeline.analyses.latent_sets import latents_with
-from pipeline.analyses.rows import RowAnalysis, Sums
+from pipeline.analyses.rows import RowAnalysis, Sums, encoded_batches
 from pipeline.cluster.pools import Pool, run_pool
 from pipeline.config.analyses import ExamplesSection
 from pipeline.errors import ArtifactError, InputError
@@ -26,7 +26,7 @@ from pipeline.stages.finished_crosscoder import open_crosscoder
 from pipeline.stages.latents import read_latents
 from pipeline.stages.locations import ModelLocation
 from pipeline.stages.models import local_specs
-from pipeline.stages.row_pass import Measured, ShardsCall, batches, shard_rows, validation_calls
+from pipeline.stages.row_pass import Measured, ShardsCall, shard_rows, validation_calls
 from pipeline.stages.step import StageContext, Step
 from pipeline.storage.activation_store import ActivationStore
 from pipeline.storage.filesystem import Storage
@@ -164,7 +164,7 @@ class CutContexts:
         here = self.strongest[self.strongest["doc_id"].isin(np.unique(rows["doc_id"].numpy()))]
         table = contexts(
             here,
-            batches(self.crosscoder, rows),
+            encoded_batches(self.crosscoder, rows),
             window_tokens=self.window_tokens,
             token_texts=self._texts,
         )

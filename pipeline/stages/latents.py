@@ -1,33 +1,18 @@
 """The latent table of each crosscoder: fidelity, Latent Scaling, ownership, templates, twins and the verdict."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
-from torch import Tensor
 
-from pipeline.analyses.activation_statistics import ActivationStatistics
 from pipeline.analyses.controls import stated_error
-from pipeline.analyses.fidelity import Fidelity
-from pipeline.analyses.latent_scaling import LatentScaling
-from pipeline.analyses.ownership import delta_norm, ownership_table
+from pipeline.analyses.latent_tables import verdict_analyses, verdict_table
 from pipeline.analyses.rows import RowAnalysis, Sums
 from pipeline.analyses.twins import Twins
-from pipeline.analyses.units import JudgedDecoder, judged_decoder
-from pipeline.analyses.verdict import (
-    SHARED_LOW,
-    Limits,
-    artifact_frac,
-    latent_table,
-    verdict_counts,
-    with_calls_withheld,
-    with_twins,
-)
-from pipeline.config.analyses import LatentScalingSection
-from pipeline.numerics.crosscoder import Crosscoder
-from pipeline.numerics.recipes import reads_difference
-from pipeline.schema import BASE, LATENT_COLUMNS, TWIN_COLUMNS, Ownership, Verdict, latent_corpus_columns
+from pipeline.analyses.units import judged_decoder
+from pipeline.analyses.verdict import artifact_frac, verdict_counts, with_calls_withheld, with_twins
+from pipeline.schema import LATENT_COLUMNS, TWIN_COLUMNS, Ownership, Verdict, latent_corpus_columns
 from pipeline.stages.catalogue import LatentsInputs
 from pipeline.stages.evidence import judgement_of
 from pipeline.stages.finished_crosscoder import open_crosscoder
@@ -79,64 +64,6 @@ def read_latents(storage: Storage, step: Step[LatentsInputs]) -> pd.DataFrame:
     """The finished latent table of a step."""
     frame: pd.DataFrame = read_table(storage, f"{step.folder}/{LATENTS_NAME}").to_pandas()
     return frame
-
-
-def verdict_analyses(
-    crosscoder: Crosscoder, section: LatentScalingSection, *, corpora: Sequence[str], rms_M: Tensor
-) -> dict[str, RowAnalysis]:
-    """What the verdict takes from the rows, by name; `verdict_table` takes their tables.
-
-    rms_M is the root mean square of each model's rows (units.py).
-    """
-    num_latents = crosscoder.num_latents
-    analyses: dict[str, RowAnalysis] = {
-        "fidelity": Fidelity(
-            activation_dim=crosscoder.activation_dim,
-            num_latents=num_latents,
-            is_difference=reads_difference(crosscoder),
-        ),
-        "scaling": latent_scaling(crosscoder, section, rms_M=rms_M),
-        "templates": ActivationStatistics(num_latents=num_latents, corpora=corpora),
-    }
-    may_be_base_only_F = delta_norm(judged_decoder(crosscoder, rms_M).W_dec_FMD) < SHARED_LOW
-    if section.rule == "evidence" and may_be_base_only_F.any():
-        chosen = may_be_base_only_F.nonzero().squeeze(1)
-        analyses["base_scaling"] = latent_scaling(crosscoder, section, rms_M=rms_M, owner=BASE, latents=chosen)
-    return analyses
-
-
-def latent_scaling(crosscoder: Crosscoder, section: LatentScalingSection, **options: Any) -> LatentScaling:
-    """Latent Scaling with the settings of a section; `options` are its further arguments."""
-    return LatentScaling(
-        crosscoder,
-        num_groups=section.num_groups,
-        num_resamples=section.num_resamples,
-        seed=section.seed,
-        thresholds=(section.nu_eps_threshold, section.nu_r_threshold),
-        **options,
-    )
-
-
-def verdict_table(decoder: JudgedDecoder, tables: Mapping[str, Any], section: LatentScalingSection) -> pd.DataFrame:
-    """The latent table, twins aside, from the tables of `verdict_analyses`."""
-    return latent_table(
-        ownership_table(decoder),
-        tables["scaling"],
-        tables["templates"],
-        base_scaling=tables.get("base_scaling"),
-        limits=limits_of(section),
-        rule=section.rule,
-    )
-
-
-def limits_of(section: LatentScalingSection) -> Limits:
-    """The numbers that the verdict depends on."""
-    return Limits(
-        nu_eps=section.nu_eps_threshold,
-        nu_r=section.nu_r_threshold,
-        min_documents=section.min_documents,
-        false_discovery_rate=section.false_discovery_rate,
-    )
 
 
 def _counts(table: pd.DataFrame) -> dict[str, Any]:

@@ -4,7 +4,7 @@ How the shards are shared out among worker calls depends on the shards alone, ne
 along a tree over the calls (merging.py): tables are the same to the last bit on any cluster.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -12,12 +12,10 @@ import torch
 
 from pipeline.analyses.rows import (
     RowAnalysis,
-    RowBatch,
     Sums,
     analyse,
-    document_slices,
+    encoded_batches,
     merge_all,
-    row_batch,
     sums_from_bytes,
     sums_to_bytes,
 )
@@ -31,7 +29,6 @@ from pipeline.storage.activation_store import ActivationStore, Shard
 from pipeline.storage.filesystem import Storage
 from pipeline.terminal import Progress
 
-_ROWS_PER_BATCH = 8192
 _MOST_CALLS = 64
 """More workers than this have nothing to do. The sums of each call are sent to the driver: 3 kB per latent."""
 
@@ -78,12 +75,6 @@ def shard_rows(store: ActivationStore, shard: Shard) -> dict[str, torch.Tensor]:
     return dict(zip((column.name for column in SHARD_TENSORS), store.read(shard), strict=True))
 
 
-def batches(crosscoder: Crosscoder, rows: Mapping[str, torch.Tensor]) -> Iterator[RowBatch]:
-    """Encoded batches of whole documents."""
-    for part in document_slices(rows["doc_id"], max_rows=_ROWS_PER_BATCH):
-        yield row_batch(crosscoder, {name: value[part] for name, value in rows.items()})
-
-
 def answer(title: str, questions: Questions, store: ActivationStore, context: StageContext) -> Answers:
     """Sums of every question over all validation rows. Nothing is read where nothing is asked."""
     asked = {folder: own for folder, own in questions.items() if own}
@@ -122,7 +113,7 @@ class AnalyseShards:
             rows = shard_rows(self.store, shard)
             num_rows += shard.num_rows
             for folder, analyses in self.questions.items():
-                part = analyse(analyses, batches(self.crosscoders[folder], rows))
+                part = analyse(analyses, encoded_batches(self.crosscoders[folder], rows))
                 merged[folder] = merge_all(analyses, [merged[folder], part]) if folder in merged else part
         packed = {folder: {name: sums_to_bytes(sums) for name, sums in own.items()} for folder, own in merged.items()}
         return _CallSums(call.number, num_rows, packed)

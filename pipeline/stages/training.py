@@ -22,6 +22,7 @@ from pipeline.cluster.connect import Board, local_cpus, set_worker_threads, time
 from pipeline.config.crosscoder import TrainingSection
 from pipeline.config.resources import TrainingResources
 from pipeline.errors import CrossrayError, InputError
+from pipeline.numerics import fitting
 from pipeline.numerics.crosscoder import Normalisation
 from pipeline.numerics.parallel import Mesh, make_mesh
 from pipeline.numerics.trainer import CrosscoderSpec, CrosscoderTrainer
@@ -107,14 +108,9 @@ def _train(job: TrainingJob) -> list[dict[str, Any]]:
     log = _Log(job, is_first=world.get_world_rank() == 0)
     first_step = _restore(trainers, rows, log)
     if first_step == 0:
-        x_BMD = rows.warm_up().to(device).float()
-        for trainer in trainers:
-            trainer.initialise(x_BMD)
+        fitting.initialise(trainers, rows.warm_up())
     with _as_input_errors(job, first_step):
-        for step, x_BMD in enumerate(rows.batches(first_step, last_step), first_step + 1):
-            x_BMD = x_BMD.to(device, non_blocking=True).float()
-            for trainer in trainers:
-                trainer.step(x_BMD)
+        for step in fitting.steps(trainers, rows.batches(first_step, last_step), first_step=first_step):
             if step % job.log_every_steps == 0 or step == last_step:
                 log.add(step, [trainer.metrics() for trainer in trainers])
             if step % resources.checkpoint_every_steps == 0 and step < last_step:

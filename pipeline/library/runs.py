@@ -1,0 +1,193 @@
+"""A finished run from Python: its crosscoders and tables, found by the run's name; and a whole run in one call.
+
+The report reads every artifact of its run, so its record names them all. Reading loads neither Ray nor MLflow.
+"""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+
+from pipeline.config.presets import with_preset
+from pipeline.config.run_file import RunConfig, load, validated
+from pipeline.errors import ArtifactError, InputError
+from pipeline.library.crosscoder import Crosscoder
+from pipeline.library.fitting import reporting
+from pipeline.library.origin import ModelOrigin, Origin
+from pipeline.library.rows import Rows
+from pipeline.schema import TABLE_METADATA, Split
+from pipeline.stages.finished_crosscoder import open_crosscoder, read_curve
+from pipeline.storage.artifacts import RECORD_NAME, Record, parse_record
+from pipeline.storage.filesystem import Storage
+from pipeline.storage.tables import read_table
+from pipeline.terminal import Reporter
+
+_REPORT, _CROSSCODER = "report", "crosscoder"
+
+
+class _Found(NamedTuple):
+    """A report's record and when it was written."""
+
+    created: str
+    record: Record
+
+
+def open_run(root: str | Path, name: str) -> "Run":
+    """The run of this name below a storage root; the newest one where settings were changed under one name.
+
+    Args:
+        root: the run file's storage.root: a folder or a URL.
+        name: the run's name.
+
+    Raises InputError where no finished run has this name.
+    """
+    storage = Storage(str(root))
+    found = [record for record in _reports(storage) if record.record.identity["section"]["name"] == name]
+    if not found:
+        names = sorted({str(own.record.identity["section"]["name"]) for own in _reports(storage)})
+        known = f"those there: {', '.join(names)}" if names else "there is none"
+        raise InputError(f"{storage.root}: expected a finished run {name!r}, got none of this name; {known}")
+    return Run(storage, max(found, key=lambda own: own.created).record)
+
+
+def run(config: RunConfig | str | Path | Mapping[str, Any], *, progress: bool | Reporter = True) -> "Run":
+    """Makes what is missing of a run, as `crossray run` does, and opens it.
+
+    Args:
+        config: a run file, its content as a mapping, or a RunConfig.
+        progress: shows the steps on standard error; or a reporter of your own.
+
+    Raises InputError, before anything is written, for what cannot be run.
+    """
+    from pipeline.run import runner
+
+    if isinstance(config, str | Path):
+        config = load(Path(config))
+    elif not isinstance(config, RunConfig):
+        config = validated(RunConfig, with_preset(config), "run")
+    with reporting(progress) as reporter:
+        runner.run(config, reporter)
+    return open_run(config.storage.root, config.name)
+
+
+class Run:
+    """A finished run; nothing is read before it is asked for."""
+
+    def __init__(self, storage: Storage, report: Record) -> None:
+        """report: the record of the run's report."""
+        self.storage = storage
+        self.name = str(report.identity["section"]["name"])
+        """Of the run."""
+        self.crosscoders: tuple[str, ...] = tuple(report.identity["section"]["crosscoders"])
+        """Names of its crosscoders."""
+        self._folder = f"{report.stage}/{report.fingerprint}"
+        self._inputs: dict[str, str] = report.identity["inputs"]
+
+    def __repr__(self) -> str:
+        return f"Run({self.name!r} on {self.storage.root}: {', '.join(self.crosscoders)})"
+
+    def _repr_html_(self) -> str:
+        """The verdict, as the terminal prints it."""
+        import html
+
+        return f"<pre>{html.escape(self.verdict())}</pre>"
+
+    def verdict(self) -> str:
+        """The verdict table as text."""
+        return self.storage.read_bytes(f"{self._folder}/verdict.txt").decode()
+
+    def report(self) -> str:
+        """Path or URL of the page."""
+        return self.storage.url(f"{self._folder}/report.html")
+
+    def crosscoder(self, name: str, *, device: str | torch.device = "cpu") -> Crosscoder:
+        """A crosscoder of the run, with its training curve."""
+        folder = self._folder_of(_CROSSCODER, name)
+        with open_crosscoder(self.storage, folder) as read:
+            made = Crosscoder.of(read, self.origin)
+        curve = read_curve(self.storage, folder)
+        made.curve = None if curve is None else curve.to_pandas()
+        return made.to(device)
+
+    def latents(self, name: str) -> pd.DataFrame:
+        """The latent table of a crosscoder; `attrs` as crossray.latents sets them."""
+        table = self.table("latents", name)
+        folder = self._folder_of("latents", name)
+        settings = self._record(folder).identity["section"]
+        table.attrs.update(
+            TABLE_METADATA, fidelity=self.storage.read_json(f"{folder}/fidelity.json"), settings=settings
+        )
+        return table
+
+    def causality(self, name: str) -> pd.DataFrame:
+        """KL to the chat model after each intervention."""
+        return self.table("causality", name)
+
+    def examples(self, name: str) -> pd.DataFrame:
+        """Texts around the places where latents fire."""
+        return self.table("examples", name)
+
+    def steering(self, name: str) -> pd.DataFrame:
+        """What steering with each latent does."""
+        return self.table("steering", name)
+
+    def table(self, stage: str, name: str = "", *, file: str | None = None) -> pd.DataFrame:
+        """Any table of the run: of a stage, for one crosscoder where it has one; `file` names one beside the main one.
+
+        Raises InputError, naming what there is, for a stage or a table that the run does not have.
+        """
+        folder = self._folder_of(stage, name)
+        wanted = f"{file or stage}.parquet"
+        found = [one for one in self.storage.files(folder) if one.endswith(".parquet")]
+        if wanted not in found:
+            raise InputError(
+                f"{stage}: expected a table {wanted}, got {', '.join(found) or 'no tables'} in this artifact"
+            )
+        frame: pd.DataFrame = read_table(self.storage, f"{folder}/{wanted}").to_pandas()
+        return frame
+
+    def rows(self, split: str = Split.VALIDATION) -> Rows:
+        """The run's rows of one split, in memory; validation by default, which latents are judged on."""
+        folder = self.storage.url(self._folder_of("activations", ""))
+        return Rows.load(folder, split=split).of_origin(self.origin)
+
+    @cached_property
+    def origin(self) -> Origin:
+        """The pair and the layer; a local model's name is not kept."""
+        section = self._record(self._folder_of("activations", "")).identity["section"]
+        base, chat = (_named(section["models"][name]) for name in ("base", "chat"))
+        return Origin(base, chat, int(section["layer"]))
+
+    def _folder_of(self, stage: str, name: str) -> str:
+        """The artifact of a step; InputError for a name that is not there."""
+        role = f"{stage} {name}".rstrip()
+        if role not in self._inputs:
+            names = {key.partition(" ")[2] for key in self._inputs} - {""}
+            if name and name not in names:
+                raise InputError(f"{self.name}: expected one of {', '.join(sorted(names))}, got {name!r}")
+            have = ", ".join(sorted({key.partition(" ")[0] for key in self._inputs}))
+            raise InputError(
+                f"{self.name}: expected a step of the run ({have}), got {role!r}, which was off or is unknown"
+            )
+        return f"{stage}/{self._inputs[role]}"
+
+    def _record(self, folder: str) -> Record:
+        key = f"{folder}/{RECORD_NAME}"
+        if not self.storage.exists(key):
+            raise ArtifactError(f"{self.storage.url(folder)}: expected a finished artifact, got none; run again")
+        return parse_record(self.storage.read_json(key), self.storage.url(folder))
+
+
+def _reports(storage: Storage) -> list[_Found]:
+    keys = [f"{_REPORT}/{folder}/{RECORD_NAME}" for folder in storage.folders(_REPORT)]
+    records = [parse_record(storage.read_json(key), storage.url(key)) for key in keys if storage.exists(key)]
+    return [_Found(str(record.provenance.get("created", "")), record) for record in records]
+
+
+def _named(identity: Mapping[str, Any]) -> ModelOrigin:
+    source = str(identity.get("source", ""))
+    is_content = source.startswith("sha256:") or "adapter" in identity
+    return ModelOrigin("" if is_content else source)
