@@ -32,6 +32,7 @@ Config = TypeVar("Config", bound=Section)
 
 _NUM_FAULTS_TOLD = 5
 _MAX_PLACE_DIGITS = 7
+_MAX_NAME_PARTS = 12
 
 
 class RunConfig(Section):
@@ -180,8 +181,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise InputError(f"--set: expected key=value such as training.num_rows=100000, got {short(override)}")
     parts = key.split(".")
     node: Any = tree
-    for depth, part in enumerate(parts):
-        index = _position(node, part)
+    depth = 0
+    while True:
+        index, num_parts = _find(node, parts[depth:])
         if index is None:
             at, rest = shortened(".".join(parts[:depth])) or "the run file", shortened(".".join(parts[depth:]))
             if not isinstance(node, (dict, list)):
@@ -190,14 +192,25 @@ def _apply(tree: dict[str, Any], override: str) -> None:
                     f"--set {shortened(override)}: expected {at} to be a section, got {came}; give it as a whole, such "
                     f"as {at}={{{rest}: ...}}"
                 )
+            part = parts[depth]
             raise InputError(f"--set {shortened(override)}: {at} has no {short(part)}{nearest(part, _choices(node))}")
-        if depth == len(parts) - 1:
-            try:
-                node[index] = parse_yaml(text)
-            except YamlError as error:
-                raise InputError(f"--set {shortened(override)}: expected a YAML value: {error}") from error
-        else:
-            node = node[index]
+        depth += num_parts
+        if depth == len(parts):
+            break
+        node = node[index]
+    try:
+        node[index] = parse_yaml(text)
+    except YamlError as error:
+        raise InputError(f"--set {shortened(override)}: expected a YAML value: {error}") from error
+
+
+def _find(node: Any, parts: Sequence[str]) -> tuple[Any, int]:
+    """Key or index of what the first parts name, and how many they are: names may hold dots. (None, 0) for nothing."""
+    for num_parts in range(min(len(parts), _MAX_NAME_PARTS), 0, -1):
+        index = _position(node, ".".join(parts[:num_parts]))
+        if index is not None:
+            return index, num_parts
+    return None, 0
 
 
 def _position(node: Any, part: str) -> Any:

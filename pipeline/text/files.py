@@ -34,6 +34,7 @@ def as_input_error(what: str) -> Iterator[None]:
             raise
         is_forbidden = isinstance(error, PermissionError) or "Credentials" in type(error).__name__
         advice = "check permissions and credentials" if is_forbidden else "replace it or remove it from the run file"
+        advice = "save it as UTF-8" if isinstance(error, UnicodeError) else advice
         raise InputError(f"{what}: expected a readable file, got {_one_line(error)}; {advice}") from error
 
 

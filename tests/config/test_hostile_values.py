@@ -148,6 +148,15 @@ def test_a_name_that_is_a_number_is_a_name_before_it_is_a_place(tmp_path: Path) 
     assert "crosscoders.0.seed: " in refusal(tmp_path, yaml.safe_dump(tree), "crosscoders.1.seed=-1")
 
 
+def test_a_name_with_dots_is_found_as_a_whole(tmp_path: Path) -> None:
+    tree = minimal()
+    tree["crosscoders"][0]["name"], tree["crosscoders"][1]["name"] = "v1", "v1.5"
+    config = load(write(tmp_path, tree), ["crosscoders.v1.5.seed=7", "crosscoders.v1.sparsity.mu=0.5"])
+    assert [(one.name, getattr(one, "seed", None)) for one in config.crosscoders] == [("v1", 0), ("v1.5", 7)]
+    assert "crosscoders.v1.5.lr: " in refusal(tmp_path, yaml.safe_dump(tree), "crosscoders.v1.5.lr=-1")
+    assert "crosscoders.v1 has no 'lrr'" in refusal(tmp_path, yaml.safe_dump(tree), "crosscoders.v1.lrr=1")
+
+
 def test_words_where_true_or_false_is_wanted_are_understood(tmp_path: Path) -> None:
     text = yaml.safe_dump(changed("activations.drop_bos", "@"))
     assert not load(write(tmp_path, text.replace("'@'", "no"))).activations.drop_bos
