@@ -22,6 +22,8 @@ from pipeline.errors import CrossrayError, InputError, RetryPolicy
 
 _LONGEST_WAIT_SECONDS = 60.0
 _MAX_QUOTED_LETTERS = 300
+_MOST_TOKENS = 100_000_000
+"""Of one request; a larger count is no count."""
 _REMOVED_KEY = "[key]"
 
 
@@ -206,13 +208,16 @@ class Endpoint:
         return " ".join(self._without_key(text).split())[:_MAX_QUOTED_LETTERS]
 
     def _without_key(self, text: str) -> str:
+        """The text as UTF-8 can hold it, without half characters."""
         key = self._options.api_key
-        return text.replace(key, _REMOVED_KEY) if key else text
+        whole = text.encode("utf-8", "replace").decode()
+        return whole.replace(key, _REMOVED_KEY) if key else whole
 
 
 def _count(usage: object, name: str) -> int:
+    """Tokens as the endpoint counts them; 0 where it does not, or absurdly."""
     value = getattr(usage, name, 0)
-    return value if isinstance(value, int) and value >= 0 else 0
+    return value if type(value) is int and 0 <= value <= _MOST_TOKENS else 0
 
 
 def _seconds(retry_after: str | None) -> float:

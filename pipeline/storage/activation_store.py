@@ -6,10 +6,11 @@ its manifest, which is written when all shards are there; each shard's checksum 
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from pipeline.errors import ArtifactError
@@ -85,15 +86,10 @@ class Manifest:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Manifest":
-        """The manifest written by `to_json`."""
-        shards = tuple(Shard(**shard) for shard in value["shards"])
-        corpora, labels, dialogues = (tuple(value[name]) for name in ("corpora", "labels", "dialogue_corpora"))
-        moments = {split: StoredMoments.from_json(own) for split, own in value["moments"].items()}
-        return cls(
-            *(shards, value["num_models"], value["activation_dim"], corpora, labels, dialogues),
-            compression=value["compression"],
-            moments=moments,
-        )
+        """The manifest written by `to_json`; KeyError or ValidationError for what is none."""
+        for own in fields(cls):
+            value[own.name]
+        return TypeAdapter(cls).validate_python(value)
 
     def training_moments(self) -> Moments:
         """Moments of the training rows; of the validation rows where no training rows are kept (stream mode)."""
@@ -122,10 +118,11 @@ class ActivationStore:
         where = storage.url(f"{folder}/{MANIFEST_NAME}")
         try:
             self.manifest = Manifest.from_json(storage.read_json(f"{folder}/{MANIFEST_NAME}"))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValidationError) as error:
+            what = " ".join(str(error).split())[:200]
             raise ArtifactError(
-                f"{where}: expected a manifest of activations, got one without {error}; remove its folder to make it "
-                "again"
+                f"{where}: expected a manifest of activations, got another thing ({what}); remove its folder to make "
+                "it again"
             ) from error
         self._verified: set[str] = set()
 

@@ -18,6 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter, ValidationError
+
 from pipeline.errors import ArtifactError
 from pipeline.schema import SCHEMA_VERSION
 from pipeline.storage.filesystem import Storage
@@ -101,7 +103,13 @@ def read_record(storage: Storage, key: ArtifactKey) -> Record | None:
     """The artifact's record, or None where it is not complete."""
     if not storage.exists(f"{key.folder}/{RECORD_NAME}"):
         return None
-    return parse_record(storage.read_json(f"{key.folder}/{RECORD_NAME}"), storage.url(key.folder))
+    record = parse_record(storage.read_json(f"{key.folder}/{RECORD_NAME}"), storage.url(key.folder))
+    if (record.stage, record.fingerprint) != (key.stage, key.fingerprint):
+        raise ArtifactError(
+            f"{storage.url(key.folder)}: expected the record of {key.folder}, got one of "
+            f"{record.stage}/{record.fingerprint}; remove the folder to make it again"
+        )
+    return record
 
 
 def parse_record(value: Any, where: str) -> Record:
@@ -113,10 +121,11 @@ def parse_record(value: Any, where: str) -> Record:
             "remove the folder to make it again, or use the crossray release that wrote it"
         )
     try:
-        return Record(**value)
-    except TypeError as error:
+        return TypeAdapter(Record).validate_python(vars(Record(**value)))
+    except (TypeError, ValidationError) as error:
+        what = " ".join(str(error).split())
         raise ArtifactError(
-            f"{where}/{RECORD_NAME}: not a complete record ({error}); remove the folder to make it again"
+            f"{where}/{RECORD_NAME}: not a complete record ({what[:200]}); remove the folder to make it again"
         ) from error
 
 
@@ -221,7 +230,7 @@ def nearest_drift(storage: Storage, key: ArtifactKey, *, name: str, run_name: st
         if folder == key.fingerprint or not storage.exists(record_key):
             continue
         value = storage.read_json(record_key)
-        if (value.get("name"), value.get("run_name")) != (name, run_name):
+        if not isinstance(value, dict) or (value.get("name"), value.get("run_name")) != (name, run_name):
             continue
         drift = differing_fields(value.get("identity"), key.identity)
         if drift and (not best or len(drift) < len(best)):

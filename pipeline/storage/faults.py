@@ -17,6 +17,11 @@ FIRST_RETRIES = RETRIES._replace(deadline_seconds=10.0)
 REQUEST_ATTEMPTS = 3
 READ_TIMEOUT_SECONDS = 30
 CONNECT_TIMEOUT_SECONDS = 10
+_MENDED_ELSEWHERE = (
+    *(errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EEXIST, errno.ELOOP),
+    *(errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE),
+)
+"""Faults of a local folder that another one may not have."""
 _TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
 _TRANSIENT_CODES = ("SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "OperationAborted")
 
@@ -67,7 +72,7 @@ def explain(error: Exception, action: str, url: str) -> InputError | None:
             f"{tried}: no space left; free some or set storage.root elsewhere, then run again: what was finished is "
             "kept"
         )
-    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
+    if isinstance(error, OSError) and error.errno in _MENDED_ELSEWHERE:
         return InputError(f"{tried}: {error.strerror}; set storage.root elsewhere")
     return None
 

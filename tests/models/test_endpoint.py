@@ -143,6 +143,18 @@ def test_a_reply_without_text_is_an_empty_answer(talker: Talker, endpoint: Makin
     assert endpoint().ask(ASKED).text == ""
 
 
+@pytest.mark.parametrize("count", ["1e30", "-1", "true", '"7"', "1" + "0" * 40, "null", "[1]"])
+def test_absurd_counts_of_tokens_count_as_none(talker: Talker, endpoint: Making, count: str) -> None:
+    usage = f'{{"prompt_tokens": {count}, "completion_tokens": 7}}'
+    talker.reply = lambda _: (200, {}, f'{{"choices": [{{"message": {{"content": "a"}}}}], "usage": {usage}}}'.encode())
+    assert endpoint().ask(ASKED) == ("a", 0, 7)
+
+
+def test_half_characters_of_an_answer_are_replaced(talker: Talker, endpoint: Making) -> None:
+    talker.reply = lambda _: (200, {}, b'{"choices": [{"message": {"content": "a \\ud83d b"}}]}')
+    assert endpoint().ask(ASKED).text == "a ? b"
+
+
 def test_a_key_in_an_answer_is_removed(talker: Talker, endpoint: Making) -> None:
     talker.reply = lambda request: chat_reply(f"your header was {request.key}")
     assert endpoint().ask(ASKED).text == "your header was Bearer [key]"

@@ -58,6 +58,34 @@ def test_the_manifest_survives_json(store: ActivationStore) -> None:
     assert store.manifest.num_rows("validation") == 0
 
 
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("shards", {"a": 1}),
+        ("shards", [{"name": 3}]),
+        ("shards", [1]),
+        ("num_models", "two"),
+        ("activation_dim", None),
+        ("corpora", 4),
+        ("dialogue_corpora", ["x"]),
+        ("moments", []),
+        ("moments", {"train": {"num_rows": "x", "mean": [], "variance": []}}),
+    ],
+)
+def test_a_manifest_whose_parts_have_another_type_is_named(store: ActivationStore, part: str, value: object) -> None:
+    key = f"a/{MANIFEST_NAME}"
+    manifest = {**store.storage.read_json(key), part: value}
+    store.storage.write_json(key, manifest)
+    with pytest.raises(ArtifactError, match=part):
+        ActivationStore(store.storage, "a")
+    store.storage.write_json(key, {name: own for name, own in manifest.items() if name != part})
+    with pytest.raises(ArtifactError, match=part):
+        ActivationStore(store.storage, "a")
+    store.storage.write_json(key, [manifest])
+    with pytest.raises(ArtifactError, match=MANIFEST_NAME):
+        ActivationStore(store.storage, "a")
+
+
 def test_each_row_comes_exactly_once_an_epoch(store: ActivationStore) -> None:
     rows = TrainingRows(store, seed=0, batch_rows=10)
     read = numbers(list(rows.batches(0, 15)))

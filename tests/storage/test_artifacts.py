@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.errors import ArtifactError
 from pipeline.storage.artifacts import (
+    RECORD_NAME,
     artifact_key,
     differing_fields,
     fingerprint_of,
@@ -80,3 +81,41 @@ def test_differing_fields_of_nested_values() -> None:
     assert differing_fields(old, old) == []
     assert differing_fields({"a": "sha256:12"}, {"a": "sha256:34"}) == ["a: other content"]
     assert differing_fields({"a": "sha256:12"}, {"a": "hub/id"}) == ['a: "sha256:12" -> "hub/id"']
+
+
+WRONG_PARTS = {
+    "stage": 3,
+    "name": None,
+    "identity": "x",
+    "counts": [],
+    "checksums": {"a": 1},
+    "seconds": "long",
+    "provenance": 4,
+    "unknown": 1,
+}
+
+
+@pytest.mark.parametrize("part", WRONG_PARTS)
+def test_a_record_whose_parts_have_another_type_is_named(part: str, tmp_path: Path) -> None:
+    storage, key = Storage(str(tmp_path)), artifact_key("a", 1, {}, {})
+    write_record(storage, key, name="a", counts={"n": 1}, seconds=1.0, run_name="r")
+    where = f"{key.folder}/{RECORD_NAME}"
+    storage.write_json(where, {**storage.read_json(where), part: WRONG_PARTS[part]})
+    with pytest.raises(ArtifactError) as caught:
+        read_record(storage, key)
+    assert part in str(caught.value) and key.folder in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_the_record_of_another_artifact_is_refused_in_its_place(tmp_path: Path) -> None:
+    storage, key, other = Storage(str(tmp_path)), artifact_key("a", 1, {}, {}), artifact_key("a", 2, {}, {})
+    write_record(storage, other, name="a", counts={}, seconds=1.0, run_name="r")
+    storage.write_json(f"{key.folder}/{RECORD_NAME}", storage.read_json(f"{other.folder}/{RECORD_NAME}"))
+    with pytest.raises(ArtifactError, match=f"{key.folder}.*{other.folder}"):
+        read_record(storage, key)
+
+
+@pytest.mark.parametrize("value", ["x", 3, [1], {"name": "n"}])
+def test_a_stray_record_is_no_former_state(value: object, tmp_path: Path) -> None:
+    storage, key = Storage(str(tmp_path)), artifact_key("a", 1, {}, {})
+    storage.write_json(f"a/0123/{RECORD_NAME}", value)
+    assert nearest_drift(storage, key, name="n", run_name="r") == []

@@ -113,6 +113,25 @@ def test_an_unwritable_root_is_refused(tmp_path: Path) -> None:
         Storage(str(tmp_path / "file" / "below")).check_writable()
 
 
+@pytest.mark.parametrize(
+    "root", ["", "  ", "a\0b", "a\nb", "~nobody-of-this-name/x", "memory://x", "memory:x", "http://host/x", "data:,x"]
+)
+def test_a_root_that_no_run_can_use_is_refused(root: str) -> None:
+    with pytest.raises(InputError, match=r"storage\.root: expected"):
+        Storage(root)
+
+
+def test_a_root_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="file"):
+        Storage(str(tmp_path / "file")).check_writable()
+
+
+@pytest.mark.parametrize("prefix", ["", "file:", "file://", "file://localhost"])
+def test_a_local_root_may_be_written_as_a_url(prefix: str, tmp_path: Path) -> None:
+    assert Storage(f"{prefix}{tmp_path}").root == str(tmp_path)
+
+
 def test_an_unknown_kind_of_url_is_refused() -> None:
     with pytest.raises(InputError, match="fsspec"):
         Storage("gopher://hole/x").exists("a")
