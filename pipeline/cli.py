@@ -121,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
             _add_pairs(command, "--env", "environment variable of the job; no secrets, they are readable there")
             command.add_argument("--detach", action="store_true", help="return at once instead of following the log")
             _add_address(command)
+    _add_init(commands)
     text = "check every finished artifact of a run, or of a whole storage root, byte by byte; reads only"
     command = commands.add_parser("verify", help=text, description=text)
     what = command.add_mutually_exclusive_group(required=True)
@@ -138,6 +139,17 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--follow", action="store_true", help="go on until the job ends")
         _add_address(command)
     return parser
+
+
+def _add_init(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "write a complete, commented run file for two models; from local folders or known hub ids, without a network"
+    command = commands.add_parser("init", help=text, description=text)
+    command.add_argument("base", help="hub id or folder of the base model")
+    command.add_argument("chat", help="of the fine-tuned model, or the folder of a LoRA adapter of the base model")
+    command.add_argument("--texts", help="your texts: .jsonl or .parquet with a column text, or .txt")
+    command.add_argument("--dialogues", help="your dialogues: .jsonl or .parquet with a column messages")
+    command.add_argument("--name", help="name of the run; the chat model's by default")
+    command.add_argument("--output", help="where to write; NAME.yaml by default, never over a file that is there")
 
 
 def _add_pairs(command: argparse.ArgumentParser, option: str, text: str, shape: str = "KEY=VALUE") -> None:
@@ -179,6 +191,17 @@ def _plan(parsed: argparse.Namespace) -> int:
     for line in notes(config, storage):
         print(line)
     print(estimate_text(config, states, storage, gpu=parsed.gpu))
+    return 0
+
+
+def _init(parsed: argparse.Namespace) -> int:
+    from pipeline.planning.draft import Corpora, draft, machine_here, write_draft
+
+    corpora = Corpora(parsed.texts, parsed.dialogues)
+    text = draft(parsed.base, parsed.chat, corpora, machine_here("runs"), name=parsed.name)
+    path = write_draft(text, parsed.output)
+    print(f"file     {path}")
+    print(f"next     crossray plan {path}")
     return 0
 
 
@@ -344,6 +367,7 @@ def _verify(parsed: argparse.Namespace) -> int:
 
 
 _COMMANDS = {
+    "init": _init,
     "plan": _plan,
     "run": _run,
     "layers": _layers,

@@ -75,7 +75,7 @@ def adds_bos(tokenizer: Any) -> bool:
     """Whether the tokenizer itself puts its BOS in front of every text."""
     if tokenizer.bos_token_id is None:
         return False
-    return bool(tokenizer("a", add_special_tokens=True)["input_ids"][0] == tokenizer.bos_token_id)
+    return bool(tokenizer("a", add_special_tokens=True)["input_ids"][:1] == [tokenizer.bos_token_id])
 
 
 def prompt_ids(tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
