@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from pipeline.analyses.next_tokens import ALL, ASSISTANT, Comparison
-from pipeline.analyses.rows import Sums, merge_sums
+from pipeline.analyses.rows import Sums
 from pipeline.errors import InputError
 from pipeline.numerics.proportions import wilson_interval
 from pipeline.numerics.statistics import jackknife_interval
@@ -103,11 +103,6 @@ def add_distance(
     num_documents = int(document_P.max()) + 1 if len(document_P) else 0
     seen_BS = torch.zeros(num_documents, in_set_PS.shape[1]).index_add_(0, document_P, in_set_PS.float())
     sums["documents_S"] += (seen_BS > 0).sum(0)
-
-
-def merge_distance(a: Sums, b: Sums) -> Sums:
-    """The sums of both parts together."""
-    return merge_sums(a, b, maxima=MAXIMA)
 
 
 def judge(sums: Sums, sets: Sequence[str], *, dtype: str) -> Distance:

@@ -7,14 +7,14 @@ from pipeline.analyses.distance import (
     DISTANCE_COLUMNS,
     KL_FLOOR,
     MARGIN_FLOOR,
+    MAXIMA,
     Distance,
     add_distance,
     empty_distance,
     judge,
-    merge_distance,
 )
 from pipeline.analyses.next_tokens import Comparison
-from pipeline.analyses.rows import Sums
+from pipeline.analyses.rows import Sums, merge_sums
 from pipeline.errors import InputError
 from pipeline.numerics.statistics import jackknife_interval
 
@@ -116,7 +116,7 @@ def test_parts_merge_to_the_whole() -> None:
         _sums(kl[40:], margin=kl[40:], rounding=1e-5, shift=0.05),
     ]
     for pair in (parts, parts[::-1]):
-        merged = merge_distance(*pair)
+        merged = merge_sums(*pair, maxima=MAXIMA)
         for name, value in whole.items():
             torch.testing.assert_close(merged[name], value)
 
