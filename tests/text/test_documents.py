@@ -70,7 +70,9 @@ def test_every_compression_is_read_by_its_name(tmp_path: Path, codec: str) -> No
 )
 def test_a_damaged_file_is_named_in_one_line(tmp_path: Path, name: str, data: bytes) -> None:
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(InputError, match=rf"corpus 'mine': .*{name}: expected a readable file, got \w+.*; replace it"):
+    with pytest.raises(
+        InputError, match=rf"corpus 'mine': .*{name}: expected a readable file, got \w+.*; (replace|save) it"
+    ):
         read(tmp_path / name, source("jsonl", text_column="text"))
 
 
