@@ -61,7 +61,7 @@ def test_every_pair_has_its_shape() -> None:
 def test_a_pair_is_planned_and_fits_its_hardware(name: str, tmp_path: Path) -> None:
     shape = SHAPES[name]
     source = shape.save(tmp_path / "model")
-    settings = [f"models.base.source={source}", f"models.chat.source={source}", f"storage.root=memory://{name}"]
+    settings = [f"models.base.source={source}", f"models.chat.source={source}", f"storage.root={tmp_path / 'runs'}"]
     config = load(FOLDER / f"{name}.yaml", settings)
     assert config.activations.layer == shape.layers // 2  # as the paper's runs: the middle layer
     storage = Storage(config.storage.root)
