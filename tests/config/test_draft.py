@@ -30,7 +30,7 @@ PAIRS = [
 def test_known_pairs_are_planned(base: str, chat: str, machine: Machine, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(draft(base, chat, Corpora(), machine))
-    config = load(path, ["storage.root=memory://draft"])
+    config = load(path, [f"storage.root={tmp_path / 'runs'}"])
     assert all(state.state == "missing" for state in inspect(config, Storage(config.storage.root)))
     assert config.activations.layer == KNOWN[chat].num_layers // 2
     assert config.preset == KNOWN[chat].preset and config.preset in PRESETS
