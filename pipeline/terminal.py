@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import IO, TYPE_CHECKING, Any, Protocol, cast
 
-from pipeline.redaction import redacted
+from pipeline.errors import redacted
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole

@@ -16,7 +16,7 @@ from setuptools import find_namespace_packages, find_packages
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pipeline"
 FILES = sorted(PACKAGE.rglob("*.py"))
-_PLAIN = {"errors", "redaction", "schema"}
+_PLAIN = {"errors", "schema"}
 MAY_IMPORT = {
     "numerics": {"checkpoints"},
     "checkpoints": {*_PLAIN, "numerics"},

@@ -14,9 +14,8 @@ from pipeline.cluster.job_package import check_environment
 from pipeline.cluster.jobs import pack
 from pipeline.config.resources import TrackingSection
 from pipeline.config.run_file import load
-from pipeline.errors import CrossrayError, InputError
+from pipeline.errors import CrossrayError, InputError, is_secret_name, redacted
 from pipeline.models.endpoint import read_key
-from pipeline.redaction import is_secret_name, redacted
 from pipeline.run.flow import build_flow
 from pipeline.storage.artifacts import write_record
 from pipeline.storage.filesystem import Storage

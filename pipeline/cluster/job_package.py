@@ -11,8 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.errors import InputError, first_line
-from pipeline.redaction import is_secret_name, redacted
+from pipeline.errors import InputError, first_line, is_secret_name, redacted
 
 _PACKAGE = "pipeline"
 _CODE_SUFFIXES = frozenset({".py", ".html", ".js", ".css"})

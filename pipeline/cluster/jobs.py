@@ -22,8 +22,7 @@ from urllib.parse import urlsplit
 from pipeline.cluster.connect import use_token
 from pipeline.cluster.job_package import NamedFiles, Packed, check_environment, pack_code
 from pipeline.config.run_file import RunConfig
-from pipeline.errors import InputError, RetryPolicy
-from pipeline.redaction import has_secret
+from pipeline.errors import InputError, RetryPolicy, has_secret
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _RUN_FILE = "run.yaml"

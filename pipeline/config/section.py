@@ -12,8 +12,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.errors import short
-from pipeline.redaction import has_secret, redacted
+from pipeline.errors import has_secret, redacted, short
 
 MAX_NAME_LETTERS = 100
 """Names become parts of file names and of MLflow's keys, which have at most 250."""

@@ -23,8 +23,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 
-from pipeline.errors import InputError, first_line
-from pipeline.redaction import has_secret
+from pipeline.errors import InputError, first_line, has_secret
 from pipeline.storage import faults as storage_faults
 
 _TEMPORARY_MARK = ".tmp-"

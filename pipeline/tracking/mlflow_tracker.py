@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipeline.errors import InputError, causes, first_line
-from pipeline.redaction import redacted
+from pipeline.errors import InputError, causes, first_line, redacted
 from pipeline.tracking.tracker import ENTRY_TAG, Dataset, Point, TrackerAwayError, TrackerRefusedError, flatten
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
