@@ -36,9 +36,9 @@ def test_the_number_that_keeps_the_place_is_named(
     tmp_path: Path, version: int, former: dict[str, Any], run_name: str, is_said: bool
 ) -> None:
     path, storage = run_file(tmp_path, str(tmp_path / "runs")), Storage(str(tmp_path / "runs"))
-    assert notes(load(path), storage) == []
+    before = notes(load(path), storage)
     publish(storage, path, version=version, run_name=run_name, **former)
-    said = notes(load(path), storage)
+    said = [line for line in notes(load(path), storage) if line not in before]
     assert len(said) == is_said
     for line in said:
         assert "model.layers[1]" in line and "set activations.layer to 0" in line
