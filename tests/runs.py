@@ -92,13 +92,25 @@ class Finished:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.root = folder / "runs"
-        self.path = run_file(folder, str(self.root))
-        self.config = load(self.path)
-        self.storage = Storage(str(self.root))
         self.tracker = RecordingTracker()
         self.reporter = SilentReporter()
-        self.outcome = runner.run(self.config, self.reporter, self.tracker)
+        config = load(run_file(folder, str(folder / "runs")))
+        self.outcome = runner.run(config, self.reporter, self.tracker)
+        self._open()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: what was said. The rest is on the disk."""
+        return {name: getattr(self, name) for name in ("folder", "tracker", "reporter", "outcome")}
+
+    def __setstate__(self, said: dict[str, Any]) -> None:
+        self.__dict__.update(said)
+        self._open()
+
+    def _open(self) -> None:
+        self.root = self.folder / "runs"
+        self.path = self.folder / "run.yaml"
+        self.config = load(self.path)
+        self.storage = Storage(str(self.root))
         self.states = {state.step.name: state for state in runner.inspect(self.config, self.storage)}
 
     def counts(self, name: str) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from pydantic import BaseModel
 from runs import Finished, command
 
 from pipeline.cluster.connect import use_token
-from pipeline.config.run_file import RunConfig, _sections_in
+from pipeline.config.faults import sections_in
+from pipeline.config.run_file import RunConfig
 from pipeline.errors import InputError
 from pipeline.tracking.mlflow_tracker import MlflowTracker
 
@@ -28,7 +29,7 @@ def sections(owner: type[BaseModel], seen: set[type[BaseModel]]) -> Iterator[typ
     seen.add(owner)
     yield owner
     for field in owner.model_fields.values():
-        for inner in _sections_in(field.annotation):
+        for inner in sections_in(field.annotation):
             yield from sections(inner, seen)
 
 

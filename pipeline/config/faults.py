@@ -88,7 +88,7 @@ def _walk(kind: type[Section], tree: Any, fault: Any) -> tuple[list[str], type[B
     is_absent = fault["type"] in ("missing", "extra_forbidden")
     held: Any = owner
     for depth, part in enumerate(fault["loc"]):
-        candidates = _sections_in(held)
+        candidates = sections_in(held)
         is_field = any(part in section.model_fields for section in candidates)
         is_there = isinstance(node, dict) and part in node
         if isinstance(part, str) and not is_there and not (is_field or (is_absent and depth == len(fault["loc"]) - 1)):
@@ -99,7 +99,7 @@ def _walk(kind: type[Section], tree: Any, fault: Any) -> tuple[list[str], type[B
         node = _inside(node, part)
         if depth < len(fault["loc"]) - 1 and isinstance(part, str):
             held = next((one.model_fields[part].annotation for one in candidates if part in one.model_fields), None)
-    holders = _sections_in(held)
+    holders = sections_in(held)
     return names, holders[0] if holders else None
 
 
@@ -123,8 +123,8 @@ def _inside(node: Any, part: str | int) -> Any:
     return None
 
 
-def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
     """All section classes named in a type, through unions, tuples and Annotated."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [section for argument in get_args(annotation) for section in _sections_in(argument)]
+    return [section for argument in get_args(annotation) for section in sections_in(argument)]

@@ -21,14 +21,13 @@ from pipeline.planning import sizes
 from pipeline.planning.calibration import layer_seconds, matmul_flops, step_seconds
 from pipeline.planning.estimate import Estimate, estimate, estimate_text
 from pipeline.planning.rates import GPU_SHARE, GPUS, STEP_OVER_ENCODER
-from pipeline.run import runner
 from pipeline.run.flow import build_flow
 from pipeline.run.runner import inspect
 from pipeline.stages.catalogue import DataSteps
 from pipeline.stages.tokens import INDEX_SCHEMA, select, tokens_per_corpus
 from pipeline.storage.filesystem import Storage
-from pipeline.terminal import SilentReporter
 from pipeline.text.mixing import tokens_to_take
+from pipeline.tracking.mlflow_tracker import safe_name
 from pipeline.tracking.run_log import numeric
 
 
@@ -221,8 +220,6 @@ def test_a_store_that_does_not_fit_is_refused_with_what_would(tmp_path: Path, mo
     assert "activations.compression: int8 (464 GB) fits" in line
     assert "activations.mode: stream (92.4 GB) fits" in line
     assert "set storage.root elsewhere" in line
-    with pytest.raises(InputError, match="expected 924 GB of free space"):
-        runner.run(config, SilentReporter())
     assert not (tmp_path / "runs").exists()
 
 
@@ -256,9 +253,8 @@ def test_every_architecture_has_a_shape_and_a_layer_that_can_be_timed() -> None:
 def test_numbers_of_nested_counts_get_names_that_mlflow_takes() -> None:
     counts = {"a": {"b": 1, "c": float("nan")}, "flag": True, "text": "x", "dropped": {"too (long)": 2}}
     found = numeric(counts)
-    assert found["a/b"] == 1.0
-    assert set(found) - {"a/b"} == {name for name in found if name.startswith("dropped/too _long_")}
-    assert len(found) == 2
+    assert found == {"a/b": 1.0, "dropped/too (long)": 2.0}
+    assert safe_name("a/b") == "a/b" and safe_name("dropped/too (long)").startswith("dropped/too _long_")
 
 
 def test_questions_to_a_language_model_are_counted_and_priced(config: RunConfig, tmp_path: Path) -> None:

@@ -143,8 +143,9 @@ def test_a_plan_needs_the_width_alone(run_file: Callable[..., Path], architectur
     ids=["gpus", "gpu-workers", "workers", "ranks", "custom"],
 )
 def test_more_than_this_machine_has_is_refused_at_once_and_planned_with_a_remark(
-    run_file: Callable[..., Path], resources: dict[str, Any], expected: str
+    run_file: Callable[..., Path], resources: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pipeline.run.checks._is_joined", lambda: False)  # by the tests before, in this process
     config = load(run_file("llama", resources=resources, training={"batch_rows": 64, "num_rows": 640}))
     with pytest.raises(InputError, match=expected):
         check_local_resources(_missing(config), config.resources)
