@@ -67,7 +67,7 @@ def test_a_pair_that_differs_says_by_how_much_before_anything_is_fitted(finished
     assert counts["streams"]["difference"] == streams.loc["difference", "value"] > 0
     said = finished.reporter.messages
     place = next(number for number, line in enumerate(said) if line == f"evidence: {counts['reason']}")
-    assert place < next(number for number, line in enumerate(said) if line.startswith("crosscoder"))
+    assert place < next(number for number, line in enumerate(said) if line.startswith("crosscoder "))
     assert counts["reason"] in finished.outcome.verdict
     assert finished.outcome.verdict.startswith("tiny: ")
     parent = next(run for run in finished.tracker.runs.values() if run.parent is None)
