@@ -42,13 +42,14 @@ if not torch.cuda.is_available():
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files without Ray come first, so that what is quick to know is known first; the longest of the others follow.
 
-    A file stays on one process, which shares what its fixtures made; files that need the heavy services share one.
+    A file stays on one process, which shares what its fixtures made; files that need the heavy services or clusters of
+    several nodes share one, so that no two such clusters start at a time.
     """
     starts_ray = Counter(
         item.path for item in items if item.get_closest_marker("ray") or _uses(item, "finished", "ray_cluster")
     )
     items.sort(key=lambda item: (bool(starts_ray[item.path]), -starts_ray[item.path]))
-    heavy = {item.path for item in items if _uses(item, "services")}
+    heavy = {item.path for item in items if _uses(item, "services") or item.path.parent.name == "cluster"}
     for item in items:
         item.add_marker(pytest.mark.xdist_group("services" if item.path in heavy else str(item.path)))
 

@@ -77,21 +77,33 @@ def _start(section: ClusterSection) -> None:
         ) from error
 
 
-def _start_local(section: ClusterSection, common: Mapping[str, Any]) -> None:
-    allow_files()
-    folder = ray_folder()
+def _init_local(options: Mapping[str, Any]) -> Any:
+    """Ray's answer to a local start, tried twice: a node has 30 s to come up, which a busy machine may miss once."""
     import ray
 
     try:
-        info = ray.init(
-            address="local",
-            num_cpus=section.num_cpus,
-            include_dashboard=False,
-            object_store_memory=section.object_store_bytes or min(_OBJECT_STORE_LIMIT, _memory_bytes() // 10),
-            _temp_dir=folder,
-            **common,
-        )
-    except (ConnectionError, ValueError, RuntimeError, OSError, SystemExit) as error:
+        return ray.init(address="local", **options)
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        ray.shutdown()
+        return ray.init(address="local", **options)
+
+
+def _start_local(section: ClusterSection, common: Mapping[str, Any]) -> None:
+    allow_files()
+    folder = ray_folder()
+
+    options = {
+        "num_cpus": section.num_cpus,
+        "include_dashboard": False,
+        "object_store_memory": section.object_store_bytes or min(_OBJECT_STORE_LIMIT, _memory_bytes() // 10),
+        "_temp_dir": folder,
+        **common,
+    }
+    try:
+        info = _init_local(options)
+    except (Exception, SystemExit) as error:  # a plain Exception where a node does not come up in time
         raise CrossrayError(
             f"resources.cluster: Ray cannot start on this machine: {first_line(error)}; look into {folder} and at "
             "/dev/shm (space, permissions), the limits of processes and open files (ulimit -u, -n), and RAY_* variables"
