@@ -83,9 +83,9 @@ def test_every_stage_works_on_the_nodes_that_offer_what_it_asks_for(finished: Fi
         resources["cluster"] = {"address": f"127.0.0.1:{nodes.gcs}"}
         path = run_file(tmp_path, str(root), resources=resources, tracking={"kind": "none"})
         process = start(path, RAY_AUTH_MODE="disabled")
-        wait_for(lambda: any(root.glob("activations/*/*.safetensors.json")), process, seconds=400)
+        wait_for(lambda: any(root.glob("activations/*/*.safetensors.json")), process)
         assert nodes.with_process("MapWorker") == [extracting]
-        wait_for(lambda: has_checkpoint(root), process, seconds=400)
+        wait_for(lambda: has_checkpoint(root), process)
         assert nodes.with_process("RayTrainWorker") == [training]
         process.kill()
         process.wait()

@@ -45,11 +45,11 @@ def test_a_node_lost_at_work_changes_nothing(
     stages = ("organism", "corpus", "tokens")
     copied(finished, tmp_path, *stages, *(["activations"] if title == "RayTrainWorker" else []))
     root, process = begun(nodes, tmp_path)
-    wait_for(lambda: any(root.glob(pattern)), process, seconds=400)
+    wait_for(lambda: any(root.glob(pattern)), process)
     found = nodes.with_process(title)
     assert found, f"no node runs {title}"
     nodes.kill_node(found[0])
-    wait_for(lambda: len(list(root.glob("crosscoder/*/record.json"))) == 2, process, seconds=400)
+    wait_for(lambda: len(list(root.glob("crosscoder/*/record.json"))) == 2, process)
     weights = {name: sums["model.safetensors"] for name, sums in checksums(root, "crosscoder").items()}
     expected = {name: sums["model.safetensors"] for name, sums in checksums(finished.root, "crosscoder").items()}
     assert weights and weights.items() <= expected.items()
@@ -62,9 +62,9 @@ def test_training_goes_on_with_the_ranks_that_are_left(nodes: Nodes, finished: F
     """Two data ranks, one of which is lost with its node: one rank ends where one rank always ends, up to rounding."""
     copied(finished, tmp_path, "organism", "corpus", "tokens", "activations")
     root, process = begun(nodes, tmp_path, training=TWO_RANKS)
-    wait_for(lambda: has_checkpoint(root), process, seconds=400)
+    wait_for(lambda: has_checkpoint(root), process)
     nodes.kill_node(2)
-    wait_for(lambda: len(list(root.glob("crosscoder/*/record.json"))) == 2, process, seconds=400)
+    wait_for(lambda: len(list(root.glob("crosscoder/*/record.json"))) == 2, process)
     process.kill()
     process.wait()
     for path in root.glob("crosscoder/*/model.safetensors"):

@@ -93,7 +93,7 @@ def test_killed_actors_change_nothing(undisturbed: Path, finished: Finished, tmp
         assert not is_done(root), f"extraction ended after {killed} kills"
         if not victims:
             time.sleep(0.05)
-    wait_for(lambda: is_done(root), process, seconds=300)
+    wait_for(lambda: is_done(root), process)
     end(process)
     assert_exactly_once(root, finished)
     assert checksums(root, "activations") == checksums(undisturbed, "activations")

@@ -205,7 +205,7 @@ def test_a_killed_streamed_run_goes_on(ray_cluster: None, finished: Finished, tm
     killed_at = float("inf")
     if victim == "driver":
         process = start(path)
-        wait_for(lambda: has_checkpoint(root), process, seconds=300)
+        wait_for(lambda: has_checkpoint(root), process)
         process.kill()
         process.wait()
         killed_at = time.time()
