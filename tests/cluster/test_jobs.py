@@ -117,7 +117,7 @@ def test_a_run_as_a_job_gives_the_local_verdict_from_the_object_store(
     path = str(run_file(tmp_path, "runs"))
     done = command("submit", path, *places, "--address", job_cluster, "--name", "one")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stdout.startswith(f"job      one on {job_cluster}\n")
+    assert f"job      one on {job_cluster}\n" in done.stdout
     assert "job      one SUCCEEDED" in done.stdout
     assert f"tracking: {server}/#/experiments/" in done.stdout
 
