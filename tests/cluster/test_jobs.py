@@ -180,7 +180,7 @@ def _check_refusals(path: str, places: tuple[str, ...], address: str) -> None:
     assert asked.returncode == 2 and "a job's environment is readable in the dashboard" in asked.stderr
     unable = command(
         *("submit", path, *places, "--address", address, "--name", "gpus"),
-        *("--set", "resources.extraction.gpus=1", "--set", "activations.layer=1"),
+        *("--set", "resources.extraction.gpus=1", "--set", "activations.layer=0"),
     )
     assert unable.returncode == 2
     assert unable.stderr.startswith(
