@@ -36,6 +36,7 @@ from pipeline.errors import InputError
 from pipeline.extraction.activations import RowOptions, is_row, num_leading, plan_batches, within_norm_cap
 from pipeline.models.padding import pad_tokens
 from pipeline.models.pair import ModelPair
+from pipeline.numerics.codes import SparseCodes
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.schema import BASE, CHAT, Flag
 from pipeline.text.conversations import conversation_of
@@ -117,10 +118,8 @@ class Causality:
         sums.update(self.merge(sums, added))
 
     def merge(self, a: Sums, b: Sums) -> Sums:
-        """The documents of both; in order of their ids, so that the order of parts does not matter."""
-        joined = {name: torch.cat([a[name], b[name]]) for name in a}
-        order_G = joined["doc_id_G"].argsort(stable=True)
-        return {name: value[order_G] for name, value in joined.items()}
+        """The documents of both."""
+        return merge_documents(a, b)
 
     def tables(self, sums: Sums, bootstrap: Bootstrap | None = None) -> CausalTables:
         """KL, paired differences and curves (causal_tables.py). InputError where no conversation was seen."""
@@ -139,11 +138,23 @@ class Causality:
         crosscoder = self._editor.crosscoder
         device = crosscoder.W_enc_FMD.device
         x_NMD = batch.x_NMD.to(device)
-        codes = crosscoder.encode(x_NMD.to(crosscoder.W_enc_FMD.dtype))
-        codes = codes.keep(batch.has_codes_N.to(device)[codes.rows_P()])
+        codes = codes_of(crosscoder, batch)
         for edit in edits:
             stream_ND = self._editor.edited_stream(edit, x_NMD, codes)
             yield _with_leading_chat(stream_ND, x_NMD, batch.is_leading_N.to(device))
+
+
+def merge_documents(a: Sums, b: Sums) -> Sums:
+    """The documents of both parts, in order of their ids, so that the order of parts does not matter."""
+    joined = {name: torch.cat([a[name], b[name]]) for name in a}
+    order_G = joined["doc_id_G"].argsort(stable=True)
+    return {name: value[order_G] for name, value in joined.items()}
+
+
+def codes_of(crosscoder: Crosscoder, batch: CausalityBatch) -> SparseCodes:
+    """Codes of a batch's tokens, on the crosscoder's device; none at tokens that it was not trained on."""
+    codes = crosscoder.encode(batch.x_NMD.to(crosscoder.W_enc_FMD.device, crosscoder.W_enc_FMD.dtype))
+    return codes.keep(batch.has_codes_N.to(codes.latents_P.device)[codes.rows_P()])
 
 
 def by_conversation(sums: Sums) -> Sums:

@@ -30,8 +30,10 @@ from pipeline.analyses.causality import (
     CausalityBatch,
     Sums,
     by_conversation,
+    codes_of,
     documents_of,
     log_probabilities,
+    merge_documents,
     predicting_hidden,
 )
 from pipeline.analyses.latent_sets import require_latents
@@ -61,9 +63,7 @@ class Equivalence:
 
     def update(self, sums: Sums, batch: CausalityBatch) -> None:
         """Adds a batch's documents to the sums, in place."""
-        crosscoder = self.crosscoder
-        codes = crosscoder.encode(batch.x_NMD.to(crosscoder.W_enc_FMD.device, crosscoder.W_enc_FMD.dtype))
-        codes = codes.keep(batch.has_codes_N.to(codes.latents_P.device)[codes.rows_P()])
+        codes = codes_of(self.crosscoder, batch)
         document_N = batch.token_N // batch.mask_BT.shape[1]
         products_BJK = torch.zeros(len(batch.doc_id_B), len(self.latents), len(_PRODUCTS), dtype=torch.float64)
         for place, latent in enumerate(self.latents):
@@ -97,10 +97,8 @@ class Equivalence:
         return found_BK
 
     def merge(self, a: Sums, b: Sums) -> Sums:
-        """The documents of both; in order of their ids, so that the order of parts does not matter."""
-        joined = {name: torch.cat([a[name], b[name]]) for name in a}
-        order_G = joined["doc_id_G"].argsort(stable=True)
-        return {name: value[order_G] for name, value in joined.items()}
+        """The documents of both."""
+        return merge_documents(a, b)
 
     def table(self, sums: Sums, bootstrap: Bootstrap | None = None) -> pd.DataFrame:
         """schema.EQUIVALENCE_COLUMNS without the verdict, one row per latent; NaN where neither edit does anything."""

@@ -106,8 +106,8 @@ def write_published(
     folder.mkdir(parents=True, exist_ok=True)
     trainer = checkpoint.settings.get("trainer") if trainer is None else trainer
     if trainer is not None:
-        _replace(folder / TRAINER_NAME, lambda path: _write_json(path, {"trainer": dict(trainer)}))
-    _replace(folder / "config.json", lambda path: _write_json(path, settings))
+        replace_file(folder / TRAINER_NAME, lambda path: _write_json(path, {"trainer": dict(trainer)}))
+    replace_file(folder / "config.json", lambda path: _write_json(path, settings))
     header = {"format": "pt", **TABLE_METADATA}
     if checkpoint.threshold is not None:
         header[OWN_SETTINGS] = json.dumps({"threshold": checkpoint.threshold.tolist()})
@@ -116,7 +116,7 @@ def write_published(
         save_file(tensors, str(path), metadata=header)
         sort_header(path)
 
-    _replace(folder / "model.safetensors", write)
+    replace_file(folder / "model.safetensors", write)
 
 
 def sort_header(path: Path) -> None:
@@ -171,7 +171,7 @@ def _standard_deviations(norm: ActivationNorm) -> Tensor:
     return std_M[:, None].expand(M, D)
 
 
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     """Writes under a temporary name in the same folder, then renames: readers see the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:

@@ -7,15 +7,16 @@ fitted here to the last bit. A checkpoint folder makes a fit one that can be sto
 import os
 import pickle
 import sys
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import pandas as pd
 import torch
 
+from pipeline.checkpoints.export import replace_file
 from pipeline.config.crosscoder import CrosscoderSection, TrainingSection
 from pipeline.config.resources import TrainingResources
 from pipeline.config.run_file import validated
@@ -213,13 +214,9 @@ class _State:
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_name(f".{_STATE_NAME}.{uuid.uuid4().hex}")
-        try:
-            states = [trainer.state_dict() for trainer in trainers]
-            torch.save({"identity": self._identity, "step": step, "trainers": states, "curves": self.curves}, temporary)
-            temporary.replace(self._path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        states = [trainer.state_dict() for trainer in trainers]
+        content = {"identity": self._identity, "step": step, "trainers": states, "curves": self.curves}
+        replace_file(self._path, partial(torch.save, content))
 
 
 def _about(rows: Rows) -> dict[str, Any]:

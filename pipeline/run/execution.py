@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from pipeline.cluster.connect import connected
+from pipeline.config.resources import ResourcesSection
 from pipeline.config.run_file import RunConfig
 from pipeline.errors import CrossrayError
 from pipeline.planning.sizes import check_space
@@ -35,16 +36,12 @@ def execute(config: RunConfig, flow: Flow, storage: Storage, reporter: Reporter,
     check_local_resources(missing, config.resources)
     loading, adopted = flow.data.activations.inputs.loading, [own.crosscoder for own in flow.crosscoders]
     check_models(loading, adopted, address=config.resources.cluster.address)
-    asked = [own.autointerp for own in flow.crosscoders if own.autointerp is not None]
-    if any(read_record(storage, step.key) is None for step in asked):
+    if any(own.autointerp in missing for own in flow.crosscoders):
         endpoint_options(config.resources.autointerp)
     _check_space(config, flow, storage)
     storage.check_writable()
     with ExitStack() as stack:
-        if _needs_cluster(flow.groups, missing):
-            stack.enter_context(connected(config.resources.cluster, _log_path(storage)))
-            check_resources(missing, config.resources)
-            check_halves(missing, storage, config.resources)
+        _connect(stack, flow.groups, missing, storage, config.resources)
         log = RunLog(tracker or make_tracker(config.tracking, storage, reporter.message), config, storage, flow)
         reporter.message(f"tracking: {log.link}")
         context = StageContext(storage, config.resources, reporter, log, config.name, config.tracking.log_every_steps)
@@ -65,10 +62,7 @@ def measure_layers(flow: LayersFlow, context: StageContext) -> None:
     check_models(flow.layers.inputs.loading, address=resources.cluster.address)
     storage.check_writable()
     with ExitStack() as stack:
-        if _needs_cluster(flow.groups, missing):
-            stack.enter_context(connected(resources.cluster, _log_path(storage)))
-            check_resources(missing, resources)
-            check_halves(missing, storage, resources)
+        _connect(stack, flow.groups, missing, storage, resources)
         for group in flow.groups:
             own = [step for step in group.steps if step in missing]
             if not own:
@@ -79,8 +73,14 @@ def measure_layers(flow: LayersFlow, context: StageContext) -> None:
             context.reporter.message(f"{names}: done in {format_seconds(time.monotonic() - started)}")
 
 
-def _needs_cluster(groups: Sequence[Group], missing: Sequence[AnyStep]) -> bool:
-    return any(group.needs_cluster and any(step in missing for step in group.steps) for group in groups)
+def _connect(
+    stack: ExitStack, groups: Sequence[Group], missing: Sequence[AnyStep], storage: Storage, resources: ResourcesSection
+) -> None:
+    """Join the cluster where a missing step needs it, and check there what can be checked before anything is made."""
+    if any(group.needs_cluster and any(step in missing for step in group.steps) for group in groups):
+        stack.enter_context(connected(resources.cluster, _log_path(storage)))
+        check_resources(missing, resources)
+        check_halves(missing, storage, resources)
 
 
 def _check_space(config: RunConfig, flow: Flow, storage: Storage) -> None:

@@ -11,13 +11,13 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Iterable
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+
+from pipeline.storage.filesystem import write_local
 
 DIGEST_LENGTH = 16
 """Hex digits kept of a SHA-256."""
@@ -111,16 +111,7 @@ class ContentDigests:
             return
         rows = self._load() | {key: seen for key, seen in self._known.items() if seen.size >= self.remembered_from}
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-            try:
-                with os.fdopen(descriptor, "w") as stream:
-                    json.dump(rows, stream)
-                Path(name).replace(self.path)
-            except BaseException:
-                with suppress(OSError):
-                    Path(name).unlink()
-                raise
+            write_local(self.path, [json.dumps(rows).encode()])
         except OSError as error:
             _log.info("digests of files are not kept for the next run: %s: %s", self.path, error)
 

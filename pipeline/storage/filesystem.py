@@ -121,7 +121,7 @@ class Storage:
     def write_parts(self, key: str, parts: Sequence[bytes | memoryview]) -> None:
         """`write_bytes` of pieces that follow each other, without joining them in memory where the root is local."""
         if self.is_local:
-            self._do("write", key, lambda: _write_local(Path(self.url(key)), parts))
+            self._do("write", key, lambda: write_local(Path(self.url(key)), parts))
             return
         data = b"".join(parts)
         self._do("write", key, lambda: self._fs.pipe_file(self.url(key), data))
@@ -247,7 +247,8 @@ def _local_root(root: str) -> str:
     return str(absolute)
 
 
-def _write_local(path: Path, parts: Sequence[bytes | memoryview]) -> None:
+def write_local(path: Path, parts: Sequence[bytes | memoryview]) -> None:
+    """Publish a local file in one step, its folder included."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}{_TEMPORARY_MARK}{uuid.uuid4().hex[:8]}")
     try:
