@@ -173,8 +173,8 @@ def _planted_sentences(crosscoder: CrosscoderReport) -> list[str]:
         for scores in ([row.specific for row in rows], [row.deciding for row in rows])
     )
     return [
-        f"A chat-specific latent finds {found} of {fmt.plural(len(rows), 'planted behaviour')} on held-out rows "
-        f"(AUROC of {GOOD_AUROC:g} or more), and {decided} at the token that decides the answer."
+        f"A chat-specific latent finds {found} of {fmt.plural(len(rows), 'planted behaviour')} in held-out answers "
+        f"(AUROC of {GOOD_AUROC:g} or more), and {decided} already at the token that decides the answer."
     ]
 
 
