@@ -102,6 +102,7 @@ if TYPE_CHECKING:
     AnySparsity = SparsitySection
 else:
     _sections = tuple(_section_of(kind, one) for kind, one in SPARSITIES.items())
+    globals().update({section.__name__: section for section in _sections})  # pickle finds a class by its name
     AnySparsity = Annotated[Union[_sections], Field(discriminator="kind")]  # noqa: UP007 (as many as there are)
 
 

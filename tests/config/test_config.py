@@ -1,5 +1,6 @@
 """Run files: strictness, overrides, and errors that a user can act on."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,12 @@ import pydantic
 import pytest
 import yaml
 
+from pipeline.config.crosscoder import CrosscoderSection
 from pipeline.config.presets import PRESETS
 from pipeline.config.run_file import RunConfig, load, load_as, read_tree
 from pipeline.config.section import Section
 from pipeline.errors import InputError
+from pipeline.numerics.sparsities.registry import SPARSITIES
 from pipeline.planted.settings import BenchmarkConfig
 
 WORKLOADS = Path(__file__).parent.parent.parent / "workloads"
@@ -277,3 +280,15 @@ def test_seeds_are_fits_of_their_own_and_no_two_fits_are_the_same(tmp_path: Path
     for crosscoders in ([l1, {**l1, "name": "again"}], [{**l1, "seeds": 3}, {**l1, "name": "own", "seed": 2}]):
         with pytest.raises(InputError, match="crosscoders"):
             load(write(tmp_path, changed("crosscoders", crosscoders)))
+
+
+@pytest.mark.parametrize("kind", SPARSITIES)
+def test_sections_travel_to_workers(kind: str) -> None:
+    """Workers of the benchmark get the recipes as they stand in the file."""
+    needed = {"batch_topk": {"k": 4}, "topk": {"k": 4}}.get(kind, {"target_l0": 4})
+    section = CrosscoderSection.model_validate(
+        {"name": "a", "num_latents": 64, "sparsity": {"kind": kind, **needed}, "seeds": 2, "power": {}}
+    )
+    for one in (section, *section.replicas()):
+        again = pickle.loads(pickle.dumps(one))
+        assert type(again) is type(one) and again == one
