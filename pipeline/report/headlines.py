@@ -124,7 +124,10 @@ def does_sentences(crosscoder: CrosscoderReport) -> list[str]:
 def _new_in_chat(counts: VerdictSummary) -> tuple[str, str, str]:
     """Number, label and sentence about how much is new."""
     if counts.num_chat_only == 0:
-        new = f"None of the {fmt.plural(counts.num_alive, 'live latent')} has a chat-only decoder: nothing to test."
+        new = (
+            f"None of the {fmt.plural(counts.num_alive, 'live latent')} is chat-only by its decoder norm or by the "
+            "evidence."
+        )
         return "0", "latents are new in the chat model", new
     candidates = fmt.count(counts.num_chat_only)
     if not counts.has_scaling:
@@ -135,13 +138,14 @@ def _new_in_chat(counts: VerdictSummary) -> tuple[str, str, str]:
     low, high = fmt.count(counts.num_confident_specific), fmt.count(counts.most_specific)
     span = f"exactly {low}" if low == high else f"between {low} and {high}"
     new = (
-        f"Out of {candidates} whose decoder norms say chat-only; {span} when every latent is counted at the worst "
+        f"Out of {candidates} candidates, {fmt.count(counts.num_chat_only_by_norm)} of them chat-only by decoder norm "
+        f"and the others by the evidence alone; {span} when every latent is counted at the worst "
         "and at the best end of its 95% intervals."
     )
     return fmt.count(counts.num_specific), label, new
 
 
-def _unknown_power(crosscoder: CrosscoderReport) -> list[str]:
+def unknown_power(crosscoder: CrosscoderReport) -> list[str]:
     """A sentence where nothing was found and nobody knows what could have been."""
     controls = crosscoder.controls
     is_known = controls is not None and controls["control"].str.startswith(Control.POWER).any()
@@ -151,7 +155,7 @@ def _unknown_power(crosscoder: CrosscoderReport) -> list[str]:
 
 def _confidence_sentences(counts: VerdictSummary, crosscoder: CrosscoderReport) -> list[str]:
     if counts.num_chat_only == 0:
-        return ["No chat-only latent exists, so no ratio had to be estimated.", *_unknown_power(crosscoder)]
+        return ["No chat-only latent exists, so no ratio had to be estimated.", *unknown_power(crosscoder)]
     if not counts.has_scaling:
         return ["Not at all yet: no test for shrinkage or decoupling was made."]
     verdicts = counts.by_verdict

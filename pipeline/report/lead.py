@@ -8,7 +8,14 @@ from typing import NamedTuple
 
 from pipeline.report import formatting as fmt
 from pipeline.report.data import CrosscoderReport, ReportData
-from pipeline.report.headlines import NOT_YET, cannot_tell, control_sentences, does_sentences, no_verdict
+from pipeline.report.headlines import (
+    NOT_YET,
+    cannot_tell,
+    control_sentences,
+    does_sentences,
+    no_verdict,
+    unknown_power,
+)
 from pipeline.report.latents import explanations
 from pipeline.report.summary import VerdictSummary, verdict_summary
 
@@ -54,7 +61,8 @@ def lead(data: ReportData) -> Lead | None:
     if len(data.crosscoders) > 1 and crosscoder.fidelity is not None:
         why = f"It answers because it explains most of the activations (FVE {fmt.decimal(_fve(crosscoder), 2)})."
     sure = control_sentences(crosscoder.controls)
-    sure = sure or ["No latent is called chat-specific, so no such call can be wrong."]
+    if counts.num_chat_only == 0:
+        sure += unknown_power(crosscoder)
     if crosscoder.controls is None:
         sure = ["Controls were not run: this rests on intervals over documents alone."]
     if nothing := cannot_tell(data):

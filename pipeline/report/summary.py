@@ -15,7 +15,7 @@ from pipeline.analyses.planted_columns import Scoring
 from pipeline.analyses.verdict import verdict_counts
 from pipeline.numerics.proportions import Interval, wilson_interval
 from pipeline.report.data import CrosscoderReport
-from pipeline.schema import CHAT, MODEL_NAMES, Verdict
+from pipeline.schema import CHAT, MODEL_NAMES, Ownership, Verdict
 
 CANDIDATE_SPECIFIC = "chat-specific latent"
 CANDIDATE_ANY = "any latent"
@@ -52,6 +52,8 @@ class VerdictSummary(NamedTuple):
     num_alive: int
     num_chat_only: int
     """Alive latents that Delta_norm calls chat-only or the evidence calls chat-specific."""
+    num_chat_only_by_norm: int
+    """Of them, those whose Delta_norm says so; the others are called by the evidence alone."""
     by_verdict: dict[str, int]
     num_confident_specific: int
     """Chat-specific at the run's false discovery rate."""
@@ -84,6 +86,9 @@ def verdict_summary(latents: pd.DataFrame) -> VerdictSummary:
         num_latents=len(latents),
         num_alive=len(latents) - by_verdict[Verdict.DEAD],
         num_chat_only=sum(by_verdict[name] for name in Verdict.CHAT_ONLY),
+        num_chat_only_by_norm=int(
+            (verdict.isin(Verdict.CHAT_ONLY) & (latents["ownership"] == Ownership.CHAT_ONLY)).sum()
+        ),
         by_verdict=by_verdict,
         num_confident_specific=int((confident & (verdict == Verdict.CHAT_SPECIFIC)).sum()),
         num_confident_artifacts=int((confident & verdict.isin(Verdict.ARTIFACTS)).sum()),

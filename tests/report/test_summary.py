@@ -52,6 +52,7 @@ VERDICTS = [
 def test_counts_and_their_range_follow_from_verdict_and_confidence() -> None:
     counts = verdict_summary(table_of(VERDICTS))
     assert (counts.num_latents, counts.num_alive, counts.num_chat_only) == (8, 7, 6)
+    assert counts.num_chat_only_by_norm == 6  # all of the table's latents are chat-only by norm
     assert (counts.num_specific, counts.num_artifacts) == (3, 2)
     # At worst the two confident ones; at best all but the one confident artifact.
     assert (counts.num_confident_specific, counts.most_specific) == (2, 5)
