@@ -27,6 +27,8 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 _log = logging.getLogger(__name__)
 _OBJECT_STORE_LIMIT = 2_000_000_000
+_OF_ANOTHER_CLUSTER = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_NAMESPACE")
+"""What a job of a cluster finds in its environment: Ray would apply it to the cluster that a run starts for itself."""
 _POLL_SECONDS = 0.5
 _autoscales = False
 """Whether the cluster that this process has joined starts nodes on demand."""
@@ -93,7 +95,8 @@ def _init_local(options: Mapping[str, Any]) -> Any:
 def _start_local(section: ClusterSection, common: Mapping[str, Any]) -> None:
     allow_files()
     folder = ray_folder()
-
+    for name in _OF_ANOTHER_CLUSTER:
+        os.environ.pop(name, None)
     options = {
         "num_cpus": section.num_cpus,
         "include_dashboard": False,
