@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, NamedTuple
 
-from pipeline.cluster.surroundings import allow_files, check_address, ray_folder
+from pipeline.cluster.surroundings import allow_files, check_address, object_folder, ray_folder
 from pipeline.config.resources import ClusterSection, TrainingResources, WorkersSection
 from pipeline.errors import CrossrayError, InputError, first_line
 
@@ -102,6 +102,7 @@ def _start_local(section: ClusterSection, common: Mapping[str, Any]) -> None:
         "include_dashboard": False,
         "object_store_memory": section.object_store_bytes or min(_OBJECT_STORE_LIMIT, _memory_bytes() // 10),
         "_temp_dir": folder,
+        "_plasma_directory": object_folder(os.path.dirname(folder)),  # noqa: PTH120
         **common,
     }
     try:

@@ -112,10 +112,12 @@ def estimate_text(config: RunConfig, states: "Sequence[StepState]", storage: "St
     lines += [f"  {stage:<13}{format_seconds(value)}" for stage, value in result.seconds.items()]
     if any(isinstance(state.step.inputs, AutointerpInputs) and state.record is None for state in states):
         lines.append(f"  autointerp   {_requests_text(config, states)}")
-    is_complete = bool(result.num_bytes or not result.seconds)
+    is_complete = result.data is not None or not result.seconds
     unknown = "" if is_complete else " + what depends on the number of tokens"
     lines.append(f"  total        {format_seconds(sum(result.seconds.values()))}{unknown}")
     lines += [f"  {'this machine':<13}{remark}" for remark in _remarks(config, states, result.data)]
+    if result.seconds and shapes.assumed_decoder(config) is not None:
+        lines.append("  assumed      the models' shape from a table, since they are not on this machine")
     if named := _named_nodes(config):
         lines.append(f"  nodes        {named}")
     if result.seconds and (config.resources.extraction.gpus > 0 or training.gpus > 0):
@@ -155,7 +157,7 @@ def _too_few_shards(config: RunConfig, num_rows: int) -> list[str]:
     section, pool = config.activations, config.resources.extraction
     workers = pool.workers or max(1, int((config.resources.cluster.num_cpus or local_cpus()) / pool.cpus))
     num_shards = max(1, math.ceil(num_rows / section.rows_per_shard))
-    if pool.gpus > 0 or num_shards >= workers:
+    if pool.gpus > 0 or num_shards >= workers or num_rows == 0:
         return []
     return [
         f"activations.rows_per_shard: {section.rows_per_shard:,} makes {num_shards} of about {num_rows:,} rows, but "

@@ -24,7 +24,7 @@ from transformers import (
 from pipeline.config.run_file import load
 from pipeline.planning import sizes
 from pipeline.planning.estimate import estimate, estimate_text
-from pipeline.planning.shapes import shape_of
+from pipeline.planning.shapes import model_config, shape_of
 from pipeline.run.flow import build_flow
 from pipeline.run.runner import inspect
 from pipeline.storage.filesystem import Storage
@@ -131,17 +131,32 @@ def test_every_stage_of_a_fresh_run_has_its_time_and_idle_workers_are_told(tmp_p
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tree(source, resources={"cluster": {"num_cpus": 2}})))
     config = load(path)
-    states, storage = inspect(config, Storage(config.storage.root)), Storage(config.storage.root)
-    result = estimate(config, states, storage)
-    assert list(result.seconds) == [
+    storage = Storage(config.storage.root)
+    text = estimate_text(config, inspect(config, storage), storage)
+    stages = [line.split()[0] for line in text.splitlines()]
+    assert stages[stages.index("start") : stages.index("total")] == [
         *("start", "corpus", "tokens", "activations", "crosscoder", "measurements", "evidence", "report")
     ]
-    text = estimate_text(config, states, storage)
     assert "what depends on the number of tokens" not in text
     assert "activations.rows_per_shard: 50,000 makes 1 of about 11,700 rows, but 2 workers" in text
-    path.write_text(yaml.safe_dump(tree(source, activations={"layer": 1, "rows_per_shard": 1500})))
-    config = load(path)
-    assert "rows_per_shard" not in estimate_text(config, inspect(config, storage), storage)
+
+
+def test_a_known_pair_of_the_hub_is_planned_without_a_network(
+    tmp_path: Path, tree: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    write(tmp_path / "web.jsonl", [{"text": words(i, 40)} for i in range(300)])
+    source = {"name": "web", "kind": "jsonl", "paths": [str(tmp_path / "web.jsonl")], "text_column": "text"}
+    models = {"base": {"source": "google/gemma-2-2b"}, "chat": {"source": "google/gemma-2-2b-it"}}
+    pools = {"extraction": {"gpus": 1}, "training": {"gpus": 1}}
+    path = tmp_path / "run.yaml"
+    changes = {"analyses": {"causality": None, "evidence": None}, "activations": {"layer": 13}}
+    path.write_text(yaml.safe_dump(tree(source, models=models, resources=pools, **changes)))
+    config, storage = load(path), Storage(str(tmp_path / "runs"))
+    shape = shape_of(model_config(config, build_flow(config).data, {}, storage))
+    assert (shape.width, shape.num_layers) == (2304, 26)
+    assert shape.layer_parameters[13] == pytest.approx(77.9e6, rel=0.001)
+    assert estimate(config, inspect(config, storage), storage).seconds["activations"] > 0
 
 
 def test_all_experts_are_in_memory_and_few_are_used() -> None:
