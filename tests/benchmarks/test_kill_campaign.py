@@ -1,6 +1,9 @@
 """What the campaign calls a difference, and what it finds of a run's processes; the campaign itself is not run here."""
 
+import json
+import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +61,45 @@ def test_a_process_of_the_tree_is_killed_and_what_is_left_is_found(tmp_path: Pat
         process.kill()
         process.wait()
         for pid in campaign.marked("test-mark"):
-            campaign.os.kill(pid, campaign.signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
+
+
+_WORK = """
+import sys, time
+from pathlib import Path
+for stage in ("tokens", "causality"):  # each is made where it has no record, as a run does
+    folder = Path(sys.argv[1]) / "runs" / stage / "abc"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "record.json").exists():
+        time.sleep(0.6)
+        (folder / "record.json").write_text("{}")
+"""
+
+
+def test_a_killed_run_is_started_again_until_it_ends_and_the_rest_of_a_campaign_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The loop of the campaign, around a program that takes a second in place of a run."""
+
+    def start(path: Path, mark: str) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, campaign._MARK: mark}
+        return subprocess.Popen([sys.executable, "-c", _WORK, str(path.parent)], env=environment)
+
+    monkeypatch.setattr(campaign, "start", start)
+    asked = ["campaign", str(tmp_path), "--kills-per-run", "2", "--mean-seconds", "0.3", "--modes", "store"]
+    monkeypatch.setattr(sys, "argv", [*asked, "--kills", "2"])
+    campaign.main()
+    lines = (tmp_path / "campaign.jsonl").read_text().splitlines()
+    found = [campaign.Found(**json.loads(line)) for line in lines]
+    assert sum(len(one.kills) for one in found) >= 2
+    assert all(one.num_starts == len(one.kills) + 1 for one in found)
+    for one in found:
+        del one.counts["left shared memory"]  # other tests work on this machine too
+        assert set(one.counts.values()) == {0} and one.differing == []
+    monkeypatch.setattr(sys, "argv", [*asked, "--kills", str(sum(len(one.kills) for one in found) + 1)])
+    campaign.main()
+    assert (tmp_path / "campaign.jsonl").read_text().splitlines()[: len(lines)] == lines
+    assert "lost rows" in capsys.readouterr().out
 
 
 def test_the_stage_at_work_is_the_one_without_a_record(tmp_path: Path) -> None:
