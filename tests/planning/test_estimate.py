@@ -185,7 +185,7 @@ def test_a_real_pair_on_a_gpu_that_is_not_here_is_told_in_hours(tmp_path: Path) 
     extraction = rows * 2 * 13 * 2 * (attention + mlp) / (GPU_SHARE.value * GPUS["A100"].bfloat16)
     assert result.seconds["activations"] > extraction > 3000
     training = STEP_OVER_ENCODER.value * 200_000_000 * 2 * 2 * 2304 * 73_728 / (GPU_SHARE.value * GPUS["A100"].bfloat16)
-    assert 2 * training > result.seconds["crosscoder"] > training > 1500  # curves and start-up depend on this machine
+    assert 3 * training > result.seconds["crosscoder"] > training > 1500  # curves and start-up depend on this machine
     faster = planned(tmp_path, gemma(tmp_path), gpu="H100")
     assert faster.seconds["crosscoder"] < result.seconds["crosscoder"]
     assert (result.training_bytes_per_rank or 0) > 2 * 73_728 * 2 * 2304 * 16

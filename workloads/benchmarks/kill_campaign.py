@@ -41,7 +41,7 @@ WALL_CLOCK = ("time_ms", "rows_per_second")
 _EXACT_IN_STREAM = ("organism", "corpus", "tokens", "activations", "evidence")
 _MARK = "CROSSRAY_KILL_CAMPAIGN"
 """In the environment of everything that a run starts: what is left behind is found by it."""
-_GRACE_SECONDS = 30.0
+_GRACE_SECONDS = 60.0
 _COUNTS = ("lost rows", "doubled rows", "differing files", "left processes", "left shared memory", "hung")
 
 
