@@ -29,6 +29,8 @@ _WINDOW_SECONDS = 30.0
 """Over which the rate is measured."""
 _SAMPLE_SECONDS = 0.25
 """Between two points of that window."""
+_SETTLED_SECONDS, _SETTLED_SHARE = 5.0, 0.25
+"""Of a window, or of the whole, from which on the time left is told: a guess from less is often ten times off."""
 _BAR_WIDTHS = (8, 24)
 """Fewest and most letters of a bar."""
 _UNLIMITED_WIDTH = 10_000
@@ -100,9 +102,9 @@ class Reporter(Protocol):
 class Progress:
     """How far a stage is.
 
-    The rate is that of the last _WINDOW_SECONDS, counted from the first update, so that neither a slow start nor a
-    change of pace spoils the time left. rich keeps such a window too, but not without a display, and it leaves out the
-    first sample, which is half of what a stage with few updates has.
+    The rate is that of the last _WINDOW_SECONDS. The first update, before workers have started, counts only until
+    there are two others, so that neither a slow start nor a change of pace spoils the time left. rich keeps such a
+    window too, but not without a display.
     """
 
     stage: str
@@ -112,6 +114,7 @@ class Progress:
     note: str = ""
     clock: Callable[[], float] = field(default=time.monotonic, repr=False)
     _samples: deque[tuple[float, int]] = field(default_factory=deque, repr=False)
+    _has_start: bool = field(default=True, repr=False)
 
     def update(self, done: int, note: str = "") -> "Progress":
         """Set the units done so far (not the increment)."""
@@ -120,6 +123,9 @@ class Progress:
         if len(self._samples) > 1 and now - self._samples[-2][0] < _SAMPLE_SECONDS:
             self._samples.pop()
         self._samples.append((now, done))
+        if self._has_start and len(self._samples) > 2:
+            self._samples.popleft()
+            self._has_start = False
         while len(self._samples) > 2 and self._samples[1][0] <= now - _WINDOW_SECONDS:
             self._samples.popleft()
         return self
@@ -134,9 +140,13 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds until `total` at the present rate; None while that cannot be told."""
+        """Seconds until `total` at the present rate; None while too little is known of it."""
         rate = self.per_second
-        return (self.total - self.done) / rate if rate else None
+        if not rate:
+            return None
+        is_settled = self._samples[-1][0] - self._samples[0][0] >= _SETTLED_SECONDS and not self._has_start
+        is_settled |= self.done >= _SETTLED_SHARE * self.total
+        return (self.total - self.done) / rate if is_settled else None
 
     def details(self) -> str:
         """`120,000/300,000 rows  40%  21,000 rows/s  8 s left`."""

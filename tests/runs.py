@@ -25,6 +25,7 @@ from pipeline.storage.artifacts import Record
 from pipeline.storage.filesystem import Storage
 from pipeline.terminal import SilentReporter
 from pipeline.tracking.tracker import RecordingTracker
+from workloads.benchmarks import processes
 
 TINY: dict[str, Any] = {
     "name": "tiny",
@@ -200,20 +201,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seco
 
 def descendants(pid: int) -> list[int]:
     """Process ids below a process, from /proc."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            except OSError:
-                continue
-    found, queue = [], [pid]
-    while queue:
-        current = queue.pop()
-        below = [child for child, parent in parents.items() if parent == current]
-        found += below
-        queue += below
-    return found
+    return [own for own in processes.descendants(pid) if own != pid]
 
 
 def command_line(pid: int) -> str:

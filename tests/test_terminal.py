@@ -33,6 +33,16 @@ def test_rate_and_time_left_count_from_the_first_update(clock: Clock) -> None:
     assert progress.line() == "activations   200/300 rows  67%  10 rows/s  10 s left"
 
 
+def test_a_slow_start_spoils_no_time_left(clock: Clock) -> None:
+    progress = Progress("x", 1200, "rows", clock=clock).update(0)
+    left = []
+    for done in range(10, 200, 10):  # workers load models for 20 s, then each second gives 10 rows
+        clock.seconds += 20 if done == 10 else 1
+        left.append(progress.update(done).seconds_left)
+    assert left[:5] == [None] * 5
+    assert left[6:] == [pytest.approx((1200 - done) / 10) for done in range(70, 200, 10)]
+
+
 def test_the_rate_forgets_what_is_older_than_half_a_minute(clock: Clock) -> None:
     progress = Progress("x", 10_000, "rows", clock=clock)
     for second in range(100):

@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, NamedTuple
 
-from pipeline.cluster.surroundings import allow_files, check_address, ray_folder
+from pipeline.cluster.surroundings import allow_files, check_address, object_folder, ray_folder
 from pipeline.config.resources import ClusterSection, TrainingResources, WorkersSection
 from pipeline.errors import CrossrayError, InputError, first_line
 
@@ -27,6 +27,8 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 _log = logging.getLogger(__name__)
 _OBJECT_STORE_LIMIT = 2_000_000_000
+_OF_ANOTHER_CLUSTER = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_NAMESPACE")
+"""What a job of a cluster finds in its environment: Ray would apply it to the cluster that a run starts for itself."""
 _POLL_SECONDS = 0.5
 _autoscales = False
 """Whether the cluster that this process has joined starts nodes on demand."""
@@ -93,12 +95,14 @@ def _init_local(options: Mapping[str, Any]) -> Any:
 def _start_local(section: ClusterSection, common: Mapping[str, Any]) -> None:
     allow_files()
     folder = ray_folder()
-
+    for name in _OF_ANOTHER_CLUSTER:
+        os.environ.pop(name, None)
     options = {
         "num_cpus": section.num_cpus,
         "include_dashboard": False,
         "object_store_memory": section.object_store_bytes or min(_OBJECT_STORE_LIMIT, _memory_bytes() // 10),
         "_temp_dir": folder,
+        "_plasma_directory": object_folder(os.path.dirname(folder)),  # noqa: PTH120
         **common,
     }
     try:

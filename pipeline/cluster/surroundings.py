@@ -60,6 +60,11 @@ def ray_folder() -> str:
     )
 
 
+def object_folder(fallback: str, shared: Path = Path("/dev/shm")) -> str | None:
+    """Where Ray is to map its objects: `fallback` where the shared memory of this machine cannot be written to."""
+    return None if not shared.is_dir() or _is_writable(shared) else fallback
+
+
 def _is_writable(folder: Path) -> bool:
     try:
         with tempfile.TemporaryFile(dir=folder if not (folder / "ray").exists() else folder / "ray"):

@@ -12,7 +12,7 @@ Shapes: B rows, M models, D width; inside a batch B documents, T positions.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -104,8 +104,12 @@ class ExtractRows:
         self.tokens_per_batch = options.tokens_per_batch
         """Budget of the next call: the options', until memory runs out."""
 
-    def __call__(self, documents: Mapping[str, Sequence[Any]]) -> ActivationRows:
+    def __call__(
+        self, documents: Mapping[str, Sequence[Any]], on_batch: Callable[[int], None] | None = None
+    ) -> ActivationRows:
         """Rows of the documents; a document of which everything is dropped gives none.
+
+        on_batch: told the tokens of each batch that is done.
 
         A batch that does not fit into memory is run again in halves, and later calls keep the smaller budget. Raises
         InputError where one document alone does not fit.
@@ -135,6 +139,8 @@ class ExtractRows:
             target = np.concatenate([np.arange(ends[i] - len(positions[i]), ends[i]) for i in members])
             x_BMD[torch.from_numpy(target)] = taken.x_BMD
             is_within_cap_B[torch.from_numpy(target)] = taken.is_within_cap_B
+            if on_batch is not None:
+                on_batch(sum(lengths[i] for i in members))
         num_rows_of = [len(row) for row in positions]
         rows = ActivationRows(
             x_BMD,

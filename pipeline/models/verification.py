@@ -31,6 +31,7 @@ Part = Literal["rows", "logits", "answers"]
 
 _Result = TypeVar("_Result")
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LENGTHS = (11, 3, 17, 1, 8)
 _NEW_TOKENS = 3
 _SAME_BATCH = 0.25
@@ -111,6 +112,17 @@ def verify(
         if "answers" in parts and model == CHAT and decoder.has_upper:
             answers[model] = _attempt(pair, model, "answers", partial(_answers_regret, decoder, documents))
     return Verification((rows[0], rows[1]), (logits[0], logits[1]), (answers[0], answers[1]))
+
+
+def require_finite(pair: ModelPair) -> None:
+    """InputError where a weight of either model is NaN or Inf: every answer of the model would rest on it."""
+    for name, decoder in zip(MODEL_NAMES, pair.decoders, strict=True):
+        for key, tensor in decoder.model.named_parameters():
+            if tensor.dtype in _FLOATS and not torch.isfinite(tensor).all():
+                raise InputError(
+                    f"models.{name}: expected finite weights, got NaN or Inf in {key}; save the model anew, or choose "
+                    "another checkpoint"
+                )
 
 
 def require_plain_forward(

@@ -10,6 +10,7 @@ Shapes: B rows, M models, D width, F latents.
 import copy
 import dataclasses
 import logging
+import math
 import os
 import tempfile
 import time
@@ -29,6 +30,8 @@ _log = logging.getLogger(__name__)
 _SAMPLE_SECONDS = 0.25
 """Rough time of one measurement; there are a handful."""
 _SAMPLE_BYTES = 16 << 20
+_FEWEST_TOKENS = 512
+"""Of a timed forward pass: with fewer, reading the weights takes most of the time, as it does in no batch of a run."""
 _TEXT = "the report says that seven old bridges over this river were closed because of heavy autumn floods. " * 18
 
 
@@ -63,6 +66,18 @@ def _step_seconds(spec: CrosscoderSpec, batch_rows: int, num_threads: int, flops
         excess /= spec.num_latents / num_latents
     if excess > 1:
         num_rows = max(min(num_rows, 128), int(num_rows / excess))
+    sampled = _sampled_step(spec, num_rows, num_latents, num_threads)
+    if num_latents < spec.num_latents:
+        # Decoding and its gradients cost the same for any dictionary: only what grows with it is scaled.
+        fewer = _sampled_step(spec, num_rows, num_latents // 2, num_threads)
+        encoder = 2 * num_rows * width / flops
+        per_latent = min(max((sampled - fewer) / (num_latents - num_latents // 2), encoder), sampled / num_latents)
+        sampled += per_latent * (spec.num_latents - num_latents)
+    return sampled * batch_rows / num_rows
+
+
+def _sampled_step(spec: CrosscoderSpec, num_rows: int, num_latents: int, num_threads: int) -> float:
+    """Seconds of one step of a crosscoder like this one with so many rows and latents."""
     sample = dataclasses.replace(
         spec,
         num_latents=num_latents,
@@ -76,7 +91,7 @@ def _step_seconds(spec: CrosscoderSpec, batch_rows: int, num_threads: int, flops
     for threads in sorted({1, num_threads}):  # on a busy machine, several threads can be slower than one
         with _threads(threads):
             seconds = min(seconds, _best_seconds(lambda: trainer.step(x_BMD)))
-    return seconds * (spec.num_latents / num_latents) * (batch_rows / num_rows)
+    return seconds
 
 
 def layer_seconds(config: Any, shape: tuple[int, int], *, dtype: str, num_threads: int, flops: float) -> float:
@@ -88,7 +103,8 @@ def layer_seconds(config: Any, shape: tuple[int, int], *, dtype: str, num_thread
     width = int(config.hidden_size)
     num_layers = min(4 if width <= 1024 else 1, int(config.num_hidden_layers))
     num_documents, length = shape
-    affordable = max(1, int(flops * _SAMPLE_SECONDS / (24 * width**2 * num_layers * length)))
+    affordable = int(flops * _SAMPLE_SECONDS / (24 * width**2 * num_layers * length))
+    affordable = max(math.ceil(_FEWEST_TOKENS / length) if length > 1 else 1, affordable)
     ids_BT = torch.randint(0, 256, (min(num_documents, affordable), length))
     with _threads(num_threads), torch.no_grad():
         try:

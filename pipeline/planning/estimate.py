@@ -5,12 +5,14 @@ calibration.py), so the hours hold for workers like it; the speed of GPUs is tak
 A run of which every step is done is answered from its records: no model, tokenizer or clock is touched.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from pipeline.cluster.connect import local_cpus
 from pipeline.config.run_file import RunConfig
 from pipeline.errors import InputError
-from pipeline.planning import sizes
+from pipeline.planning import shapes, sizes
 from pipeline.planning.rates import GPU_SHARE
 from pipeline.planning.sizes import DataSize, format_bytes
 from pipeline.planning.times import PlanInputs, durations
@@ -67,10 +69,10 @@ def estimate(
 
     adopted = [state.step for state in states if state.step.key.stage == "crosscoder"]
     check_models(steps.activations.inputs.loading, adopted, address=config.resources.cluster.address, only_local=True)
-    model_config = sizes.model_config(config, steps, records, storage)
-    shape = sizes.shape_of(model_config)
+    model_config = shapes.model_config(config, steps, records, storage)
+    shape = shapes.shape_of(model_config)
     if must_fit and data is not None and "activations" in missing:
-        sizes.require_space(config, data, shape, steps.activations, storage)
+        sizes.require_space(config, data, shape.width, steps.activations, storage)
     tokenizer = sizes.local_tokenizer(steps, records, storage)
     inputs = PlanInputs(config, missing, records, data, model_config, tokenizer, storage)
     seconds = durations(inputs, gpu=gpu)
@@ -91,9 +93,8 @@ def estimate_text(config: RunConfig, states: "Sequence[StepState]", storage: "St
     result = estimate(config, states, storage, gpu=gpu, must_fit=True)
     lines = ["estimate"]
     if result.data is not None:
-        bound = {sizes.EXACT: "", sizes.SAMPLED: "about ", sizes.KNOWN: "", sizes.BUDGET: "at most "}[
-            result.data.source
-        ]
+        words = {sizes.SAMPLED: "about ", sizes.ASSUMED: "about ", sizes.BUDGET: "at most "}
+        bound = words.get(result.data.source, "")
         lines.append(f"  tokens       {bound}{result.data.num_tokens:,} ({result.data.source})")
         lines.append(
             f"  rows         {bound}{result.data.num_rows:,} (both models, layer {config.activations.layer_number})"
@@ -111,10 +112,12 @@ def estimate_text(config: RunConfig, states: "Sequence[StepState]", storage: "St
     lines += [f"  {stage:<13}{format_seconds(value)}" for stage, value in result.seconds.items()]
     if any(isinstance(state.step.inputs, AutointerpInputs) and state.record is None for state in states):
         lines.append(f"  autointerp   {_requests_text(config, states)}")
-    is_complete = bool(result.num_bytes or not result.seconds)
+    is_complete = result.data is not None or not result.seconds
     unknown = "" if is_complete else " + what depends on the number of tokens"
     lines.append(f"  total        {format_seconds(sum(result.seconds.values()))}{unknown}")
-    lines += [f"  {'this machine':<13}{remark}" for remark in _remarks(config, states)]
+    lines += [f"  {'this machine':<13}{remark}" for remark in _remarks(config, states, result.data)]
+    if result.seconds and shapes.assumed_decoder(config) is not None:
+        lines.append("  assumed      the models' shape from a table, since they are not on this machine")
     if named := _named_nodes(config):
         lines.append(f"  nodes        {named}")
     if result.seconds and (config.resources.extraction.gpus > 0 or training.gpus > 0):
@@ -122,7 +125,7 @@ def estimate_text(config: RunConfig, states: "Sequence[StepState]", storage: "St
     return "\n".join(lines)
 
 
-def _remarks(config: RunConfig, states: "Sequence[StepState]") -> list[str]:
+def _remarks(config: RunConfig, states: "Sequence[StepState]", data: DataSize | None) -> list[str]:
     """What will not work, or not well, on the machine that plans, where it is the one that runs."""
     missing = [state.step for state in states if state.record is None]
     if not missing or config.resources.cluster.address != "local":
@@ -144,7 +147,23 @@ def _remarks(config: RunConfig, states: "Sequence[StepState]") -> list[str]:
                 f"models.dtype: {dtype} takes {slowdown:.1f} times as long as float32 on its CPU, which has no "
                 f"instructions for it; float32 gives finer numbers for twice the memory"
             )
+    if data is not None and "activations" in (step.key.stage for step in missing):
+        remarks += _too_few_shards(config, data.stored_rows)
     return remarks
+
+
+def _too_few_shards(config: RunConfig, num_rows: int) -> list[str]:
+    """Said where extraction workers would stand idle, since each makes whole shards."""
+    section, pool = config.activations, config.resources.extraction
+    workers = pool.workers or max(1, int((config.resources.cluster.num_cpus or local_cpus()) / pool.cpus))
+    num_shards = max(1, math.ceil(num_rows / section.rows_per_shard))
+    if pool.gpus > 0 or num_shards >= workers or num_rows == 0:
+        return []
+    return [
+        f"activations.rows_per_shard: {section.rows_per_shard:,} makes {num_shards} of about {num_rows:,} rows, but "
+        f"{workers} workers could extract: the others stand idle, and a run that is killed begins anew; set it to "
+        f"{max(1, num_rows // (4 * workers)):,} or less"
+    ]
 
 
 def _data_steps(states: "Sequence[StepState]") -> DataSteps:

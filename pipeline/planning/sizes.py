@@ -1,19 +1,20 @@
 """How much a run reads, stores and holds: rows, bytes and memory, from settings, records and samples.
 
-Exact where tokens exist; sampled where only the corpus does; before that the budget, or the known size of a generated
-pair. Arithmetic alone: nothing is timed here (times.py). The one refusal is a store that does not fit. torch, the
-stages and transformers are imported where a model or a table is read, so that a finished run is planned without them.
+Exact where tokens exist; before that sampled (texts.py), the known size of a generated pair, or the budget. Arithmetic
+alone: nothing is timed here (times.py). The one refusal is a store that does not fit. torch, the stages and
+transformers are imported where a model or a table is read, so that a finished run is planned without them.
 """
 
-from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.config.data import HubModel
 from pipeline.config.run_file import RunConfig
 from pipeline.errors import InputError
-from pipeline.planning.rates import LOSSLESS_SHARE, ORGANISM_TEXTS
-from pipeline.schema import MODEL_NAMES, Flag
+from pipeline.planning.rates import CHARACTERS_PER_TOKEN, LOSSLESS_SHARE
+from pipeline.planning.shapes import ModelShape, model_config
+from pipeline.planning.texts import TextSize, known_texts, texts_of_corpus, texts_of_sources
+from pipeline.schema import MODEL_NAMES
 from pipeline.text.mixing import tokens_to_take
 
 if TYPE_CHECKING:
@@ -26,11 +27,11 @@ NUM_MODELS = len(MODEL_NAMES)
 BYTES_PER_ROW_BESIDE_X = 24
 """token_id, position, flags, corpus (4 bytes each) and doc_id (8) of schema.SHARD_TENSORS."""
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_SAMPLED_DOCUMENTS = 200
 _TOKENS_PER_DOCUMENT = 256.0
 """Where only a budget is known."""
 
 EXACT, SAMPLED, KNOWN, BUDGET = "exact", "sampled", "known of the organism", "budget"
+ASSUMED = f"sampled, at {CHARACTERS_PER_TOKEN.value:g} characters a token, since the tokenizer is not on this machine"
 
 
 class DataSize(NamedTuple):
@@ -43,8 +44,10 @@ class DataSize(NamedTuple):
     stored_rows: int
     """num_rows, in stream mode those of the validation documents."""
     source: str
-    """EXACT, SAMPLED, KNOWN or BUDGET (an upper bound)."""
+    """EXACT, SAMPLED, ASSUMED, KNOWN or BUDGET (an upper bound)."""
     tokens_per_document: float
+    dialogues: TextSize | None
+    """Those that the models read; None where only a budget is known."""
 
 
 def data_size(
@@ -60,25 +63,45 @@ def data_size(
                 num_rows = round(num_rows / config.corpus.validation_frac)
         else:
             num_rows = _rows_of_index(config, data, storage, has_bos=bool(counts.get("has_bos", True)))
-        return _sized(config, num_documents, num_tokens, num_rows, EXACT)
+        of_dialogues = sum(
+            tokens for name, tokens in counts["tokens"].items() if name.rsplit("/", 1)[0] in counts["dialogue_corpora"]
+        )
+        dialogues = TextSize(num_documents, num_tokens, is_dialogues=True).taken(of_dialogues)
+        return _sized(config, num_documents, num_tokens, num_rows, EXACT, dialogues)
     have, source = _texts(config, data, records, storage)
     budget = config.tokens.num_tokens
     if have is None:
         return None if budget is None else _sized(config, None, budget, budget, BUDGET)
     weights = {corpus.name: corpus.weight for corpus in config.corpus.sources}
-    sizes = {name: tokens for name, (_, tokens) in have.items()}
-    took = tokens_to_take(sizes, weights, budget, mixing=config.tokens.mixing)
-    num_tokens = round(sum(took.values()))
-    num_documents = round(sum(have[name][0] * took[name] / max(1, have[name][1]) for name in weights))
+    have_tokens = {name: own.num_tokens for name, own in have.items()}
+    took = tokens_to_take(have_tokens, weights, budget, mixing=config.tokens.mixing)
+    taken = [have[name].taken(took[name]) for name in weights]
+    num_tokens, num_documents = (round(sum(own[place] for own in taken)) for place in (1, 0))
     num_rows = max(0, num_tokens - num_documents * _dropped_per_document(config, has_bos=True))
-    return _sized(config, num_documents, num_tokens, num_rows, source)
+    spoken = [own for own in taken if own.is_dialogues]
+    spoken_tokens = sum(own.num_tokens for own in spoken)
+    assistant_tokens = sum(own.num_tokens * own.assistant_frac for own in spoken)
+    dialogues = TextSize(
+        sum(own.num_documents for own in spoken),
+        spoken_tokens,
+        is_dialogues=True,
+        assistant_frac=assistant_tokens / max(1.0, spoken_tokens),
+    )
+    return _sized(config, num_documents, num_tokens, num_rows, source, dialogues)
 
 
-def _sized(config: RunConfig, num_documents: int | None, num_tokens: int, num_rows: int, source: str) -> DataSize:
+def _sized(
+    config: RunConfig,
+    num_documents: int | None,
+    num_tokens: int,
+    num_rows: int,
+    source: str,
+    dialogues: TextSize | None = None,
+) -> DataSize:
     is_stored = config.activations.mode == "store"
     stored_rows = num_rows if is_stored else round(num_rows * config.corpus.validation_frac)
     per_document = _TOKENS_PER_DOCUMENT if num_documents is None else num_tokens / max(1, num_documents)
-    return DataSize(num_documents, num_tokens, num_rows, stored_rows, source, per_document)
+    return DataSize(num_documents, num_tokens, num_rows, stored_rows, source, per_document, dialogues)
 
 
 def _rows_of_index(config: RunConfig, data: "DataSteps", storage: "Storage", *, has_bos: bool) -> int:
@@ -99,56 +122,31 @@ def _dropped_per_document(config: RunConfig, *, has_bos: bool) -> int:
 
 def _texts(
     config: RunConfig, data: "DataSteps", records: "Mapping[str, Record]", storage: "Storage"
-) -> tuple[dict[str, tuple[int, float]] | None, str]:
+) -> tuple[dict[str, TextSize] | None, str]:
     """Documents and tokens per corpus before any mixing, and where they come from."""
-    if "corpus" in records and "num_characters" in records["corpus"].counts:
-        sampled = _sample(config, data, records, storage)
-        if sampled is not None:
-            return sampled, SAMPLED
-    parts = {corpus.name: getattr(corpus, "part", None) for corpus in config.corpus.sources}
-    if config.organism is not None and all(parts.values()):
-        return {name: ORGANISM_TEXTS[config.organism.size][str(part)] for name, part in parts.items()}, KNOWN
-    return None, BUDGET
-
-
-def _sample(
-    config: RunConfig, data: "DataSteps", records: "Mapping[str, Record]", storage: "Storage"
-) -> dict[str, tuple[int, float]] | None:
-    """Tokens per corpus, from some documents of each; None where the tokenizer is not at hand."""
-    from pipeline.storage.tables import read_table
-    from pipeline.text.tokenise import Tokenise
-
+    corpus = records.get("corpus")
+    has_corpus = corpus is not None and "num_characters" in corpus.counts
+    if not has_corpus and (known := known_texts(config)) is not None:
+        return known, KNOWN
     tokenizer = local_tokenizer(data, records, storage)
-    if tokenizer is None:
-        return None
-    tokenise = Tokenise(tokenizer, max_tokens=config.tokens.max_tokens_per_document)
-    corpus = records["corpus"]
-    lengths: dict[str, list[int]] = {}
-    num_sampled: Counter[str] = Counter()
-    for part in corpus.counts["parts"]:
-        if all(len(lengths.get(name, ())) >= _SAMPLED_DOCUMENTS for name in corpus.counts["num_documents"]):
-            break
-        table = read_table(storage, f"{data.corpus.folder}/{part}")
-        sampled = table.slice(0, _SAMPLED_DOCUMENTS).to_pydict()
-        num_sampled.update(sampled["corpus"])
-        rows = tokenise(sampled)
-        for name, flags in zip(rows["corpus"], rows["flags"], strict=True):
-            lengths.setdefault(name, []).append(int((flags & Flag.HISTORY == 0).sum()))
-    found: dict[str, tuple[int, float]] = {}
-    for name, num_documents in corpus.counts["num_documents"].items():
-        kept = [length for length in lengths[name] if length]
-        used = round(num_documents * len(kept) / num_sampled[name])
-        found[name] = (used, used * sum(kept) / len(kept) if kept else 0.0)
-    return found
+    source = ASSUMED if tokenizer is None else SAMPLED
+    if corpus is not None and has_corpus:
+        return texts_of_corpus(config, data, corpus, storage, tokenizer), source
+    sampled = texts_of_sources(config, tokenizer)
+    return (None, BUDGET) if sampled is None else (sampled, source)
 
 
 def local_tokenizer(data: "DataSteps", records: "Mapping[str, Record]", storage: "Storage") -> Any:
     """The chat model's tokenizer where it is on this machine, else None."""
+    from pipeline.models.files import read_config
     from pipeline.models.loading import load_tokenizer
     from pipeline.stages.models import local_specs
 
     location = data.tokens.inputs.models.chat
-    if location.folder and "organism" not in records:
+    model, is_here = location.model, "organism" in records
+    if isinstance(model, HubModel):
+        is_here = bool(read_config(model.source, model.revision))
+    if not is_here:
         return None
     try:
         with local_specs(storage, location) as (spec,):
@@ -203,74 +201,13 @@ def batch_tokens(config: RunConfig) -> int:
     return CPU_TOKENS_PER_BATCH if budget == "auto" else budget
 
 
-def extraction_bytes(config: RunConfig, shape: "ModelShape") -> int:
+def extraction_bytes(config: RunConfig, shape: ModelShape) -> int:
     """Both models up to layer L, a shard's rows twice (made and packed), and one batch's hidden states."""
-    weights = NUM_MODELS * (
-        (config.activations.layer_number + 1) * shape.layer_parameters + shape.vocab_size * shape.width
-    )
+    lower = sum(shape.layer_parameters[: config.activations.layer_number + 1])
+    weights = NUM_MODELS * (lower + shape.vocab_size * shape.width)
     shard = 2 * config.activations.rows_per_shard * NUM_MODELS * shape.width * 2
     hidden = 6 * batch_tokens(config) * shape.width * 4
     return int(weights * _DTYPE_BYTES[config.models.dtype] + shard + hidden)
-
-
-def model_config(config: RunConfig, data: "DataSteps", records: "Mapping[str, Record]", storage: "Storage") -> Any:
-    """The chat model's transformers configuration; of a generated pair that is not built, what it will be."""
-    from transformers import AutoConfig
-
-    from pipeline.models.loading import check_pair
-    from pipeline.stages.models import local_specs
-
-    models = data.tokens.inputs.models
-    if models.chat.folder and "organism" not in records:
-        from pipeline.organisms.build import spec_of as organism_of
-        from pipeline.organisms.training import model_config as organism_model
-
-        assert config.organism is not None
-        return organism_model(organism_of(config.organism.size).model, vocab_size=500)
-    with local_specs(storage, *models) as (base, chat):
-        check_pair(base, chat, layer=config.activations.layer_number)
-        folder = Path(chat.source).expanduser()
-        source = str(folder) if folder.exists() else chat.source
-        loaded = AutoConfig.from_pretrained(source, revision=chat.revision, trust_remote_code=chat.trust_remote_code)
-        return loaded.get_text_config()
-
-
-class ModelShape(NamedTuple):
-    """What cost and memory follow from."""
-
-    width: int
-    num_layers: int
-    layer_parameters: int
-    vocab_size: int
-
-
-def shape_of(model_config: Any) -> ModelShape:
-    """The shape of a decoder from its transformers configuration, which needs to name its width, layers and vocabulary.
-
-    Of an architecture without attention or with layers of several kinds, the rest is a guess from the width.
-    """
-    width = int(model_config.hidden_size)
-    heads = _setting(model_config, "num_attention_heads") or 1
-    head_dim = _setting(model_config, "head_dim") or max(1, width // heads)
-    key_heads = _setting(model_config, "num_key_value_heads") or heads
-    mlp_width = _setting(model_config, "intermediate_size") or _setting(model_config, "n_inner") or 4 * width
-    is_gated = hasattr(model_config, "rms_norm_eps")
-    attention = width * head_dim * (2 * heads + 2 * key_heads)
-    return ModelShape(
-        width,
-        int(model_config.num_hidden_layers),
-        attention + (3 if is_gated else 2) * width * mlp_width,
-        int(model_config.vocab_size),
-    )
-
-
-def _setting(model_config: Any, name: str) -> int | None:
-    """A whole number of a model's configuration; None where it has none, or one for each layer."""
-    try:
-        value = getattr(model_config, name, None)
-    except RuntimeError:  # transformers' answer for a number that differs between layers
-        return None
-    return int(value) if isinstance(value, int | float) and value > 0 else None
 
 
 def check_space(config: RunConfig, data: "DataSteps", records: "Mapping[str, Record]", storage: "Storage") -> None:
@@ -282,23 +219,24 @@ def check_space(config: RunConfig, data: "DataSteps", records: "Mapping[str, Rec
         return
     size = data_size(config, data, records, storage)
     if size is not None:
-        require_space(config, size, shape_of(model_config(config, data, records, storage)), data.activations, storage)
+        width = int(model_config(config, data, records, storage).hidden_size)
+        require_space(config, size, width, data.activations, storage)
 
 
 def require_space(
     config: RunConfig,
     size: DataSize,
-    shape: "ModelShape",
+    width: int,
     activations: "Step[ActivationsInputs]",
     storage: "Storage",
 ) -> None:
-    """As check_space, for this size of data and models of this shape."""
+    """As check_space, for this size of data and models of this width."""
     from pipeline.stages.activations import finished_shards
 
     free = storage.free_bytes()
-    if free is None:
+    if free is None or size.source == ASSUMED:
         return
-    width, compression = shape.width, config.activations.compression
+    compression = config.activations.compression
     there = sum(shard.num_bytes for shard in finished_shards(storage, activations.folder).values())
     needed = store_bytes(size.stored_rows, width, compression) - there
     if needed <= free:

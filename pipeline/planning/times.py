@@ -11,20 +11,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.cluster.connect import local_cpus
+from pipeline.config.analyses import CausalitySection
 from pipeline.config.data import OrganismModel
 from pipeline.config.resources import WorkersSection
 from pipeline.config.run_file import RunConfig
 from pipeline.errors import InputError
 from pipeline.planning import rates, sizes
 from pipeline.planning.rates import GPU_SHARE, GPUS, START_SECONDS, Gpu
-from pipeline.planning.sizes import NUM_MODELS, DataSize, ModelShape
+from pipeline.planning.shapes import ModelShape, shape_of
+from pipeline.planning.sizes import NUM_MODELS, DataSize
+from pipeline.planning.texts import TextSize
 
 if TYPE_CHECKING:
     from pipeline.storage.artifacts import Record
     from pipeline.storage.filesystem import Storage
 
-_SHARED_EDITS, _EDITS, _CURVE_POINTS = 5, 10, 8
-"""Interventions that all crosscoders share, those of each, and points of one curve (analyses/interventions.py)."""
+_SHARED_EDITS, _HALVES = 5, 8
+"""Interventions that all crosscoders share but the chat model itself, and the halves of each crosscoder's latents."""
+_ASSUMED_LATENTS = 32
+"""In a crosscoder's chat-only set, before it is known."""
+_DOCUMENTS_PER_BATCH, _DIALOGUES_PER_CALL = 4, 16
+"""Documents on which a latent's causal equivalence is tried, of those of one call (analyses/equivalence.py)."""
 _COMPARED_FORWARDS = 3
 """Of the evidence: the base model, the chat model, and the chat model with its rounding moved."""
 _BEHAVIORS = 4
@@ -71,7 +78,7 @@ def durations(inputs: PlanInputs, *, gpu: str) -> dict[str, float]:
     """Seconds per stage that is missing, in order; stages of which the number of rows is unknown are left out."""
     if not inputs.missing - {"report"}:
         return {stage: START_SECONDS["report"] for stage in inputs.missing}
-    shape = sizes.shape_of(inputs.model_config)
+    shape = shape_of(inputs.model_config)
     speeds = _speeds(inputs, shape, gpu=gpu)
     seconds = {"start": START_SECONDS["start"] * speeds.slowness}
     seconds |= _data_seconds(inputs, speeds)
@@ -118,12 +125,12 @@ def _model_speeds(
     config: RunConfig, model_config: Any, data: DataSize, flops: float, gpu: Gpu
 ) -> tuple[float, float, float]:
     """Seconds of a layer per token, of a layer per token while decoding, of the unembedding per token."""
-    shape = sizes.shape_of(model_config)
+    shape = shape_of(model_config)
     num_prompts = config.analyses.steering.num_prompts if config.analyses.steering is not None else 1
     if config.resources.extraction.gpus > 0:
         reached = GPU_SHARE.value * (gpu.float32 if config.models.dtype == "float32" else gpu.bfloat16)
-        layer = 2 * shape.layer_parameters / reached
-        decode = shape.layer_parameters * 2 / rates.GPU_MEMORY.value / num_prompts
+        layer = 2 * shape.active_parameters / reached
+        decode = shape.active_parameters * 2 / rates.GPU_MEMORY.value / num_prompts
         return layer, max(layer, decode), 2 * shape.width * shape.vocab_size / reached
     from pipeline.planning.calibration import layer_seconds
 
@@ -177,7 +184,7 @@ def _extraction_seconds(inputs: PlanInputs, data: DataSize, shape: ModelShape, s
     """Both models' lower layers over every token, or the disk's time where that is longer."""
     config = inputs.config
     num_read = 1 if _is_one_model(config) else NUM_MODELS
-    num_shards = math.ceil(data.stored_rows / config.activations.rows_per_shard)
+    num_shards = max(1, math.ceil(data.stored_rows / config.activations.rows_per_shard))
     num_tokens = data.num_tokens * data.stored_rows / max(1, data.num_rows)
     work = num_tokens * (config.activations.layer_number + 1) * num_read * speeds.layer_token_seconds
     num_bytes = sizes.store_bytes(data.stored_rows, shape.width, config.activations.compression)
@@ -230,16 +237,8 @@ def _model_seconds(inputs: PlanInputs, data: DataSize, shape: ModelShape, speeds
             config.resources.analyses, speeds, math.ceil(num_documents / 16)
         )
     if "causality" in inputs.missing and causality is not None:
-        conversations = causality.num_conversations
-        if data.num_documents is not None:
-            conversations = min(conversations, math.ceil(data.num_documents * config.corpus.validation_frac / 2))
-        edits = _SHARED_EDITS + num_fits * (
-            _EDITS + 2 * causality.num_random_halves + (1 + causality.num_random_orders) * _CURVE_POINTS
-        )
-        full = NUM_MODELS * shape.num_layers * speeds.layer_token_seconds
-        edited = edits * (upper * speeds.layer_token_seconds * rates.UPPER_OVERHEAD.value + speeds.head_token_seconds)
-        work = conversations * data.tokens_per_document * (full + edited)
-        workers = _workers(config.resources.analyses, speeds, conversations)
+        work = _causality_work(causality, num_fits, _dialogues(inputs, data), (shape.num_layers, upper), speeds)
+        workers = _workers(config.resources.analyses, speeds, math.ceil(causality.num_conversations / 16))
         seconds["causality"] = START_SECONDS["causality"] * speeds.slowness + work / workers
     if "steering" in inputs.missing and steering is not None:
         behaviors = _BEHAVIORS * num_fits
@@ -252,6 +251,42 @@ def _model_seconds(inputs: PlanInputs, data: DataSize, shape: ModelShape, speeds
         work = _spread(answered * per_token, workers, behaviors)
         seconds["steering"] = START_SECONDS["steering"] * speeds.slowness + work
     return seconds
+
+
+def _dialogues(inputs: PlanInputs, data: DataSize) -> TextSize:
+    """The validation dialogues that are measured; half of all documents are dialogues where only a budget is known."""
+    documents = TextSize(data.num_documents or math.inf, data.num_tokens, is_dialogues=True)
+    known = documents._replace(num_documents=documents.num_documents / 2) if data.dialogues is None else data.dialogues
+    per_document = (
+        data.tokens_per_document if data.dialogues is None else known.num_tokens / max(1, known.num_documents)
+    )
+    number = min(
+        known.num_documents * inputs.config.corpus.validation_frac,
+        inputs.config.analyses.causality.num_conversations if inputs.config.analyses.causality is not None else 0,
+    )
+    return known._replace(num_documents=number, num_tokens=number * per_document)
+
+
+def _causality_work(
+    section: CausalitySection, num_fits: int, dialogues: TextSize, layers: tuple[int, int], speeds: Speeds
+) -> float:
+    """Seconds of one worker: every distinct edit continues through the upper layers; logits where an answer follows.
+
+    layers: all, and those above the layer. An edit on no latents is the unedited one and costs nothing more.
+    """
+    num_layers, upper = layers
+    num_latents = _ASSUMED_LATENTS if section.max_latents is None else min(section.max_latents, _ASSUMED_LATENTS)
+    num_latents = max(num_latents, section.min_latents)
+    halves = _HALVES + 2 * section.num_random_halves
+    points = (1 + section.num_random_orders) * (1 + num_latents.bit_length())
+    own = 2 + halves + points
+    # The two edits of a latent's equivalence run on a few documents of a batch.
+    equivalence = 2 * 2 * section.num_equivalence_latents * _DOCUMENTS_PER_BATCH / _DIALOGUES_PER_CALL
+    edits = _SHARED_EDITS + num_fits * (own + equivalence)
+    per_token = (2 * num_layers - upper) * speeds.layer_token_seconds
+    per_token += edits * upper * speeds.layer_token_seconds * rates.UPPER_OVERHEAD.value
+    per_answer_token = (1 + edits) * speeds.head_token_seconds
+    return dialogues.num_tokens * (per_token + dialogues.assistant_frac * per_answer_token)
 
 
 def _workers(section: WorkersSection, speeds: Speeds, num_tasks: int) -> int:

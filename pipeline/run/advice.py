@@ -11,6 +11,7 @@ from pipeline.config.crosscoder import CrosscoderSection
 from pipeline.config.data import HubModel, OrganismModel
 from pipeline.config.run_file import RunConfig
 from pipeline.models.files import has_chat_template, read_config
+from pipeline.numerics.sparsities.base import DEAD_AFTER_ROWS
 
 _TUNED = re.compile(r"(?:^|(?<=[-_.]))(?:it|instruct|instruction|chat|sft|dpo|rlhf|assistant)(?=$|[-_.])")
 _PLAIN = re.compile(r"(?:^|(?<=[-_.]))(?:base|pt|pretrained|pretrain)(?=$|[-_.])")
@@ -87,7 +88,8 @@ def _schedules(config: RunConfig) -> Iterator[str]:
             steps = getattr(sparsity, field, 0) if field != "k_anneal_steps" or _anneals(sparsity) else 0
             if steps > num_steps:
                 yield f"{key}.sparsity.{field}: {steps:,} steps, {has}: {what}; lower it or train on more rows"
-        if sparsity.aux_weight > 0 and sparsity.dead_after_rows > num_rows:
+        is_asked = sparsity.dead_after_rows != DEAD_AFTER_ROWS  # the default is for runs of the paper's size
+        if is_asked and sparsity.aux_weight > 0 and sparsity.dead_after_rows > num_rows:
             yield (
                 f"{key}.sparsity.dead_after_rows: {sparsity.dead_after_rows:,} rows, but the run has {num_rows:,} "
                 "(training.num_rows): no latent is ever dead and none is revived; lower it or train on more rows"

@@ -46,7 +46,8 @@ def execute(config: RunConfig, flow: Flow, storage: Storage, reporter: Reporter,
         reporter.message(f"tracking: {log.link}")
         context = StageContext(storage, config.resources, reporter, log, config.name, config.tracking.log_every_steps)
         try:
-            _make_groups(config, flow, context, log)
+            with storage.kept():
+                _make_groups(config, flow, context, log)
         except BaseException:
             log.close(succeeded=False)
             raise

@@ -11,13 +11,15 @@ crosscoders are fitted (stages/stream.py).
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from pipeline.cluster.connect import Board, listening
 from pipeline.cluster.pools import Pool, run_pool
 from pipeline.errors import InputError
 from pipeline.extraction.activations import BOS, FIRST_TOKENS
@@ -34,6 +36,7 @@ from pipeline.storage.tables import read_table
 from pipeline.terminal import Progress
 
 _DESCRIPTION_SUFFIX = ".json"
+_SECONDS_BETWEEN_EVENTS = 0.5
 
 
 class PlannedShard(NamedTuple):
@@ -105,9 +108,7 @@ def _make_shards(
         plan = [shard for shard in plan if shard.split == Split.VALIDATION]
     done = finished_shards(context.storage, step.folder)
     missing = [shard for shard in plan if shard.name not in done]
-    progress = Progress(ActivationsInputs.NAME, sum(shard.num_tokens for shard in plan), "tokens")
-    num_done = progress.total - sum(shard.num_tokens for shard in missing)
-    context.report_progress(progress, num_done, f"{len(done)} of {len(plan)} shards were there" if done else "")
+    progress = ShardProgress(context, plan, done)
     max_rejected = int(section.max_rejected_frac * sum(len(shard.documents) for shard in plan))
     rejected = [document for shard in plan if shard.name in done for document in done[shard.name].rejected]
     check_rejected(rejected, max_rejected)
@@ -120,15 +121,48 @@ def _make_shards(
             corpora=_corpora(index),
             max_rejected=max_rejected,
         )
-        workers, arguments = context.resources.extraction, (context.storage, step.folder, extractor)
-        pool = Pool("extraction", workers, ExtractShard, arguments, uses_actors=True, min_workers=workers.min_workers)
-        for result in run_pool(pool, missing):
-            done[result.name] = result
-            rejected += result.rejected
-            check_rejected(rejected, max_rejected)
-            note = f"{len(rejected)} documents quarantined" if rejected else ""
-            context.report_progress(progress, progress.done + result.num_tokens, note)
+        workers = context.resources.extraction
+        with listening(lambda event: progress.batch(*event)) as board:
+            arguments = (context.storage, step.folder, extractor, board)
+            pool = Pool(
+                "extraction", workers, ExtractShard, arguments, uses_actors=True, min_workers=workers.min_workers
+            )
+            for result in run_pool(pool, missing):
+                done[result.name] = result
+                rejected += result.rejected
+                check_rejected(rejected, max_rejected)
+                progress.shard(result.name, f"{len(rejected)} documents quarantined" if rejected else "")
     return [done[shard.name] for shard in plan], rejected
+
+
+class ShardProgress:
+    """Tokens of finished shards and of finished batches of the others; told by the driver and by workers' events."""
+
+    def __init__(self, context: StageContext, plan: Sequence[PlannedShard], done: Collection[str]) -> None:
+        self._context, self._lock = context, Lock()
+        self._planned = {shard.name: shard.num_tokens for shard in plan}
+        self._done = {name: self._planned[name] for name in done if name in self._planned}
+        self._finished = set(self._done)
+        self._progress = Progress(ActivationsInputs.NAME, sum(self._planned.values()), "tokens")
+        self._report(f"{len(self._done)} of {len(plan)} shards were there" if self._done else "")
+
+    def batch(self, name: str, num_tokens: int) -> None:
+        """So many tokens of a shard are done; fewer than before where another worker begins it anew."""
+        with self._lock:
+            if name not in self._finished:
+                # A shard whose documents are quarantined is run in parts once more.
+                self._done[name] = min(num_tokens, self._planned[name])
+                self._report(self._progress.note)
+
+    def shard(self, name: str, note: str) -> None:
+        """A shard is published."""
+        with self._lock:
+            self._finished.add(name)
+            self._done[name] = self._planned[name]
+            self._report(note)
+
+    def _report(self, note: str) -> None:
+        self._context.report_progress(self._progress, sum(self._done.values()), note)
 
 
 def _corpora(index: pa.Table) -> tuple[str, ...]:
@@ -171,14 +205,23 @@ def plan_shards(index: pa.Table, rows_per_shard: int) -> list[PlannedShard]:
 
 
 class ExtractShard:
-    """Worker: one shard of the store per call."""
+    """Worker: one shard of the store per call. `board` hears how far it is."""
 
-    def __init__(self, storage: Storage, folder: str, extractor: Extractor) -> None:
-        self.storage, self.folder, self.extractor = storage, folder, extractor
+    def __init__(self, storage: Storage, folder: str, extractor: Extractor, board: Board | None = None) -> None:
+        self.storage, self.folder, self.extractor, self.board = storage, folder, extractor, board
 
     def __call__(self, planned: PlannedShard) -> ShardDescription:
         """Publish the shard, then its description; return the description."""
-        extracted = self.extractor(planned.documents)
+        num_done, told = 0, time.monotonic()
+
+        def on_batch(num_tokens: int) -> None:
+            nonlocal num_done, told
+            num_done += num_tokens
+            if self.board is not None and time.monotonic() - told >= _SECONDS_BETWEEN_EVENTS:
+                told = time.monotonic()
+                self.board.post((planned.name, num_done))
+
+        extracted = self.extractor(planned.documents, on_batch)
         rows = extracted.rows
         key = f"{self.folder}/{planned.name}"
         summary = summarise(rows.x_BMD)

@@ -5,8 +5,8 @@ depends on the documents alone, so what is made twice (after a lost worker, a ki
 cannot be run are quarantined with their reason, up to the limit of the activations section.
 """
 
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -115,11 +115,11 @@ class Extractor:
         """Decoder layers of the chat model."""
         return int(self._ready.extract.pair.num_layers)
 
-    def __call__(self, places: np.ndarray) -> Extracted:
-        """Rows of the documents at these places of the index."""
+    def __call__(self, places: np.ndarray, on_batch: Callable[[int], None] | None = None) -> Extracted:
+        """Rows of the documents at these places of the index; on_batch is told the tokens of each batch."""
         documents = read_token_rows(self.storage, self.tokens_folder, self._index.take(places))
         result = extract_with_quarantine(
-            self._ready.extract,
+            partial(self._ready.extract, on_batch=on_batch),
             documents,
             vocab_size=self._ready.extract.pair.num_readable,
             max_quarantined=self.max_rejected,

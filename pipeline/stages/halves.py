@@ -11,7 +11,7 @@ from pipeline.cluster.pools import Pool, run_pool
 from pipeline.config.resources import ModelWorkersSection
 from pipeline.models.layerwise import at_layer
 from pipeline.models.pair import ModelPair
-from pipeline.models.verification import Part, Verification, probe_documents, require_plain_forward
+from pipeline.models.verification import Part, Verification, probe_documents, require_finite, require_plain_forward
 from pipeline.stages.locations import Loading
 from pipeline.stages.models import load_pair
 from pipeline.storage.filesystem import Storage
@@ -46,6 +46,7 @@ class CheckHalves:
     def __call__(self, asked: Asked) -> Verification:
         """The differences, none of them larger than rounding explains."""
         pair = load_pair(self.storage, self.loading, is_lower_only=asked.parts == ("rows",))
+        require_finite(pair)
         if asked.is_of_every_layer:
             base, chat = (at_layer(own, own.num_layers // 2) for own in pair.decoders)
             pair = ModelPair(base, chat, pair.tokenizer)

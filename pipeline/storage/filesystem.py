@@ -181,6 +181,27 @@ class Storage:
             path = path.parent
         return shutil.disk_usage(path).free
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """InputError in place of what fails within the block where a local root is removed or replaced meanwhile."""
+        before = self._place()
+        try:
+            yield
+        except Exception as error:
+            if self._place() == before:
+                raise
+            raise InputError(
+                f"storage.root: expected {self.root} to stay, got a folder that was removed or replaced while the run "
+                f"was working ({first_line(error)}); run again"
+            ) from error
+
+    def _place(self) -> tuple[int, int] | None:
+        try:
+            found = Path(self.root).stat() if self.is_local else None
+        except OSError:
+            return None
+        return None if found is None else (found.st_dev, found.st_ino)
+
     def check_writable(self) -> None:
         """Raise an InputError unless a file can be written, read back and removed under the root."""
         key = f".write-check{_TEMPORARY_MARK}{uuid.uuid4().hex[:8]}"
@@ -241,8 +262,9 @@ def _local_root(root: str) -> str:
         absolute = Path(path).expanduser().resolve()
         os.fsencode(absolute)
     except (RuntimeError, OSError, UnicodeEncodeError) as error:
+        advice = "; use a locale with UTF-8 (LC_ALL=C.UTF-8)" if isinstance(error, UnicodeEncodeError) else ""
         raise InputError(
-            f"storage.root: expected a folder of this machine, got {root!r}: {first_line(error)}"
+            f"storage.root: expected a folder of this machine, got {root!r}: {first_line(error)}{advice}"
         ) from error
     return str(absolute)
 

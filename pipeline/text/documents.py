@@ -8,13 +8,15 @@ streams from any fsspec URL (text/files.py), hub data sets through `datasets`. D
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
+from operator import truediv
 from typing import Any, NamedTuple
 
 import fsspec
 
 from pipeline.errors import InputError, first_line
 from pipeline.schema import Split
-from pipeline.text.files import as_input_error, open_text
+from pipeline.text.files import ReadShare, as_input_error, check_unpacked, open_text
 from pipeline.text.filters import Filters, filter_reason
 from pipeline.text.messages import is_unicode, read_messages, words_of
 
@@ -31,6 +33,9 @@ BOM = "\ufeff"
 _NUM_EXAMPLE_CHARACTERS = 80
 
 _SPLIT_RESOLUTION = 1 << 32
+
+_BATCH_ROWS, _BATCH_BYTES = (8, 1024), 1 << 30
+"""Of Parquet: fewest and most rows that are unpacked at once, and the memory that they should take."""
 
 
 class Document(NamedTuple):
@@ -64,14 +69,14 @@ def split_of(doc_id: int, validation_frac: float) -> str:
     return Split.VALIDATION if doc_id % _SPLIT_RESOLUTION < validation_frac * _SPLIT_RESOLUTION else Split.TRAIN
 
 
-def read_documents(path: str, source: Mapping[str, Any]) -> Iterator[Document]:
+def read_documents(path: str, source: Mapping[str, Any], share: ReadShare | None = None) -> Iterator[Document]:
     """Documents of one file (or of a hub data set, where `path` is empty) in the file's order, filters applied.
 
     `source` holds the settings of its corpus as in a run file: kind, text_column, messages_column, role_key,
-    content_key, role_names, where, filters, split_on, ...
+    content_key, role_names, where, filters, split_on, ... `share` is told how far the reading is.
     """
     filters = Filters(**source.get("filters") or {})
-    for document in _READERS[source["kind"]](path, source):
+    for document in _READERS[source["kind"]](path, source, share or ReadShare()):
         yield document if document.reason else _filtered(document, filters)
 
 
@@ -84,8 +89,8 @@ def _filtered(document: Document, filters: Filters) -> Document:
     return Document(reason=reason) if reason else document._replace(num_characters=sum(map(len, contents)))
 
 
-def _read_jsonl(path: str, source: Mapping[str, Any]) -> Iterator[Document]:
-    with as_input_error(_named(path, source)), open_text(path) as lines:
+def _read_jsonl(path: str, source: Mapping[str, Any], share: ReadShare) -> Iterator[Document]:
+    with as_input_error(_named(path, source)), open_text(path, share) as lines:
         for number, raw in enumerate(lines, 1):
             line = raw.lstrip(BOM)  # files that were joined have one in their middle
             if not line.strip():
@@ -105,7 +110,7 @@ def _named(path: str, source: Mapping[str, Any]) -> str:
     return f"corpus {source['name']!r}: {path}"
 
 
-def _read_parquet(path: str, source: Mapping[str, Any]) -> Iterator[Document]:
+def _read_parquet(path: str, source: Mapping[str, Any], share: ReadShare) -> Iterator[Document]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -117,16 +122,34 @@ def _read_parquet(path: str, source: Mapping[str, Any]) -> Iterator[Document]:
                 if column not in file.schema_arrow.names:
                     have = ", ".join(file.schema_arrow.names)
                     raise InputError(f"{_named(path, source)}: expected a column {column!r}, got {have}")
-            for batch in file.iter_batches(columns=columns):
-                yield from (_from_row(row, source) for row in batch.to_pylist())
+            for number, row in enumerate(_rows_of(file, columns, path), 1):
+                share.of = partial(truediv, number, file.metadata.num_rows)
+                yield _from_row(row, source)
     except pa.ArrowException as error:
         raise InputError(
             f"{_named(path, source)}: expected a readable Parquet file, got: {error}; replace it"
         ) from error
 
 
-def _read_text(path: str, source: Mapping[str, Any]) -> Iterator[Document]:
-    with as_input_error(_named(path, source)), open_text(path) as stream:
+def _rows_of(file: Any, columns: list[str], path: str) -> Iterator[Any]:
+    """Rows of a ParquetFile; the larger a column of a group of rows, the fewer at once.
+
+    A text that stands once in a dictionary may be the value of every row, so each may be as large as its column.
+    """
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number)
+        chunks = [group.column(place) for place in range(group.num_columns)]
+        chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
+        for chunk in chunks:
+            check_unpacked(path, chunk.total_uncompressed_size, chunk.total_compressed_size)
+        largest = max(chunk.total_uncompressed_size for chunk in chunks)
+        num_rows = max(_BATCH_ROWS[0], min(_BATCH_ROWS[1], _BATCH_BYTES // max(1, largest)))
+        for batch in file.iter_batches(num_rows, row_groups=[number], columns=columns):
+            yield from batch.to_pylist()
+
+
+def _read_text(path: str, source: Mapping[str, Any], share: ReadShare) -> Iterator[Document]:
+    with as_input_error(_named(path, source)), open_text(path, share) as stream:
         if source["split_on"] == "file":
             yield _from_text(stream.read())
         elif source["split_on"] == "line":
@@ -143,7 +166,7 @@ def _read_text(path: str, source: Mapping[str, Any]) -> Iterator[Document]:
                 yield _from_text("".join(block))
 
 
-def _read_hub(path: str, source: Mapping[str, Any]) -> Iterator[Document]:  # noqa: ARG001
+def _read_hub(path: str, source: Mapping[str, Any], share: ReadShare) -> Iterator[Document]:  # noqa: ARG001
     try:
         import datasets
     except ImportError as error:

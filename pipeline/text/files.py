@@ -1,24 +1,36 @@
 """Files that users name: globs, compression and object stores over fsspec, and one-line errors where reading fails.
 
 Corpora and chat templates are opened here. fsspec finds credentials and endpoints itself (`AWS_*` for s3). Compression
-follows the name: .gz, .bz2, .xz, .zst. Nothing here parses a file or writes one.
+follows the name: .gz, .bz2, .xz, .zst, .zip. A file that unpacks to far more than any text does is refused. Nothing
+here parses a file or writes one.
 """
 
 import io
 import json
 import lzma
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import fsspec
+from fsspec.compression import compr
+from fsspec.core import get_compression
 
 from pipeline.errors import InputError, first_line
 
 _READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeError, ImportError)
 _REMOTE_MODULES = ("botocore", "aiobotocore", "aiohttp", "httpx", "huggingface_hub", "datasets", "fsspec", "s3fs")
 """Packages whose own exceptions mean that a remote file cannot be read; they are not OSErrors."""
+_UNPACKED_BYTES, _LARGEST_RATIO = 256 << 20, 200
+"""From so many unpacked bytes on a file must hold no more than this multiple of its packed ones: text has 3 to 20."""
+
+
+class ReadShare:
+    """How much of a file its reader has read: set by the reader, asked while the file is open by who samples it."""
+
+    of: Callable[[], float] = staticmethod(lambda: 0.0)
+    """From 0 to 1; of compressed files by packed bytes."""
 
 
 @contextmanager
@@ -66,16 +78,56 @@ def expand_paths(paths: Sequence[str], what: str) -> list[str]:
 
 
 @contextmanager
-def open_text(path: str) -> Iterator[Any]:
-    """The lines of a UTF-8 file without its BOM; compression follows its name. Read it inside `as_input_error`."""
-    with fsspec.open(path, "rb", compression=None if path.endswith(".zst") else "infer") as raw:
-        if not path.endswith(".zst"):
+def open_text(path: str, share: ReadShare | None = None) -> Iterator[Any]:
+    """The lines of a UTF-8 file without its BOM; compression follows its name. Read it inside `as_input_error`.
+
+    Raises an InputError where the file unpacks to so much that it is no text. `share`: told how far the reading is.
+    """
+    with fsspec.open(path, "rb") as raw:
+        if share is not None:
+            size = max(1, raw.seek(0, io.SEEK_END))
+            raw.seek(0)
+            share.of = lambda: raw.tell() / size
+        compression = "zstd" if path.endswith(".zst") else get_compression(path, "infer")
+        if compression is None:
             yield io.TextIOWrapper(raw, encoding="utf-8-sig")
             return
-        import pyarrow as pa
+        with _unpacked(raw, compression) as unpacked:
+            yield io.TextIOWrapper(io.BufferedReader(_Bounded(unpacked, raw, path), 1 << 16), encoding="utf-8-sig")
 
-        with pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd") as unpacked:
-            yield io.TextIOWrapper(io.BufferedReader(unpacked), encoding="utf-8-sig")
+
+def _unpacked(raw: Any, compression: str) -> Any:
+    if compression != "zstd":
+        return compr[compression](raw, mode="r")
+    import pyarrow as pa
+
+    return pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
+
+
+class _Bounded(io.RawIOBase):
+    """What is unpacked from a file, as long as it is in proportion to what is packed."""
+
+    def __init__(self, unpacked: Any, raw: Any, path: str) -> None:
+        self._unpacked, self._raw, self._path, self._num_bytes = unpacked, raw, path, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._unpacked.read(len(buffer))
+        buffer[: len(data)] = data
+        self._num_bytes += len(data)
+        check_unpacked(self._path, self._num_bytes, self._raw.tell())
+        return len(data)
+
+
+def check_unpacked(path: str, unpacked_bytes: int, packed_bytes: int) -> None:
+    """InputError where a file unpacks to so much more than it holds that it is no text."""
+    if unpacked_bytes > _UNPACKED_BYTES and unpacked_bytes > _LARGEST_RATIO * packed_bytes:
+        raise InputError(
+            f"{path}: expected a compressed text, got one that unpacks to more than {_LARGEST_RATIO} times its size; "
+            "if it is meant, unpack it first"
+        )
 
 
 def read_text(path: str, what: str) -> str:

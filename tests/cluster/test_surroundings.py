@@ -13,7 +13,7 @@ import pytest
 from runs import environment
 
 from pipeline.cluster.connect import _stderr_to, interruptible, local_cpus
-from pipeline.cluster.surroundings import check_address, ray_folder
+from pipeline.cluster.surroundings import check_address, object_folder, ray_folder
 from pipeline.errors import InputError
 
 
@@ -105,3 +105,9 @@ def test_a_log_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("a file where the folder should be")
     with _stderr_to(tmp_path / "logs" / "ray.log"):
         sys.stderr.write("a message of Ray\n")
+
+
+def test_objects_go_elsewhere_where_shared_memory_cannot_be_written_to(tmp_path: Path) -> None:
+    assert object_folder("/elsewhere", tmp_path) is None
+    assert object_folder("/elsewhere", tmp_path / "absent") is None
+    assert object_folder("/elsewhere", Path("/proc/self")) == "/elsewhere"

@@ -11,7 +11,7 @@ from pipeline.models.decoder import SplitDecoder
 from pipeline.models.generation import Sampling, Steering, generate
 from pipeline.models.padding import pad_tokens
 from pipeline.models.pair import ModelPair
-from pipeline.models.verification import Part, probe_documents, require_plain_forward
+from pipeline.models.verification import Part, probe_documents, require_finite, require_plain_forward
 from workloads.benchmarks.architectures import build
 
 ALL: tuple[Part, ...] = ("rows", "logits", "answers")
@@ -31,6 +31,17 @@ def test_unusual_bodies_heads_and_states_are_right_in_everything(name: str) -> N
     assert max(found.relative_difference) < 1e-5
     assert max(found.logits_difference) < 1e-5
     assert found.answers_regret[1] < 1e-4
+
+
+@pytest.mark.parametrize(("name", "value"), [("llama", float("nan")), ("opt", float("-inf"))])
+def test_weights_that_are_no_numbers_are_named(name: str, value: float) -> None:
+    pair = ModelPair(SplitDecoder(build(name), 2), SplitDecoder(build(name), 2), None)
+    require_finite(pair)
+    key, parameter = list(pair.decoders[1].model.named_parameters())[-3]
+    with torch.no_grad():
+        parameter.view(-1)[-1] = value
+    with pytest.raises(InputError, match=f"models\\.chat: expected finite weights, got NaN or Inf in {key}"):
+        require_finite(pair)
 
 
 @pytest.mark.parametrize("name", ["zamba2", "gemma4_text", "zaya", "ctrl"])

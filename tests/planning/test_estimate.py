@@ -17,7 +17,7 @@ from pipeline.errors import InputError
 from pipeline.numerics.sparsities.batch_topk import BatchTopK
 from pipeline.numerics.sparsities.l1 import L1
 from pipeline.numerics.spec import CrosscoderSpec
-from pipeline.planning import sizes
+from pipeline.planning import shapes, sizes
 from pipeline.planning.calibration import layer_seconds, matmul_flops, step_seconds
 from pipeline.planning.estimate import Estimate, estimate, estimate_text
 from pipeline.planning.rates import GPU_SHARE, GPUS, STEP_OVER_ENCODER
@@ -53,13 +53,11 @@ def gemma(folder: Path, **changes: Any) -> dict[str, Any]:
     """A run file for a pair with the shape of Gemma-2-2b: configurations, no weights."""
     for name in ("base", "chat"):
         Gemma2Config().save_pretrained(folder / name)
-    corpus = folder / "web.txt"
-    corpus.write_text("text")
     return {
         "name": "gemma",
         "preset": "gemma-2",
         "models": {name: {"source": str(folder / name)} for name in ("base", "chat")},
-        "corpus": {"sources": [{"name": "web", "kind": "text", "paths": [str(corpus)]}]},
+        "corpus": {"sources": [{"name": "web", "kind": "hub", "dataset": "a/b", "text_column": "text"}]},
         "tokens": {"num_tokens": 100_000_000},
         "activations": {"layer": 13},
         "crosscoders": [{"name": "btk", "expansion": 32, "sparsity": {"kind": "batch_topk", "k": 100}}],
@@ -115,7 +113,7 @@ def test_a_stream_stores_the_validation_rows_alone(config: RunConfig, tmp_path: 
 def test_a_finished_run_costs_nothing_more_and_no_model_is_read(
     finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(sizes, "model_config")
+    monkeypatch.delattr(shapes, "model_config")
     monkeypatch.delattr(sizes, "local_tokenizer")
     states = list(finished.states.values())
     result = estimate(finished.config, states, finished.storage)
@@ -187,7 +185,7 @@ def test_a_real_pair_on_a_gpu_that_is_not_here_is_told_in_hours(tmp_path: Path) 
     extraction = rows * 2 * 13 * 2 * (attention + mlp) / (GPU_SHARE.value * GPUS["A100"].bfloat16)
     assert result.seconds["activations"] > extraction > 3000
     training = STEP_OVER_ENCODER.value * 200_000_000 * 2 * 2 * 2304 * 73_728 / (GPU_SHARE.value * GPUS["A100"].bfloat16)
-    assert 2 * training > result.seconds["crosscoder"] > training > 1500  # curves and start-up depend on this machine
+    assert 3 * training > result.seconds["crosscoder"] > training > 1500  # curves and start-up depend on this machine
     faster = planned(tmp_path, gemma(tmp_path), gpu="H100")
     assert faster.seconds["crosscoder"] < result.seconds["crosscoder"]
     assert (result.training_bytes_per_rank or 0) > 2 * 73_728 * 2 * 2304 * 16
@@ -242,11 +240,11 @@ def test_every_architecture_has_a_shape_and_a_layer_that_can_be_timed() -> None:
         GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=97),
         GPTNeoXConfig(**sizes_of, vocab_size=97),
     ):
-        shape = sizes.shape_of(model_config)
+        shape = shapes.shape_of(model_config)
         model = AutoModel.from_config(model_config)
         layers = [parameter.numel() for name, parameter in model.named_parameters() if ".0." in name or "h.0" in name]
-        assert shape[:2] == (32, 3)
-        assert shape.layer_parameters == pytest.approx(sum(layers), rel=0.05)
+        assert (shape.width, shape.num_layers) == (32, 3)
+        assert shape.layer_parameters[0] == sum(layers)
         assert layer_seconds(model_config, (2, 5), dtype="float32", num_threads=1, flops=1e9) > 0
 
 

@@ -20,9 +20,6 @@ def told(folder: Path, *overrides: str, **changes: Any) -> list[str]:
     return [line.partition(":")[0] for line in lines]
 
 
-QUIET = ("crosscoders.batch_topk.sparsity.dead_after_rows=1000",)
-
-
 @pytest.mark.parametrize(
     ("override", "keys"),
     [
@@ -38,7 +35,7 @@ QUIET = ("crosscoders.batch_topk.sparsity.dead_after_rows=1000",)
     ],
 )
 def test_schedules_beyond_the_run_are_told(tmp_path: Path, override: str, keys: list[str]) -> None:
-    assert told(tmp_path, *QUIET, override) == keys
+    assert told(tmp_path, override) == keys
 
 
 def model(folder: Path, *, template: bool = True, **config: Any) -> dict[str, str]:
@@ -63,7 +60,7 @@ def test_documents_beyond_the_models_context_are_told(
     tmp_path: Path, base: dict[str, Any], chat: dict[str, Any], is_told: bool
 ) -> None:
     models = {"base": model(tmp_path / "a", **base), "chat": model(tmp_path / "b", **chat)}
-    found = told(tmp_path, *QUIET, "tokens.max_tokens_per_document=1024", models=models)
+    found = told(tmp_path, "tokens.max_tokens_per_document=1024", models=models)
     assert found == ["tokens.max_tokens_per_document"] * is_told
 
 
@@ -82,19 +79,19 @@ def test_documents_beyond_the_models_context_are_told(
     ],
 )
 def test_names_in_the_wrong_places_are_told(tmp_path: Path, base: str, chat: str, is_told: bool) -> None:
-    assert told(tmp_path, *QUIET, models={"base": {"source": base}, "chat": {"source": chat}}) == ["models"] * is_told
+    assert told(tmp_path, models={"base": {"source": base}, "chat": {"source": chat}}) == ["models"] * is_told
 
 
 def test_templates_adapters_and_members_in_the_wrong_places_are_told(tmp_path: Path) -> None:
     one, two = model(tmp_path / "one"), model(tmp_path / "two", template=False)
-    assert told(tmp_path, *QUIET, models={"base": one, "chat": two}) == ["models"]
-    assert told(tmp_path, *QUIET, models={"base": two, "chat": one}) == []
+    assert told(tmp_path, models={"base": one, "chat": two}) == ["models"]
+    assert told(tmp_path, models={"base": two, "chat": one}) == []
     adapted = {**one, "adapter": "mine"}
-    assert told(tmp_path, *QUIET, models={"base": adapted, "chat": one}) == ["models"]
-    assert told(tmp_path, *QUIET, models={"base": one, "chat": adapted}) == []
+    assert told(tmp_path, models={"base": adapted, "chat": one}) == ["models"]
+    assert told(tmp_path, models={"base": one, "chat": adapted}) == []
     members = [{"kind": "organism", "member": member} for member in ("base", "chat")]
-    assert told(tmp_path, *QUIET, models={"base": members[1], "chat": members[0]}) == ["models"]
-    assert told(tmp_path, *QUIET, models={"base": members[0], "chat": members[1]}) == []
+    assert told(tmp_path, models={"base": members[1], "chat": members[0]}) == ["models"]
+    assert told(tmp_path, models={"base": members[0], "chat": members[1]}) == []
 
 
 def test_causality_without_dialogues_is_refused_before_anything_is_made(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Storage: atomic writes, listing, and faults that name what to do; local and on a real S3-compatible server."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,20 @@ def test_an_unknown_kind_of_url_is_refused() -> None:
 
 def test_free_space_is_known_for_a_folder_that_does_not_exist_yet(tmp_path: Path) -> None:
     assert (Storage(str(tmp_path / "a" / "b")).free_bytes() or 0) > 0
+
+
+@pytest.mark.parametrize("is_made_again", [False, True])
+def test_a_root_that_is_removed_in_mid_run_is_one_line(tmp_path: Path, is_made_again: bool) -> None:
+    storage = Storage(str(tmp_path / "runs"))
+    storage.write_bytes("a/b", b"x")
+    with pytest.raises(KeyError), storage.kept():
+        raise KeyError("ours")
+
+    def fails() -> None:
+        shutil.move(tmp_path / "runs", tmp_path / "elsewhere")
+        if is_made_again:
+            storage.write_bytes("c", b"x")
+        raise RuntimeError("Unable to set up storage")
+
+    with pytest.raises(InputError, match=r"storage\.root: expected .*runs to stay.*Unable to set up"), storage.kept():
+        fails()

@@ -1,7 +1,11 @@
 """Globs, object stores and what cannot be read."""
 
+import bz2
+import gzip
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError
@@ -35,6 +39,26 @@ def test_a_byte_order_mark_belongs_to_no_document(tmp_path: Path, kind: str) -> 
     template = tmp_path / "template.jinja"
     template.write_bytes(b"\xef\xbb\xbf{{ x }}")
     assert read_text(str(template), "template") == "{{ x }}"
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2"])
+def test_a_file_that_unpacks_to_far_more_than_text_does_is_refused(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.txt{suffix}"
+    with {".gz": gzip.open, ".bz2": bz2.open}[suffix](path, "wb", 1) as stream:
+        for _ in range(20):
+            stream.write(bytes(16 << 20))
+    with pytest.raises(InputError, match=r"a\.txt\..*: expected a compressed text"):
+        list(read_documents(str(path), {"name": "a", "kind": "text", "split_on": "line"}))
+
+
+def test_a_parquet_file_that_unpacks_to_far_more_than_text_does_is_refused(tmp_path: Path) -> None:
+    source = {"name": "a", "kind": "parquet", "text_column": "text", "where": {"x": 1}}
+    pq.write_table(pa.table({"text": ["x" * (270 << 20)], "x": [1]}), tmp_path / "a.parquet", compression="zstd")
+    with pytest.raises(InputError, match=r"a\.parquet: expected a compressed text"):
+        list(read_documents(str(tmp_path / "a.parquet"), source))
+    pq.write_table(pa.table({"text": ["word"] * 3000, "x": [1, 2, 3] * 1000}), tmp_path / "b.parquet")
+    found = list(read_documents(str(tmp_path / "b.parquet"), source))
+    assert sum(not document.reason for document in found) == 1000 and len(found) == 3000
 
 
 def test_an_unknown_protocol_is_named() -> None:

@@ -25,13 +25,15 @@ class Sample(NamedTuple):
     """Anonymous resident memory by role."""
 
 
-class _Process(NamedTuple):
+class Process(NamedTuple):
+    """One entry of /proc."""
+
     parent: int
     name: str
     cpu_seconds: float
 
 
-def _read(pid: int) -> _Process | None:
+def _read(pid: int) -> Process | None:
     """The entry of a process in /proc, or None if it has ended."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
@@ -39,7 +41,7 @@ def _read(pid: int) -> _Process | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = text.rsplit(")", 1)[1].split()
-    return _Process(int(fields[1]), command.replace("\0", " "), (int(fields[11]) + int(fields[12])) / _TICKS)
+    return Process(int(fields[1]), command.replace("\0", " "), (int(fields[11]) + int(fields[12])) / _TICKS)
 
 
 def anonymous_bytes(pid: int) -> int:
@@ -53,7 +55,7 @@ def anonymous_bytes(pid: int) -> int:
     return 0
 
 
-def _role(name: str) -> str:
+def role_of(name: str) -> str:
     """The role, from the command line: Ray's workers are named ray::something."""
     program = name.split(" ", 1)[0].rsplit("/", 1)[-1]
     if program in ("raylet", "gcs_server"):
@@ -61,7 +63,7 @@ def _role(name: str) -> str:
     return "workers" if name.startswith("ray::") or "default_worker.py" in name else "helpers"
 
 
-def descendants(root: int) -> dict[int, _Process]:
+def descendants(root: int) -> dict[int, Process]:
     """Every process below `root`, and `root` itself."""
     found = {int(entry.name): _read(int(entry.name)) for entry in Path("/proc").iterdir() if entry.name.isdigit()}
     alive = {pid: process for pid, process in found.items() if process is not None}
@@ -110,7 +112,7 @@ class Watch:
         own = os.getpid()
         memory = dict.fromkeys(ROLES, 0)
         for pid, process in descendants(own).items():
-            role = "driver" if pid == own else _role(process.name)
+            role = "driver" if pid == own else role_of(process.name)
             self._last[pid] = (role, process.cpu_seconds)
             memory[role] += anonymous_bytes(pid)
         self.samples.append(Sample(time.time(), memory))
