@@ -105,15 +105,22 @@ def shared_interventions(baselines: Baselines = NO_BASELINES) -> tuple[Intervent
 
 
 def plan_interventions(
-    chosen: pd.DataFrame, *, num_random_halves: int = 2, seed: int = 0, baselines: Baselines = NO_BASELINES
+    chosen: pd.DataFrame,
+    *,
+    num_random_halves: int = 2,
+    seed: int = 0,
+    baselines: Baselines = NO_BASELINES,
+    with_whole: bool = True,
 ) -> tuple[Intervention, ...]:
     """Every intervention on the chosen latents (`causality_latents`), shared ones included, in table order.
 
     Halves have floor(N / 2) latents each of the N chosen ones; the middle one of an odd number is in neither. They are
-    empty where fewer than two latents qualify, and then equal `none`.
+    empty where fewer than two latents qualify, and then equal `none`. with_whole=False leaves out `all` and `error`: a
+    SAE of the chat model reconstructs its whole stream, not what it has beyond the base model's.
     """
     plan = [*shared_interventions(baselines)]
-    plan += [Intervention("all", "all"), Intervention("error", "error")]
+    if with_whole:
+        plan += [Intervention("all", "all"), Intervention("error", "error")]
     for suffix, order in (("", rank_by_nu(chosen)), ("_by_delta_norm", rank_by_delta_norm(chosen))):
         half = len(order) // 2
         halves = {"best": order[:half], "worst": order[len(order) - half :]}

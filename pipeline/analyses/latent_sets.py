@@ -89,6 +89,11 @@ def is_of_chat_alone(latents: pd.DataFrame) -> bool:
     return bool((latents["decoder_norm_base"] == 0).all())
 
 
+def reads_chat_alone(latents: pd.DataFrame) -> bool:
+    """Whether a latent table is that of an SAE of the chat model: a difference's encoder reads the base model too."""
+    return is_of_chat_alone(latents) and bool((latents["encoder_norm_base"] == 0).all())
+
+
 def rank_by_nu(chosen: pd.DataFrame) -> np.ndarray:
     """Latents from most to least chat-specific: rank(nu_eps) + rank(nu_r), low is best; ties by index.
 

@@ -20,7 +20,7 @@ from pipeline.analyses.rows import RowAnalysis
 from pipeline.analyses.units import JudgedDecoder, judged_decoder
 from pipeline.analyses.verdict import SHARED_LOW, Limits, latent_table
 from pipeline.numerics.crosscoder import Crosscoder
-from pipeline.numerics.recipes import reads_difference
+from pipeline.numerics.recipes import inputs_of
 from pipeline.schema import BASE
 
 CHECKED_ROWS = ("training", "strong")
@@ -60,7 +60,7 @@ def verdict_analyses(
         "fidelity": Fidelity(
             activation_dim=crosscoder.activation_dim,
             num_latents=num_latents,
-            is_difference=reads_difference(crosscoder),
+            inputs=inputs_of(crosscoder),
         ),
         "scaling": latent_scaling(crosscoder, settings, rms_M=rms_M),
         "templates": ActivationStatistics(num_latents=num_latents, corpora=corpora),

@@ -26,7 +26,7 @@ from pipeline.analyses.interventions import (
     plan_interventions,
     principal_directions,
 )
-from pipeline.analyses.latent_sets import causality_latents, equivalence_latents, is_of_chat_alone
+from pipeline.analyses.latent_sets import causality_latents, equivalence_latents, is_of_chat_alone, reads_chat_alone
 from pipeline.analyses.rows import sums_from_bytes, sums_to_bytes
 from pipeline.cluster.connect import worker_cpus
 from pipeline.cluster.pools import Pool, run_pool, run_task
@@ -178,7 +178,11 @@ def _interventions(
     chosen = causality_latents(latents, num_latents=limit, min_latents=least)
     return (
         *plan_interventions(
-            chosen, num_random_halves=section.num_random_halves, seed=section.seed, baselines=baselines
+            chosen,
+            num_random_halves=section.num_random_halves,
+            seed=section.seed,
+            baselines=baselines,
+            with_whole=not reads_chat_alone(latents),
         ),
         *further_interventions(
             latents, chosen, section.further_sets, thresholds=(scaling.nu_eps_threshold, scaling.nu_r_threshold)
