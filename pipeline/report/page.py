@@ -16,6 +16,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from pipeline.analyses.activation_statistics import control_token_counts
 from pipeline.report import formatting as fmt
 from pipeline.report.data import CrosscoderReport, ReportData
 from pipeline.report.figures import figure_list, page_specs, static_svg, vega_runtime
@@ -92,6 +93,8 @@ class View(NamedTuple):
     """Paired differences between halves, controls and baselines; without those from no intervention at all."""
     num_template: int
     """Chat-specific latents that fire mostly on template tokens."""
+    control_tokens: dict[str, int]
+    """How many of them fire mostly on one control token, by that token."""
 
 
 class Outcome(NamedTuple):
@@ -205,6 +208,7 @@ def _view(crosscoder: CrosscoderReport, index: int, data: ReportData) -> View:
         half_way=half_way(crosscoder.causality_curve),
         differences=_differences(crosscoder.causality_differences),
         num_template=0 if crosscoder.latents is None else num_template_latents(crosscoder.latents),
+        control_tokens={} if crosscoder.latents is None else control_token_counts(crosscoder.latents),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from pipeline.analyses.activation_statistics import control_token_counts
 from pipeline.analyses.controls import stated_error
 from pipeline.analyses.latent_scaling import LatentScaling
 from pipeline.analyses.latent_tables import CHECKED_ROWS, latent_scaling, verdict_analyses, verdict_table
@@ -18,11 +19,13 @@ from pipeline.analyses.twins import Twins
 from pipeline.analyses.units import judged_decoder
 from pipeline.analyses.verdict import artifact_frac, verdict_counts, with_calls_withheld, with_twins
 from pipeline.errors import InputError
+from pipeline.models.loading import load_tokenizer
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.schema import LATENT_COLUMNS, TWIN_COLUMNS, Ownership, Split, Verdict, latent_corpus_columns
 from pipeline.stages.catalogue import LatentsInputs
 from pipeline.stages.evidence import judgement_of
 from pipeline.stages.finished_crosscoder import open_crosscoder
+from pipeline.stages.models import local_specs
 from pipeline.stages.row_pass import Measured
 from pipeline.stages.step import Step
 from pipeline.storage.activation_store import ActivationStore
@@ -78,6 +81,7 @@ class LatentsWork:
         if step.inputs.evidence is not None:
             judgement = judgement_of(step.inputs.evidence, self.context)
             table = table if judgement.is_distinguishable else with_calls_withheld(table, judgement.reason)
+        table["control_token"] = self._with_texts(table["control_token"])
         schema = arrow_schema((*LATENT_COLUMNS, *latent_corpus_columns(self._corpora)))
         write_frame(storage, f"{folder}/{LATENTS_NAME}", table, schema)
         write_frame(storage, f"{folder}/{TWINS_NAME}", tables["twins"], TWIN_SCHEMA)
@@ -87,6 +91,14 @@ class LatentsWork:
         counts = _counts(table) | {"num_twins": len(tables["twins"]), "fidelity": dict(tables["fidelity"])}
         counts["ratios"] = numbers_of(ratios, "value", by=("latents", "quantity", "statistic"))
         self.context.finish(step, counts, time.monotonic() - self._started)
+
+    def _with_texts(self, ids: "pd.Series[str]") -> "pd.Series[str]":
+        """Texts of the token ids of a column."""
+        with local_specs(self.context.storage, self.step.inputs.activations.inputs.tokens.inputs.models.chat) as (
+            spec,
+        ):
+            tokenizer = load_tokenizer(spec)
+        return ids.map({index: str(tokenizer.decode([int(index)])) for index in ids.dropna().unique()})
 
 
 def _checked_scaling(
@@ -118,6 +130,7 @@ def _counts(table: pd.DataFrame) -> dict[str, Any]:
         "num_latents": len(table),
         "num_chat_only": int((table["ownership"] == Ownership.CHAT_ONLY).sum()),
         "num_chat_specific_confident": int((is_specific & table["is_confident"]).sum()),
+        "control_tokens": control_token_counts(table),
         "artifact_frac": artifact_frac(table),
         "stated_false_discovery_rate": stated_error(table).rate,
     }
