@@ -263,7 +263,7 @@ class AutointerpInputs(AnalysisInputs):
     """Explanations of latents by a language model."""
 
     NAME = "autointerp"
-    VERSION = 1
+    VERSION = 2
     READS = (*_ANALYSIS_READS, "examples")
     section: AutointerpSection
     examples: Step[ExamplesInputs]

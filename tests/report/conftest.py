@@ -282,9 +282,9 @@ def autointerp_table(latents: list[int], hostile: bool) -> pd.DataFrame:
     for index, latent in enumerate(latents):
         score = max(0.45, 0.98 - 0.04 * index)
         words = HOSTILE if hostile and index == 1 else SENTENCES[index % len(SENTENCES)]
-        scores = (score, score - 0.2, min(1.0, score + 0.09), score, score)
+        scores = (score, score - 0.2, min(1.0, score + 0.09), score, score - 0.1, score, score, score)
         rows.append((latent, InterpStatus.SCORED, words, *scores, 0.52, 6, 6, 0, 900, 60))
-    rows[-1] = (latents[-1], InterpStatus.UNEXPLAINED, None, *[np.nan] * 5, 0.52, 6, 6, 0, 900, 60)
+    rows[-1] = (latents[-1], InterpStatus.UNEXPLAINED, None, *[np.nan] * 8, 0.52, 6, 6, 0, 900, 60)
     return table_of(rows, AUTOINTERP_COLUMNS)
 
 
