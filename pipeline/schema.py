@@ -243,7 +243,7 @@ LATENT_COLUMNS = (
     Column("user_frac", "float64", "the same on user tokens"),
     Column("assistant_frac", "float64", "the same on assistant tokens"),
     Column("bos_frac", "float64", "the same on the BOS token"),
-    Column("control_token", "string", "the template's control token on which it fires on most rows; null for none"),
+    Column("control_token", "string", "the template's control token on which it fires on most rows; empty for none"),
     Column("control_token_frac", "float64", "share of the rows on which it fires that are this token, in [0, 1]"),
     *interval_columns("nu_eps", "beta(error, base) / beta(error, chat); high = complete shrinkage"),
     *interval_columns("nu_r", "beta(reconstruction, base) / beta(reconstruction, chat); high = latent decoupling"),

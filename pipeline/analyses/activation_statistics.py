@@ -120,10 +120,10 @@ def _merge_controls(a: Sums, b: Sums) -> Sums:
 
 
 def _control_columns(sums: Sums, count_F: torch.Tensor) -> dict[str, np.ndarray]:
-    """The id, as text, of each latent's most frequent control token (None: none), and its share of the active rows."""
+    """The id, as text, of each latent's most frequent control token (empty: none), and its share of the active rows."""
     id_K, count_KF = sums["control_id_K"], sums["control_count_KF"]
     if not len(id_K):
         id_K, count_KF = id_K.new_zeros(1), count_KF.new_zeros(1, count_KF.shape[1])
     most_F, place_F = count_KF.max(0)
-    texts = [str(index) if most else None for index, most in zip(id_K[place_F].tolist(), most_F.tolist(), strict=True)]
+    texts = [str(index) if most else "" for index, most in zip(id_K[place_F].tolist(), most_F.tolist(), strict=True)]
     return {"control_token": np.array(texts, dtype=object), "control_token_frac": (most_F.double() / count_F).numpy()}

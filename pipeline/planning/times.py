@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pipeline.storage.artifacts import Record
     from pipeline.storage.filesystem import Storage
 
-_SHARED_EDITS, _EDITS, _CURVE_POINTS = 5, 10, 8
+_SHARED_EDITS, _EDITS, _CURVE_POINTS = 9, 10, 8
 """Interventions that all crosscoders share, those of each, and points of one curve (analyses/interventions.py)."""
 _COMPARED_FORWARDS = 3
 """Of the evidence: the base model, the chat model, and the chat model with its rounding moved."""
