@@ -98,7 +98,7 @@ class LatentsWork:
             spec,
         ):
             tokenizer = load_tokenizer(spec)
-        return ids.map({index: str(tokenizer.decode([int(index)])) for index in ids.dropna().unique()})
+        return ids.map({index: str(tokenizer.decode([int(index)])) if index else "" for index in ids.unique()})
 
 
 def _checked_scaling(

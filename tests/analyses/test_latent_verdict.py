@@ -73,7 +73,7 @@ def _tables() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
                 for name in ("max_activation", "mean_activation", "template_frac", "user_frac", "assistant_frac")
             },
             "bos_frac": 0.0,
-            "control_token": None,
+            "control_token": "",
             "control_token_frac": 0.0,
             "frequency_web": 0.1,
         }

@@ -73,7 +73,7 @@ def latent_table(num_latents: int, num_chat_only: int, artifact_frac: float, see
         "max_activation": random.gamma(3, 4, num_latents),
         "mean_activation": random.gamma(3, 1, num_latents),
         **dict(zip(("template_frac", "user_frac", "assistant_frac"), mix.T, strict=True)),
-        "control_token": np.where(random.random(num_latents) < 0.3, "<end_of_turn>", None),
+        "control_token": np.where(random.random(num_latents) < 0.3, "<end_of_turn>", ""),
         "control_token_frac": mix[:, 0],
         "reason": [f"nu_eps {eps:.2f}, nu_r {r:.2f}" for eps, r in zip(nu_eps, nu_r, strict=True)],
         "twin": -1,
