@@ -202,6 +202,21 @@ BETA_COLUMNS = tuple(
         "jackknife over documents",
     )
 )
+GAIN_COLUMNS = tuple(
+    Column(
+        f"gain_{target}_{model}",
+        "float64",
+        f"share of what the {model} model's {target} beta takes off the squared error that the other half of the "
+        "documents' beta takes off; 1 = all, below 0 = worse than none; NaN where a half is silent",
+    )
+    for target in ("reconstruction", "error")
+    for model in MODEL_NAMES
+)
+CHECKED_NU_COLUMNS = tuple(
+    Column(f"{nu}_{rows}", "float64", f"{nu} {where}; NaN where that was not asked for")
+    for rows, where in (("training", "on training rows"), ("strong", "on rows above a share of the latent's maximum"))
+    for nu in ("nu_eps", "nu_r")
+)
 
 LATENT_COLUMNS = (
     Column("latent", "int32", "index of the latent, 0 .. F-1"),
@@ -228,6 +243,8 @@ LATENT_COLUMNS = (
     Column("user_frac", "float64", "the same on user tokens"),
     Column("assistant_frac", "float64", "the same on assistant tokens"),
     Column("bos_frac", "float64", "the same on the BOS token"),
+    Column("control_token", "string", "the template's control token on which it fires on most rows; empty for none"),
+    Column("control_token_frac", "float64", "share of the rows on which it fires that are this token, in [0, 1]"),
     *interval_columns("nu_eps", "beta(error, base) / beta(error, chat); high = complete shrinkage"),
     *interval_columns("nu_r", "beta(reconstruction, base) / beta(reconstruction, chat); high = latent decoupling"),
     *interval_columns("nu_act", "beta(activation, base) / beta(activation, chat)"),
@@ -246,6 +263,8 @@ LATENT_COLUMNS = (
     Column("p_value_base", "float64", "p_value with the models exchanged, along d_j^base; NaN for delta_norm >= 0.4"),
     Column("q_value_base", "float64", "p_value_base after Benjamini-Hochberg; NaN where not judged"),
     *BETA_COLUMNS,
+    *GAIN_COLUMNS,
+    *CHECKED_NU_COLUMNS,
     Column("twin", "int32", "most parallel twin of a chat-only or base-only latent (TWIN_COLUMNS); -1 = none"),
     Column("twin_cosine", "float64", "decoder cosine with the twin; NaN without one"),
     Column("twin_divergence", "float64", "activation divergence from the twin, in [0, 1]; NaN without one"),
@@ -267,6 +286,8 @@ CAUSALITY_COLUMNS = (
     Column("intervention", "string", "what replaced the residual stream at layer L (method, section 6)"),
     Column("positions", "string", "all, first_9 or rest: which predicting positions of assistant turns"),
     *interval_columns("kl", "mean KL(p_chat || p_edited), nats per token; resampled by conversation"),
+    *interval_columns("kl_base", "mean KL(p_base || p_edited), likewise"),
+    *interval_columns("nll", "mean -log p_edited of the text's next token; NaN for an id that one model lacks"),
     Column("num_tokens", "int64", "positions averaged"),
     Column("num_conversations", "int64", "conversations averaged"),
     Column("num_latents", "int64", "size of the latent set, or 0 where none is used"),
@@ -293,27 +314,6 @@ CAUSALITY_CURVE_COLUMNS = (
     ),
 )
 """KL against the number of latents added, in order of evidence and, as control, in random orders."""
-
-STEERING_COLUMNS = (
-    Column("behavior", "string", "behaviour whose rate is measured, or the name of the prompts"),
-    Column("model", "string", "base or chat: the model that answers"),
-    Column("latent", "int32", "steered latent; -1 for the unsteered run"),
-    Column("control", "string", "latent, random (another latent drawn at random, at equal norm) or none"),
-    Column("positions", "string", "where the direction is added: all, prompt, generated; none for the unsteered run"),
-    Column("scale", "float64", "norm that was added, in units of the latent's largest contribution f_j |d_j^chat|"),
-    Column("rate", "float64", "share of prompts whose answer shows the behaviour, in [0, 1]; NaN without markers"),
-    Column("kl", "float64", "mean KL(p || p_steered) of the next token over the answer, nats; p: this model unsteered"),
-    Column("nll", "float64", "chat model's nats per generated token of the steered text; lower = more fluent"),
-    Column("num_prompts", "int64", "prompts answered"),
-    Column("num_tokens", "int64", "tokens generated, all prompts together"),
-)
-
-STEERING_SAMPLE_COLUMNS = (
-    *(column._replace(doc="as in the steering table") for column in STEERING_COLUMNS[:6]),
-    Column("prompt", "string", "the user's message"),
-    Column("answer", "string", "the model's generated answer"),
-    Column("shows_behavior", "bool", "whether the answer counts towards the rate; null without markers"),
-)
 
 TWIN_COLUMNS = (
     Column("latent_chat", "int32", "a chat-only latent"),

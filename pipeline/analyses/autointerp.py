@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pipeline.analyses.autointerp_columns import AUTOINTERP_COLUMNS, InterpStatus
+from pipeline.analyses.autointerp_columns import AUTOINTERP_COLUMNS, STRENGTHS, InterpStatus
 from pipeline.analyses.rows import RowBatch, document_slices_of
-from pipeline.numerics.proportions import Interval, mean_of_two_rates
+from pipeline.numerics.proportions import Z_95, Interval, mean_of_two_rates
 from pipeline.numerics.statistics import hash_documents
 
 MIN_QUIET_PER_CORPUS = 64
@@ -82,6 +82,8 @@ class Interpretation(NamedTuple):
     num_malformed: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
+    strengths: tuple[float, ...] = ()
+    """Activation in each of these contexts as a share of the latent's largest, one for each of `fires`."""
 
 
 def choose_windows(
@@ -200,6 +202,7 @@ def interpretation_table(found: Sequence[Interpretation]) -> pd.DataFrame:
                 "balanced_accuracy_low": score.interval.low,
                 "balanced_accuracy_high": score.interval.high,
                 "true_positive_frac": score.true_positive_frac,
+                **_found_by_strength(one),
                 "true_negative_frac": score.true_negative_frac,
                 "control_accuracy": one.control,
                 "num_active": score.num_active,
@@ -209,6 +212,40 @@ def interpretation_table(found: Sequence[Interpretation]) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=[column.name for column in AUTOINTERP_COLUMNS])
     table["explanation"] = pd.Series([one.explanation for one in found], dtype=object)  # None stays None
     return table
+
+
+def _found_by_strength(one: Interpretation) -> dict[str, float]:
+    """found_*_frac: the share of the active contexts of each third of the range that the explanation is said to fit."""
+    strength_N, found_N = np.array(one.strengths), np.array(one.answers, dtype=bool)[: len(one.strengths)]
+    third_N = np.ceil(strength_N * len(STRENGTHS)).clip(max=len(STRENGTHS))  # 0 for a quiet context
+    parts = [found_N[third_N == place] for place in range(1, len(STRENGTHS) + 1)]
+    return {
+        f"found_{name}_frac": float(part.mean()) if len(part) else math.nan
+        for name, part in zip(STRENGTHS, parts, strict=True)
+    }
+
+
+def accuracy_groups(table: pd.DataFrame, latents: pd.DataFrame) -> pd.DataFrame:
+    """Where explanations hold: columns group, quantity, value, value_low, value_high, num_latents, one row per group.
+
+    Balanced accuracy by thirds of rank(nu_eps) + rank(nu_r) among the scored latents, the most chat-specific first; and
+    the share of active contexts found, by their strength. A value is the mean over latents, its interval the normal
+    one, which takes latents as independent; NaN for fewer than two. `latents` is the crosscoder's latent table.
+    """
+    scored = table[table["status"] == InterpStatus.SCORED].merge(latents[["latent", "nu_eps", "nu_r"]], on="latent")
+    rank = (scored["nu_eps"].rank() + scored["nu_r"].rank()).rank(method="first", pct=True)
+    groups = {
+        f"{name} third by nu": scored.loc[np.ceil(rank * 3) == place, "balanced_accuracy"]
+        for place, name in enumerate(("first", "middle", "last"), start=1)
+    }
+    groups |= {f"{name} contexts": scored[f"found_{name}_frac"].dropna() for name in STRENGTHS}
+    rows = []
+    for group, values in groups.items():
+        half = Z_95 * float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        mean = float(values.mean())
+        quantity = "contexts found" if group.endswith("contexts") else "balanced accuracy"
+        rows.append((group, quantity, mean, mean - half, mean + half, len(values)))
+    return pd.DataFrame(rows, columns=["group", "quantity", "value", "value_low", "value_high", "num_latents"])
 
 
 def interpretation_numbers(table: pd.DataFrame) -> dict[str, float]:

@@ -21,6 +21,9 @@ class InterpStatus:
     ALL = (SCORED, EXPLAINED, UNEXPLAINED, TOO_FEW)
 
 
+STRENGTHS = ("weak", "middle", "strong")
+"""Thirds of the range of activations, up to the latent's strongest context, by which held-out contexts are counted."""
+
 AUTOINTERP_COLUMNS = (
     Column("latent", "int32", "index of the latent"),
     Column("status", "string", "one of InterpStatus.ALL"),
@@ -31,6 +34,12 @@ AUTOINTERP_COLUMNS = (
         "from both Wilson intervals",
     ),
     Column("true_positive_frac", "float64", "share of held-out active contexts that the explanation is judged to fit"),
+    *(
+        Column(
+            f"found_{strength}_frac", "float64", f"true_positive_frac of the {strength} third alone; NaN without any"
+        )
+        for strength in STRENGTHS
+    ),
     Column("true_negative_frac", "float64", "share of quiet contexts that the explanation is judged not to fit"),
     Column("control_accuracy", "float64", "balanced accuracy of another latent's explanation here; NaN if not asked"),
     Column("num_active", "int32", "held-out active contexts judged"),

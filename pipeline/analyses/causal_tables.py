@@ -17,7 +17,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pipeline.analyses.interventions import MEAN_DIFFERENCE_KINDS, Intervention
+from pipeline.analyses.causal_batch import MEASURES
+from pipeline.analyses.interventions import BASELINE_KINDS, Intervention
 from pipeline.numerics.statistics import DEFAULT_NUM_RESAMPLES, Interval, bootstrap_interval
 from pipeline.schema import CAUSALITY_COLUMNS, CAUSALITY_CURVE_COLUMNS, CAUSALITY_DIFFERENCE_COLUMNS
 
@@ -58,7 +59,7 @@ def causal_tables(
     num_latents: int,
     bootstrap: Bootstrap,
 ) -> CausalTables:
-    """All tables of sums `kl_GIS` and `tokens_GS` (Causality); num_latents = F, for the edits that use all."""
+    """All tables of Causality's sums (`tokens_GS`, `<measure>_GIS`). num_latents = F, for the edits that use all."""
     kl_GIS, tokens_GS = sums["kl_GIS"], sums["tokens_GS"]
     sizes = [num_latents if item.kind in ("all", "error") else len(item.latents) for item in interventions]
     counts = [
@@ -67,7 +68,8 @@ def causal_tables(
     ]
     plain = [i for i, item in enumerate(interventions) if not item.order]
     keys = [{"intervention": interventions[i].name} for i in plain]
-    rows = _rows(keys, "kl", _means(kl_GIS[:, plain], tokens_GS, bootstrap))
+    measured = [_rows(keys, name, _means(sums[f"{name}_GIS"][:, plain], tokens_GS, bootstrap)) for name in MEASURES]
+    rows = [{**first, **second, **third} for first, second, third in zip(*measured, strict=True)]
     kl = [{**row, **counts[row["place"]], "num_latents": sizes[plain[row["item"]]]} for row in rows]
     found = contrasts([interventions[i] for i in plain])
     differences = [
@@ -89,7 +91,7 @@ def contrasts(interventions: Sequence[Intervention]) -> list[Contrast]:
     """The differences that get an interval, where both sides were measured.
 
     worst - best (each ranking, replace and add), random - best and worst - random (each random half, and their mean),
-    mean difference - all, and none - everything else: by how much each intervention lowers the KL.
+    directions of the difference - all, and none - everything else: by how much each intervention lowers the KL.
     """
     place = {item.name: i for i, item in enumerate(interventions)}
     sides: dict[str, tuple[int, ...]] = {name: (i,) for name, i in place.items()}
@@ -103,7 +105,7 @@ def contrasts(interventions: Sequence[Intervention]) -> list[Contrast]:
             drawn.append(f"random_half_mean_{kind}")
         for name in drawn:
             pairs += [(name, f"best_half_{kind}"), (f"worst_half_{kind}", name)]
-    pairs += [(kind, "all") for kind in MEAN_DIFFERENCE_KINDS]
+    pairs += [(kind, "all") for kind in BASELINE_KINDS]
     pairs += [("none", name) for name in place if name not in ("none", "chat", "base")]
     return [Contrast(a, b, sides[a], sides[b]) for a, b in pairs if a in sides and b in sides]
 

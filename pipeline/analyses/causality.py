@@ -22,8 +22,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.analyses.causal_batch import (
+    MEASURES,
+    CausalityBatch,
+    at_least_float32,
+    measure_hidden,
+    measure_streams,
+    predicting_hidden,
+)
 from pipeline.analyses.causal_tables import POSITION_SETS, Bootstrap, CausalTables, causal_tables
 from pipeline.analyses.interventions import (
+    NO_BASELINES,
+    Baselines,
     Intervention,
     Kind,
     SharedInputs,
@@ -54,34 +64,8 @@ class PredictingPositions(NamedTuple):
     """int64, ascending."""
     in_set_PS: np.ndarray
     """bool: membership in POSITION_SETS; `rest` is everything that is not in `first_9`."""
-
-
-class CausalityBatch(NamedTuple):
-    """Dialogues with everything that does not depend on a crosscoder."""
-
-    pair: ModelPair
-    mask_BT: Tensor
-    token_N: Tensor
-    """int64: place of every token in the flattened [B, T]."""
-    x_NMD: Tensor
-    """float32: both streams at layer L."""
-    has_codes_N: Tensor
-    """bool: rows of the kind that the crosscoder was trained on; the others stay unedited."""
-    is_leading_N: Tensor
-    """bool: leading tokens that give no rows; every edit has the chat model's activations there."""
-    predicting_P: Tensor
-    """int64: place of every predicting position in the flattened [B, T]."""
-    document_P: Tensor
-    """int64: its document, 0 .. B-1."""
-    in_set_PS: Tensor
-    """bool, see PredictingPositions."""
-    doc_id_B: Tensor
-    dtype: torch.dtype
-    """The models' dtype, to which edited streams are cast."""
-    reference_PD: Tensor
-    """The chat model's final hidden state at predicting positions."""
-    shared_kl_P: Mapping[Kind, Tensor]
-    """KL of the interventions that need no crosscoder, by kind."""
+    place_in_turn_P: np.ndarray
+    """int64: how many tokens of its turn come before the one that is predicted."""
 
 
 class Causality:
@@ -97,24 +81,30 @@ class Causality:
         """Empty sums."""
         return {
             "doc_id_G": torch.zeros(0, dtype=torch.int64),
-            "kl_GIS": torch.zeros(0, len(self.interventions), len(POSITION_SETS), dtype=torch.float64),
+            **{
+                f"{name}_GIS": torch.zeros(0, len(self.interventions), len(POSITION_SETS), dtype=torch.float64)
+                for name in MEASURES
+            },
             "tokens_GS": torch.zeros(0, len(POSITION_SETS), dtype=torch.float64),
         }
 
     def update(self, sums: Sums, batch: CausalityBatch) -> None:
         """Adds a batch's documents to the sums, in place."""
-        measured = {Intervention("", kind): kl_P for kind, kl_P in batch.shared_kl_P.items()}
+        measured = {Intervention("", kind): value_PK for kind, value_PK in batch.shared_PK.items()}
         edits = [without_name(item) for item in self.interventions]
         missing = [edit for edit in dict.fromkeys(edits) if edit not in measured]
         streams = self._edited_streams(batch, missing)
-        measured |= dict(zip(missing, kl_to_chat(batch, streams), strict=True))
-        kl_PI = torch.stack([measured[edit] for edit in edits], dim=1).double()
+        measured |= dict(zip(missing, measure_streams(batch, streams), strict=True))
+        value_PIK = torch.stack([measured[edit] for edit in edits], dim=1).double()
         in_set_PS = batch.in_set_PS.double()
         size = len(batch.doc_id_B)
-        kl_GIS = kl_PI.new_zeros(size, len(self.interventions), len(POSITION_SETS))
-        kl_GIS.index_add_(0, batch.document_P, kl_PI[:, :, None] * in_set_PS[:, None, :])
         tokens_GS = in_set_PS.new_zeros(size, len(POSITION_SETS)).index_add_(0, batch.document_P, in_set_PS)
-        added = {"doc_id_G": batch.doc_id_B, "kl_GIS": kl_GIS.cpu(), "tokens_GS": tokens_GS.cpu()}
+        added = {"doc_id_G": batch.doc_id_B, "tokens_GS": tokens_GS.cpu()}
+        for place, name in enumerate(MEASURES):
+            summed_GIS = value_PIK.new_zeros(size, len(self.interventions), len(POSITION_SETS))
+            # A NaN outside a set must not reach its sum.
+            value_PIS = value_PIK[:, :, None, place].where(batch.in_set_PS[:, None, :], 0)
+            added[f"{name}_GIS"] = summed_GIS.index_add_(0, batch.document_P, value_PIS).cpu()
         sums.update(self.merge(sums, added))
 
     def merge(self, a: Sums, b: Sums) -> Sums:
@@ -176,19 +166,20 @@ def causality_batches(
     pair: ModelPair,
     documents: Mapping[str, Sequence[Any]],
     options: RowOptions,
-    mean_difference_D: Tensor | None = None,
+    baselines: Baselines = NO_BASELINES,
 ) -> Iterator[CausalityBatch]:
     """Batches of the dialogues among token rows (schema.TOKEN_COLUMNS), longest first.
 
     options: as for the rows that the crosscoder was trained on; tokens that it drops are not edited by latents.
-    mean_difference_D: mean of x^chat - x^base, for the interventions along it. Documents in which nothing predicts an
-    assistant token are left out.
+    baselines: what the interventions without a crosscoder need. Documents in which nothing predicts an assistant
+    token are left out.
     """
-    if mean_difference_D is not None and tuple(mean_difference_D.shape) != (pair.activation_dim,):
-        raise InputError(
-            f"expected a mean difference of width {pair.activation_dim}, got {tuple(mean_difference_D.shape)}; take it "
-            "from activations of the same pair"
-        )
+    for direction in (baselines.mean_difference_D, baselines.principal_KD):
+        if direction is not None and direction.shape[-1] != pair.activation_dim:
+            raise InputError(
+                f"expected directions of width {pair.activation_dim}, got {tuple(direction.shape)}; take them from "
+                "activations of the same pair"
+            )
     dialogues = [
         _Dialogue(int(doc_id), np.asarray(ids, dtype=np.int32), flags, predicting_positions(flags))
         for doc_id, ids, flags in zip(
@@ -200,7 +191,7 @@ def causality_batches(
     ]
     dialogues = [dialogue for dialogue in dialogues if len(dialogue.predicting.position_P)]
     for batch in plan_batches([len(dialogue.ids) for dialogue in dialogues], options.tokens_per_batch).batches:
-        yield _prepare(pair, [dialogues[i] for i in batch.tolist()], options, mean_difference_D)
+        yield _prepare(pair, [dialogues[i] for i in batch.tolist()], options, baselines)
 
 
 def predicting_positions(flags: np.ndarray) -> PredictingPositions:
@@ -224,29 +215,7 @@ def predicting_positions(flags: np.ndarray) -> PredictingPositions:
     position_P = predicted[predicted > 0] - 1
     is_first_9 = (place_in_turn < NUM_FIRST) & ~is_template[position_P]
     sets = [np.ones(len(position_P), dtype=bool), is_first_9, ~is_first_9]
-    return PredictingPositions(position_P, np.stack(sets, axis=1))
-
-
-@torch.no_grad()
-def kl_to_chat(batch: CausalityBatch, streams_ND: Iterator[Tensor]) -> list[Tensor]:
-    """KL(p_chat || p_edited) [P] of each edited stream, nats, float32 (float64 models: float64).
-
-    All hidden states are computed first, so that the chat model's own log-probabilities are computed once a chunk.
-    """
-    hidden = [predicting_hidden(batch, CHAT, stream_ND) for stream_ND in streams_ND]
-    return _kl_of_hidden(batch, hidden, model=CHAT)
-
-
-def _kl_of_hidden(batch: CausalityBatch, hidden: Sequence[Tensor], *, model: int) -> list[Tensor]:
-    pair = batch.pair
-    parts: list[list[Tensor]] = [[] for _ in hidden]
-    for here in pair.decoders[CHAT].head_chunks(len(batch.reference_PD)):
-        reference_PV = _log_softmax(pair.shared_head(CHAT, batch.reference_PD[here]))
-        probability_PV = reference_PV.exp()
-        for part, hidden_PD in zip(parts, hidden, strict=True):
-            edited_PV = _log_softmax(pair.shared_head(model, hidden_PD[here])).to(reference_PV.device)
-            part.append((probability_PV * (reference_PV - edited_PV)).sum(-1))
-    return [torch.cat(part) for part in parts]
+    return PredictingPositions(position_P, np.stack(sets, axis=1), place_in_turn)
 
 
 class _Dialogue(NamedTuple):
@@ -257,7 +226,7 @@ class _Dialogue(NamedTuple):
 
 
 def _prepare(
-    pair: ModelPair, dialogues: Sequence[_Dialogue], options: RowOptions, mean_difference_D: Tensor | None
+    pair: ModelPair, dialogues: Sequence[_Dialogue], options: RowOptions, baselines: Baselines
 ) -> CausalityBatch:
     padded, device = pad_tokens([dialogue.ids for dialogue in dialogues]), pair.device
     width = padded.ids_BT.shape[1]
@@ -273,7 +242,7 @@ def _prepare(
         pair=pair,
         mask_BT=padded.mask_BT,
         token_N=token_N,
-        x_NMD=_at_least_float32(h_BTMD.flatten(0, 1)[token_N]),
+        x_NMD=at_least_float32(h_BTMD.flatten(0, 1)[token_N]),
         has_codes_N=has_codes_N,
         is_leading_N=torch.from_numpy(np.concatenate(leading)).to(device),
         predicting_P=torch.from_numpy(np.concatenate(places)).to(device),
@@ -281,82 +250,41 @@ def _prepare(
         in_set_PS=torch.from_numpy(np.concatenate([one.predicting.in_set_PS for one in dialogues])).to(device),
         doc_id_B=torch.tensor([one.doc_id for one in dialogues], dtype=torch.int64),
         dtype=h_BTMD.dtype,
+        next_id_P=padded.ids_BT.flatten()[np.concatenate(places) + 1].long().to(device),
         reference_PD=torch.empty(0),
-        shared_kl_P={},
+        base_PD=torch.empty(0),
+        shared_PK={},
     )
-    batch = batch._replace(reference_PD=predicting_hidden(batch, CHAT, batch.x_NMD[:, CHAT]))
+    reference_PD, base_PD = (predicting_hidden(batch, model, batch.x_NMD[:, model]) for model in (CHAT, BASE))
+    batch = batch._replace(reference_PD=reference_PD, base_PD=base_PD)
     flags_N = torch.from_numpy(np.concatenate([one.flags for one in dialogues])).to(device)
     inputs = SharedInputs(
         batch.x_NMD,
         is_template_N=(flags_N & int(Flag.TEMPLATE)) != 0,
         has_codes_N=batch.has_codes_N,
-        mean_difference_D=mean_difference_D,
+        is_first_N=_is_first(batch, dialogues, baselines.num_first),
+        baselines=baselines,
     )
-    return batch._replace(shared_kl_P=_shared_kl(batch, inputs))
+    return batch._replace(shared_PK=_shared_measures(batch, inputs))
 
 
-def _shared_kl(batch: CausalityBatch, inputs: SharedInputs) -> dict[Kind, Tensor]:
+def _is_first(batch: CausalityBatch, dialogues: Sequence[_Dialogue], num_first: int) -> Tensor:
+    """bool [N]: the first num_first predicting positions of each turn."""
+    place_P = torch.from_numpy(np.concatenate([one.predicting.place_in_turn_P for one in dialogues]))
+    is_first_BT = torch.zeros(batch.mask_BT.numel(), dtype=torch.bool, device=batch.token_N.device)
+    is_first_BT[batch.predicting_P[(place_P < num_first).to(batch.predicting_P.device)]] = True
+    return is_first_BT[batch.token_N]
+
+
+def _shared_measures(batch: CausalityBatch, inputs: SharedInputs) -> dict[Kind, Tensor]:
     """`base` is the base model's own upper half; the others continue in the chat model's."""
-    shared = shared_interventions(with_mean_difference=inputs.mean_difference_D is not None)
-    edits = [item.kind for item in shared if item.kind != "base"]
+    edits = [item.kind for item in shared_interventions(inputs.baselines) if item.kind != "base"]
     streams = (_with_leading_chat(shared_stream(kind, inputs), inputs.x_NMD, batch.is_leading_N) for kind in edits)
-    kl = dict[Kind, Tensor](zip(edits, kl_to_chat(batch, streams), strict=True))
-    base_hidden = predicting_hidden(batch, BASE, batch.x_NMD[:, BASE])
-    return kl | {"base": _kl_of_hidden(batch, [base_hidden], model=BASE)[0]}
-
-
-def predicting_hidden(batch: CausalityBatch, model: int, stream_ND: Tensor) -> Tensor:
-    """hidden_PD of one model's upper half continued from a stream given at the tokens; padding is 0."""
-    size_B, width_T = batch.mask_BT.shape
-    h_BTD = torch.zeros(size_B * width_T, stream_ND.shape[1], dtype=batch.dtype, device=batch.token_N.device)
-    h_BTD[batch.token_N] = stream_ND.to(h_BTD.device, batch.dtype)
-    hidden_BTD = batch.pair.upper(model, h_BTD.view(size_B, width_T, -1), batch.mask_BT)
-    return hidden_BTD.flatten(0, 1).to(batch.predicting_P.device)[batch.predicting_P]
-
-
-def documents_of(batch: CausalityBatch, chosen_B: Tensor) -> tuple[CausalityBatch, Tensor]:
-    """Some documents of a batch (ascending places) as a batch of their own, and which tokens it holds, bool [N].
-
-    KL of shared interventions is not carried over.
-    """
-    width = batch.mask_BT.shape[1]
-    place_B = torch.full((len(batch.doc_id_B),), -1, device=chosen_B.device)
-    place_B[chosen_B] = torch.arange(len(chosen_B), device=chosen_B.device)
-    kept_N, kept_P = place_B[batch.token_N // width] >= 0, place_B[batch.document_P] >= 0
-
-    def moved(token: Tensor) -> Tensor:
-        return place_B[token // width] * width + token % width
-
-    part = batch._replace(
-        mask_BT=batch.mask_BT[chosen_B.to(batch.mask_BT.device)],
-        token_N=moved(batch.token_N[kept_N]),
-        x_NMD=batch.x_NMD[kept_N],
-        has_codes_N=batch.has_codes_N[kept_N],
-        is_leading_N=batch.is_leading_N[kept_N],
-        predicting_P=moved(batch.predicting_P[kept_P]),
-        document_P=place_B[batch.document_P[kept_P]],
-        in_set_PS=batch.in_set_PS[kept_P],
-        doc_id_B=batch.doc_id_B[chosen_B.cpu()],
-        reference_PD=batch.reference_PD[kept_P.to(batch.reference_PD.device)],
-        shared_kl_P={},
-    )
-    return part, kept_N
-
-
-def log_probabilities(batch: CausalityBatch, hidden_PD: Tensor) -> Tensor:
-    """log p_PV of the chat model's next tokens; call it on chunks of positions."""
-    return _log_softmax(batch.pair.head(CHAT, hidden_PD))
+    measured = dict[Kind, Tensor](zip(edits, measure_streams(batch, streams), strict=True))
+    return measured | {"base": measure_hidden(batch, [batch.base_PD], model=BASE)[0]}
 
 
 def without_name(intervention: Intervention) -> Intervention:
     """What an intervention does, equal for interventions that do the same; an empty set leaves the base stream."""
     is_empty_set = intervention.kind in ("replace", "add") and not intervention.latents
     return Intervention("", "none") if is_empty_set else Intervention("", intervention.kind, intervention.latents)
-
-
-def _log_softmax(logits_PV: Tensor) -> Tensor:
-    return _at_least_float32(logits_PV).log_softmax(-1)
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

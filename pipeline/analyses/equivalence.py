@@ -25,17 +25,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pipeline.analyses.causal_batch import CausalityBatch, documents_of, log_probabilities, predicting_hidden
 from pipeline.analyses.causal_tables import Bootstrap
-from pipeline.analyses.causality import (
-    CausalityBatch,
-    Sums,
-    by_conversation,
-    codes_of,
-    documents_of,
-    log_probabilities,
-    merge_documents,
-    predicting_hidden,
-)
+from pipeline.analyses.causality import Sums, by_conversation, codes_of, merge_documents
 from pipeline.analyses.latent_sets import require_latents
 from pipeline.analyses.units import judged_decoder
 from pipeline.numerics.crosscoder import Crosscoder

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from pipeline.analyses.rows import RowBatch, Sums, check_batch, document_slices_of, merge_sums, require_rows
 from pipeline.extraction.activations import SINK_MULTIPLE, within_norm_cap
-from pipeline.numerics.crosscoder import activation_difference
 from pipeline.numerics.moments import Moments, moments_of, variance_explained
-from pipeline.numerics.recipes import fve_metrics
+from pipeline.numerics.recipes import fitted_activations, fve_metrics
+from pipeline.numerics.settings import Inputs
 from pipeline.schema import BASE, CHAT, FIDELITY_KEYS
 
 _MEASURED = ("x", "error")
@@ -31,15 +31,13 @@ _SINK = 1
 class Fidelity:
     """Row analysis with the numbers of schema.FIDELITY_KEYS."""
 
-    def __init__(
-        self, *, activation_dim: int, num_latents: int, num_models: int = 2, is_difference: bool = False
-    ) -> None:
+    def __init__(self, *, activation_dim: int, num_latents: int, num_models: int = 2, inputs: Inputs = "both") -> None:
         self.activation_dim, self.num_latents, self.num_models = activation_dim, num_latents, num_models
-        self.is_difference = is_difference
+        self.inputs: Inputs = inputs
 
     def start(self) -> Sums:
         """Moments of x and of the error per kind of row and column, norms, pairs and firing counts."""
-        num_columns = self.activation_dim * (1 if self.is_difference else self.num_models)
+        num_columns = self.activation_dim * (self.num_models if self.inputs == "both" else 1)
         return {
             "num_pairs": torch.zeros(1, dtype=torch.int64),
             "fired": torch.zeros(self.num_latents, dtype=torch.int64),
@@ -62,8 +60,7 @@ class Fidelity:
         sums["norm"] += x_BMD.norm(dim=2).sum(0).cpu()
         is_sink_B = sinks(batch)
         for name, value_BMD in zip(_MEASURED, (x_BMD, error_BMD), strict=True):
-            if self.is_difference:
-                value_BMD = activation_difference(value_BMD)
+            value_BMD = fitted_activations(value_BMD, self.inputs)
             for kind in range(2):
                 own = moments_of(value_BMD[is_sink_B == kind].flatten(1).cpu()[:, :, None])
                 _set_moments(sums, name, kind, _moments(sums, name, kind).merge(own))
@@ -108,7 +105,7 @@ class Fidelity:
             )
             for own in (measured["x"], measured["error"])
         )
-        return fve_metrics(x, error, "difference" if self.is_difference else "both")
+        return fve_metrics(x, error, self.inputs)
 
 
 def sinks(batch: RowBatch) -> Tensor:

@@ -67,6 +67,7 @@ class LatentScaling:
         latents: Tensor | None = None,
         rms_M: Tensor | None = None,
         owner: int = CHAT,
+        floor_F: Tensor | None = None,
     ) -> None:
         """Settings beyond the sizes.
 
@@ -77,6 +78,7 @@ class LatentScaling:
             rms_M: root mean square of each model's rows, for a crosscoder fitted without normalisation (units.py).
             owner: the model whose decoder row is u_j and whose betas the ratios are divided by. BASE is the mirror
                 image: the table is that of the pair with its models exchanged, "base" then being the chat model.
+            floor_F: of all latents; a latent counts as silent on rows on which its activation is below this.
         """
         shape = tuple(crosscoder.W_dec_FMD.shape)
         if shape[1] != 2:
@@ -104,7 +106,7 @@ class LatentScaling:
         self.is_decoupled = crosscoder.code_weight == "decoupled"
         self.direction_FD = self.W_dec_FMD[:, CHAT].contiguous() if direction_FD is None else direction_FD.float().cpu()
         self.num_groups, self.num_resamples, self.seed = num_groups, num_resamples, seed
-        self.thresholds = thresholds
+        self.thresholds, self.floor_F = thresholds, floor_F
 
     def start(self) -> Sums:
         """sums_SGF of numerics/scaling.py, the sum of x and the number of rows."""
@@ -142,6 +144,8 @@ class LatentScaling:
         """The codes of the latents that are measured, counted from 0, with the models in this analysis' order."""
         if codes.model_mask_PM is not None:
             codes = codes._replace(model_mask_PM=codes.model_mask_PM[:, self.order])
+        if self.floor_F is not None:
+            codes = codes.keep(codes.values_P >= self.floor_F.to(codes.values_P)[codes.latents_P])
         if len(self.latents_F) == self.num_latents:
             return codes
         place_F = torch.full((self.num_latents,), -1, device=codes.latents_P.device)
@@ -172,6 +176,7 @@ class LatentScaling:
             for index, model in enumerate(MODEL_NAMES):
                 interval = Interval(*(value_MF[index] for value_MF in estimates.beta[target]))
                 columns |= _interval_columns(f"beta_{target}_{model}", interval)
+                columns[f"gain_{target}_{model}"] = estimates.gain[target][index].numpy()
         return pd.DataFrame(columns | self._probabilities(estimates))
 
     def _probabilities(self, estimates: ScalingEstimates) -> dict[str, np.ndarray]:

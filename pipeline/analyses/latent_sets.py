@@ -52,15 +52,19 @@ def causality_latents(latents: pd.DataFrame, *, num_latents: int | None = None, 
     Of the chat-only latents the num_latents of highest Delta_norm are taken, so that the sets of two crosscoders are
     equally large. Where fewer than min_latents are chat-only, the latents of next highest Delta_norm follow: a
     crosscoder with a handful of chat-only latents still has halves to compare, but its ranks then mix chat-only latents
-    with others. Latents whose nu_eps or nu_r is undefined or outside NU_RANGE never qualify.
+    with others. Latents whose nu_eps or nu_r is undefined or outside NU_RANGE never qualify. Of a dictionary without
+    base rows all live latents are chat-only, and those of smallest |nu_act| are taken, as in the paper's code.
     """
-    columns = ("latent", "ownership", "delta_norm", "nu_eps", "nu_r")
+    columns = ("latent", "ownership", "delta_norm", "nu_eps", "nu_r", "nu_act", "decoder_norm_base", "frequency")
     missing = [name for name in columns if name not in latents.columns]
     if missing:
         raise InputError(
             f"expected a latent table with {', '.join(columns)}, {', '.join(missing)} is missing; run the analyses of "
             "this version again"
         )
+    if is_of_chat_alone(latents):
+        known = latents[(latents["frequency"] > 0) & latents["nu_act"].notna()]
+        return known.iloc[_order(known, known["nu_act"].abs().to_numpy())[:num_latents]]
     qualified = _by_delta_norm(latents[latents["nu_eps"].between(*NU_RANGE) & latents["nu_r"].between(*NU_RANGE)])
     is_chat_only = qualified["ownership"] == Ownership.CHAT_ONLY
     chosen = qualified[is_chat_only].head(len(qualified) if num_latents is None else num_latents)
@@ -80,8 +84,23 @@ def equivalence_latents(latents: pd.DataFrame, *, num_each: int, seed: int) -> t
     return (*most_specific_latents(latents, num_each), *(int(latent) for latent in drawn))
 
 
+def is_of_chat_alone(latents: pd.DataFrame) -> bool:
+    """Whether no latent has a base decoder row: the table of an SAE of the chat model or of the difference."""
+    return bool((latents["decoder_norm_base"] == 0).all())
+
+
+def reads_chat_alone(latents: pd.DataFrame) -> bool:
+    """Whether a latent table is that of an SAE of the chat model: a difference's encoder reads the base model too."""
+    return is_of_chat_alone(latents) and bool((latents["encoder_norm_base"] == 0).all())
+
+
 def rank_by_nu(chosen: pd.DataFrame) -> np.ndarray:
-    """Latents from most to least chat-specific: rank(nu_eps) + rank(nu_r), low is best; ties by index."""
+    """Latents from most to least chat-specific: rank(nu_eps) + rank(nu_r), low is best; ties by index.
+
+    |nu_act| where no latent has a base decoder row: the other ratios then compare x^base with an error of x^chat.
+    """
+    if is_of_chat_alone(chosen) and len(chosen):
+        return _ordered(chosen, chosen["nu_act"].abs().to_numpy())
     return _ordered(chosen, chosen["nu_eps"].rank().to_numpy() + chosen["nu_r"].rank().to_numpy())
 
 
@@ -91,8 +110,13 @@ def rank_by_delta_norm(chosen: pd.DataFrame) -> np.ndarray:
 
 
 def _ordered(chosen: pd.DataFrame, score: np.ndarray) -> np.ndarray:
-    latents = chosen["latent"].to_numpy()
-    return latents[np.lexsort((latents, score))]
+    latents: np.ndarray = chosen["latent"].to_numpy()[_order(chosen, score)]
+    return latents
+
+
+def _order(table: pd.DataFrame, score: np.ndarray) -> np.ndarray:
+    order: np.ndarray = np.lexsort((table["latent"].to_numpy(), score))
+    return order
 
 
 def _by_delta_norm(table: pd.DataFrame) -> pd.DataFrame:

@@ -20,8 +20,11 @@ from pipeline.analyses.rows import RowAnalysis
 from pipeline.analyses.units import JudgedDecoder, judged_decoder
 from pipeline.analyses.verdict import SHARED_LOW, Limits, latent_table
 from pipeline.numerics.crosscoder import Crosscoder
-from pipeline.numerics.recipes import reads_difference
+from pipeline.numerics.recipes import inputs_of
 from pipeline.schema import BASE
+
+CHECKED_ROWS = ("training", "strong")
+"""Rows on which the ratios of chat-only latents may be estimated once more (schema.CHECKED_NU_COLUMNS)."""
 
 
 class VerdictSettings(Protocol):
@@ -57,7 +60,7 @@ def verdict_analyses(
         "fidelity": Fidelity(
             activation_dim=crosscoder.activation_dim,
             num_latents=num_latents,
-            is_difference=reads_difference(crosscoder),
+            inputs=inputs_of(crosscoder),
         ),
         "scaling": latent_scaling(crosscoder, settings, rms_M=rms_M),
         "templates": ActivationStatistics(num_latents=num_latents, corpora=corpora),
@@ -82,8 +85,8 @@ def latent_scaling(crosscoder: Crosscoder, settings: VerdictSettings, **options:
 
 
 def verdict_table(decoder: JudgedDecoder, tables: Mapping[str, Any], settings: VerdictSettings) -> pd.DataFrame:
-    """The latent table, twins aside, from the tables of `verdict_analyses`."""
-    return latent_table(
+    """The latent table, twins aside, from the tables of `verdict_analyses` and any of CHECKED_ROWS."""
+    table = latent_table(
         ownership_table(decoder),
         tables["scaling"],
         tables["templates"],
@@ -91,6 +94,12 @@ def verdict_table(decoder: JudgedDecoder, tables: Mapping[str, Any], settings: V
         limits=limits_of(settings),
         rule=settings.rule,
     )
+    for rows in CHECKED_ROWS:
+        if tables.get(rows) is not None:
+            again = tables[rows].set_index("latent")
+            for name in ("nu_eps", "nu_r"):
+                table[f"{name}_{rows}"] = table["latent"].map(again[name])
+    return table
 
 
 def limits_of(settings: VerdictSettings) -> Limits:

@@ -54,6 +54,8 @@ def _explained(fidelity: Mapping[str, float]) -> dict[str, float]:
     """FVE by what is explained. Sinks hide what the pooled number without them shows."""
     if math.isnan(fidelity["fve_chat"]):
         return {"the difference": fidelity["fve_without_sinks"]}
+    if math.isnan(fidelity["fve_base"]) and fidelity["fve"] == fidelity["fve_chat"]:  # a SAE of the chat model
+        return {"the chat model": fidelity["fve_without_sinks"]}
     explained = {"the base model": fidelity["fve_base"], "the chat model": fidelity["fve_chat"]}
     if fidelity["num_sinks"]:
         explained["the rows that are no attention sinks"] = fidelity["fve_without_sinks"]

@@ -26,12 +26,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pipeline.analyses.steering_columns import STEERING_COLUMNS, STEERING_SAMPLE_COLUMNS
 from pipeline.analyses.steering_inputs import BehaviorPrompts, Direction
 from pipeline.errors import InputError
 from pipeline.models.generation import Positions, Sampling, Steering
 from pipeline.models.padding import pad_tokens
 from pipeline.models.pair import ModelPair
-from pipeline.schema import CHAT, MODEL_NAMES, STEERING_COLUMNS, STEERING_SAMPLE_COLUMNS
+from pipeline.schema import CHAT, MODEL_NAMES
 from pipeline.text.tokenizers import prompt_ids
 
 NONE, LATENT, RANDOM = "none", "latent", "random"
@@ -70,9 +71,9 @@ class SteeringResult(NamedTuple):
     """Both tables of the analysis."""
 
     table: pd.DataFrame
-    """schema.STEERING_COLUMNS, one row per run; each random latent is a run of its own."""
+    """STEERING_COLUMNS, one row per run; each random latent is a run of its own."""
     samples: pd.DataFrame
-    """schema.STEERING_SAMPLE_COLUMNS, answers side by side."""
+    """STEERING_SAMPLE_COLUMNS, answers side by side."""
 
 
 class _Run(NamedTuple):

@@ -37,7 +37,7 @@ import torch
 from pipeline.analyses.latent_scaling import DEFAULT_NU_EPS_THRESHOLD, DEFAULT_NU_R_THRESHOLD
 from pipeline.errors import InputError
 from pipeline.numerics.significance import q_values
-from pipeline.schema import DELTA_NORM_RANGES, LATENT_COLUMNS, Grounds, Ownership, Verdict
+from pipeline.schema import CHECKED_NU_COLUMNS, DELTA_NORM_RANGES, LATENT_COLUMNS, Grounds, Ownership, Verdict
 
 NU_BY_CONSTRUCTION = "nu_act_centred"
 """The ratio that judges latents whose Delta_norm is 1 by construction: the base model's share."""
@@ -93,7 +93,7 @@ def latent_table(
     table["is_confident"] = _is_confident(table, limits)
     table["reason"] = [_reason(row, rule, limits) for row in table.to_dict("records")]
     table["twin"] = np.full(len(table), -1, dtype=np.int32)
-    table["twin_cosine"] = table["twin_divergence"] = np.nan
+    table[["twin_cosine", "twin_divergence", *(column.name for column in CHECKED_NU_COLUMNS)]] = np.nan
     fixed = [column.name for column in LATENT_COLUMNS]
     return table[fixed + [name for name in statistics.columns if name not in fixed]]
 

@@ -77,6 +77,12 @@ class LatentScalingSection(Section):
     """Bootstrap resamples behind each 95% interval. More give steadier ends and take proportionally longer."""
     seed: NonNegativeInt = 0
     """Seed of the bootstrap."""
+    training_rows: NonNegativeInt = 0
+    """Estimate both ratios of chat-only latents once more on at least this many stored training rows, to compare. The
+    paper's are from training rows. 0 reads none; others are read as the validation rows are."""
+    activation_share: Annotated[float, Field(ge=0, lt=1)] = 0
+    """Estimate them once more on the validation rows where a latent is above this share of its maximum. Above 0 it
+    takes another pass over these rows."""
 
 
 class ExamplesSection(Section):
@@ -111,6 +117,16 @@ class CausalitySection(Section):
     """Fill a chat-only set that is smaller than this with the latents of next highest Delta_norm. 0 never fills."""
     num_random_orders: int = Field(1, ge=0, le=1000)
     """Random orders in which the curve adds latents, as a control beside the order of evidence."""
+    num_first: NonNegativeInt = 5
+    """Baseline: the chat model's stream at the positions that predict the first this many tokens of each answer, alone
+    and together with the template's tokens. 0 leaves both out."""
+    num_principal: NonNegativeInt = 4
+    """Baseline: projections of the difference between the streams on its first principal direction and on the first
+    this many. 0 leaves both out."""
+    further_sets: tuple[Literal["thresholds", "base_only"], ...] = ()
+    """Further sets of latents, each of which takes one upper half. thresholds: all latents below or above limits of
+    nu_act and Delta_norm, as in the paper's code, and the chat-only ones within and beyond the verdict's thresholds.
+    base_only: the base-only latents together with each half and alone, so that they are taken off the base stream."""
     num_equivalence_latents: NonNegativeInt = 16
     """Causal equivalence of this many chat-specific latents and as many shared ones: whether adding d^base does to the
     chat model's next tokens what adding d^chat does. Each takes two forward passes over a few dialogues. 0 turns it

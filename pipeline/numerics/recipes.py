@@ -3,9 +3,10 @@
 A difference dictionary is fitted on x^chat - x^base (one activation, M = 1 inside) and published as a crosscoder of the
 two models that computes the same codes: W_enc = [-w, +w], W_dec = [0, d], b_dec = [0, b]. Every analysis, intervention
 and steering then works on it unchanged, x^base + sum_j f_j (d_j^chat - d_j^base) being the reconstruction of x^chat up
-to b. Dedicated latents are the first ones of a dictionary: num_dedicated of the chat model alone, then as many of the
-base model alone; the other model's rows are 0 and their gradients are masked, so Adam never moves them. In both recipes
-Delta_norm follows from the construction, so the verdict must come from Latent Scaling.
+to b. A SAE of the chat model is published in the same way with W_enc = [0, w]. Dedicated latents are the first ones
+of a dictionary: num_dedicated of the chat model alone, then as many of the base model alone; the other model's rows are
+0 and their gradients are masked, so Adam never moves them. In all of these Delta_norm follows from the construction, so
+the verdict must come from Latent Scaling.
 
 Shapes: B rows, M models (0 = base, 1 = chat), D width, F latents of this rank, N = fitted models * D.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 from pipeline.numerics.crosscoder import Crosscoder, Normalisation, activation_difference
 from pipeline.numerics.moments import Moments, explained_fractions
 from pipeline.numerics.parameters import Parameters
+from pipeline.numerics.settings import Inputs
 from pipeline.numerics.spec import CrosscoderSpec
 
 _BASE, _CHAT = 0, 1
@@ -32,15 +34,18 @@ class FixedRows(NamedTuple):
 
 
 def fitted_activations(x_BMD: Tensor, inputs: str) -> Tensor:
-    """What a dictionary is fitted on: x itself for `both`, [B, 1, D] for `difference`."""
+    """What a dictionary is fitted on: x itself for `both`, [B, 1, D] for `difference` and `chat`."""
+    if inputs == "chat":
+        return x_BMD[:, _CHAT:]
     return activation_difference(x_BMD) if inputs == "difference" else x_BMD
 
 
 def fve_metrics(x: Moments, residual: Moments, inputs: str) -> dict[str, float]:
-    """FVE as fve_base, fve_chat and fve; of a difference only fve, the models' own are NaN."""
+    """FVE as fve_base, fve_chat and fve; NaN for what a SAE does not read; of a difference there is fve alone."""
     if inputs == "both":
         return explained_fractions(x, residual)
-    return {"fve_base": math.nan, "fve_chat": math.nan, "fve": explained_fractions(x, residual)["fve"]}
+    fve = explained_fractions(x, residual)["fve"]
+    return {"fve_base": math.nan, "fve_chat": fve if inputs == "chat" else math.nan, "fve": fve}
 
 
 def fixed_rows(spec: CrosscoderSpec, latents: slice) -> tuple[FixedRows, ...]:
@@ -86,8 +91,9 @@ def published(
         code_weight=spec.code_weight,
         k=spec.sparsity.k,
     ).to(parameters.b_dec_N.device, dtype)
-    if spec.inputs == "difference":
-        result.W_enc_FMD[:, _BASE] = -parameters.W_enc_FN
+    if spec.inputs != "both":
+        if spec.inputs == "difference":
+            result.W_enc_FMD[:, _BASE] = -parameters.W_enc_FN
         result.W_enc_FMD[:, _CHAT] = parameters.W_enc_FN
         result.W_dec_FMD[:, _CHAT] = parameters.W_dec_FN
         result.b_dec_MD[_CHAT] = parameters.b_dec_N
@@ -103,9 +109,11 @@ def published(
     return result
 
 
-def reads_difference(crosscoder: Crosscoder) -> bool:
-    """Whether a crosscoder of two models reads and reconstructs x^chat - x^base alone, as `published` makes it."""
+def inputs_of(crosscoder: Crosscoder) -> Inputs:
+    """What a crosscoder of two models reads and reconstructs, as `published` writes it: both, difference or chat."""
     W_enc_FMD, W_dec_FMD = crosscoder.W_enc_FMD.detach(), crosscoder.W_dec_FMD.detach()
-    if crosscoder.num_models != 2 or bool(W_dec_FMD[:, _BASE].any()):
-        return False
-    return bool((W_enc_FMD[:, _BASE] == -W_enc_FMD[:, _CHAT]).all()) and bool(W_enc_FMD.any())
+    if crosscoder.num_models != 2 or bool(W_dec_FMD[:, _BASE].any()) or not bool(W_enc_FMD[:, _CHAT].any()):
+        return "both"
+    if not bool(W_enc_FMD[:, _BASE].any()):
+        return "chat"
+    return "difference" if bool((W_enc_FMD[:, _BASE] == -W_enc_FMD[:, _CHAT]).all()) else "both"

@@ -44,6 +44,8 @@ class ScalingEstimates(NamedTuple):
     """Per target (and CENTRED) beta(base) / beta(chat) [F] with its bootstrap interval over documents.
 
     NaN where beta(chat) is not significantly above 0."""
+    gain: dict[str, Tensor]
+    """Per target [M, F], see `held_out_gain`."""
     ratio_sums: dict[str, tuple[Tensor, Tensor]]
     """Per target the sums of base and chat [G, F] whose ratio nu is."""
 
@@ -155,8 +157,9 @@ def scaling_estimates(
             f"expected two models (base, chat), got {sums_TMGF.shape[1]}: nu is a ratio between two models"
         )
     scale_GF = direction_FD.double().square().sum(1) * sums_SGF[1]
-    beta = {}
+    beta, gain = {}, {}
     for target, sums_MGF in zip(TARGETS, sums_TMGF, strict=True):
+        gain[target] = torch.stack([held_out_gain(sums_GF, scale_GF) for sums_GF in sums_MGF])
         own = [jackknife_interval(sums_GF, scale_GF) for sums_GF in sums_MGF]
         beta[target] = Interval(*(torch.stack(parts) for parts in zip(*own, strict=True)))
     ratio_sums = {target: (base_GF, chat_GF) for target, (base_GF, chat_GF) in zip(TARGETS, sums_TMGF, strict=True)}
@@ -168,4 +171,19 @@ def scaling_estimates(
         target: bootstrap_interval(base_GF, chat_GF, num_resamples=num_resamples, seed=seed)
         for target, (base_GF, chat_GF) in ratio_sums.items()
     }
-    return ScalingEstimates(beta, nu, ratio_sums)
+    return ScalingEstimates(beta, nu, gain, ratio_sums)
+
+
+def held_out_gain(sums_GF: Tensor, scale_GF: Tensor) -> Tensor:
+    """How much of the error that a half's own beta takes off is taken off by the other half's beta; float64 [F].
+
+    beta on the even groups is N_0 / S_0, with N the sum of f <u, y> and S that of |u|^2 f^2. On the odd groups it
+    lowers sum |y|^2 by 2 beta N_1 - beta^2 S_1, where their own beta lowers it by N_1^2 / S_1. The share is taken over
+    both directions: 1 where the halves agree, below 0 where a beta makes the other half worse than no latent. NaN where
+    the latent is silent on one half.
+    """
+    N_2F = torch.stack([sums_GF[half::2].sum(0) for half in range(2)])
+    S_2F = torch.stack([scale_GF[half::2].sum(0) for half in range(2)])
+    other_2F = (N_2F / S_2F).flip(0)
+    gain_F = (2 * other_2F * N_2F - other_2F.square() * S_2F).sum(0) / (N_2F.square() / S_2F).sum(0)
+    return torch.where((S_2F > 0).all(0), gain_F, torch.nan)

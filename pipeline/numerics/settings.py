@@ -10,7 +10,7 @@ import math
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-Inputs = Literal["both", "difference"]
+Inputs = Literal["both", "difference", "chat"]
 """What a dictionary is fitted on: the activations of all models at once, or x^chat - x^base."""
 CodeWeight = Literal["crosscoder", "sae", "mixed", "none", "decoupled"]
 """What a latent costs: sum of the models' decoder norms; norm of all together; sae + 0.1 crosscoder; 1; per model."""

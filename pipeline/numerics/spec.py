@@ -34,8 +34,9 @@ class FitSettings(Settings):
     """How one dictionary is fitted (arXiv 2504.02922, section 2; defaults are the paper's for BatchTopK)."""
 
     inputs: Inputs = "both"
-    """Fit the dictionary on both models' activations, or on chat - base (a difference SAE). A difference is published
-    as a crosscoder of both models; its Delta_norm is 1 by construction and its FVE is that of the difference."""
+    """Fit the dictionary on both models' activations, on chat - base (a difference SAE), or on the chat model's alone
+    (a SAE). The last two are published as crosscoders of both models without base decoder rows: their Delta_norm is 1
+    by construction, their FVE is that of what they read, and they are judged by the activations' ratio."""
     dedicated_frac: Annotated[float, Bounds(ge=0, le=0.5)] = 0.0
     """Share of the latents that only the chat model has, and as many that only the base model has; their Delta_norm is
     1 or 0 by construction. The verdict then rests on Latent Scaling's activation target."""
@@ -59,12 +60,12 @@ class FitSettings(Settings):
     """Seed of the initial weights."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a value out of bounds, and for a difference with latents or weights of one model."""
+        """Raises ValueError for a value out of bounds, and for a SAE with latents or weights of one model."""
         super().__post_init__()
-        if self.inputs == "difference" and (self.dedicated_frac > 0 or self.code_weight == "decoupled"):
+        if self.inputs != "both" and (self.dedicated_frac > 0 or self.code_weight == "decoupled"):
             raise ValueError(
-                f"expected dedicated_frac = 0 and a code_weight other than decoupled for inputs 'difference', got "
-                f"{self.dedicated_frac} and {self.code_weight!r}: a difference is one activation, of no model alone"
+                f"expected dedicated_frac = 0 and a code_weight other than decoupled for inputs {self.inputs!r}, got "
+                f"{self.dedicated_frac} and {self.code_weight!r}: its dictionary reads one activation"
             )
 
 
@@ -111,7 +112,7 @@ class CrosscoderSpec(FitSettings):
         if not is_plain and self.num_models != 2:
             raise ValueError(
                 f"expected num_models = 2 for inputs {self.inputs!r} and dedicated_frac {self.dedicated_frac}, got "
-                f"{self.num_models}: a difference and dedicated latents belong to one base and one chat model"
+                f"{self.num_models}: a SAE's inputs and dedicated latents belong to one base and one chat model"
             )
 
     @property
@@ -132,8 +133,8 @@ class CrosscoderSpec(FitSettings):
 
     @property
     def fitted_models(self) -> int:
-        """Models that the fitted dictionary reads and reconstructs: 1 for a difference, else M."""
-        return 1 if self.inputs == "difference" else self.num_models
+        """Models that the fitted dictionary reads and reconstructs: M, or 1 for a difference or the chat model."""
+        return self.num_models if self.inputs == "both" else 1
 
     @property
     def num_dedicated(self) -> int:

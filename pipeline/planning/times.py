@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline.storage.artifacts import Record
     from pipeline.storage.filesystem import Storage
 
-_SHARED_EDITS, _HALVES = 5, 8
+_SHARED_EDITS, _HALVES = 9, 8
 """Interventions that all crosscoders share but the chat model itself, and the halves of each crosscoder's latents."""
 _ASSUMED_LATENTS = 32
 """In a crosscoder's chat-only set, before it is known."""

@@ -15,6 +15,8 @@ import pandas as pd
 from pipeline import schema
 from pipeline.analyses.autointerp_columns import AUTOINTERP_COLUMNS
 from pipeline.analyses.planted_columns import PLANTED_COLUMNS
+from pipeline.analyses.ratio_statistics import RATIO_COLUMNS
+from pipeline.analyses.steering_columns import STEERING_COLUMNS, STEERING_SAMPLE_COLUMNS
 from pipeline.errors import ArtifactError
 
 CURVE_COLUMNS = ("step", "loss", "l0", "fve_base", "fve_chat", "dead_frac")
@@ -86,6 +88,7 @@ class CrosscoderReport:
     examples: pd.DataFrame | None = None
     planted: pd.DataFrame | None = None
     twins: pd.DataFrame | None = None
+    ratios: pd.DataFrame | None = None
     curves: pd.DataFrame | None = None
     """Training curves by step; CURVE_COLUMNS and optionally more."""
     autointerp: pd.DataFrame | None = None
@@ -138,11 +141,12 @@ _REQUIRED = {
     "equivalence": tuple(column.name for column in schema.EQUIVALENCE_COLUMNS),
     "controls": tuple(column.name for column in schema.CONTROL_COLUMNS),
     "seeds": tuple(column.name for column in schema.SEED_COLUMNS),
-    "steering": tuple(column.name for column in schema.STEERING_COLUMNS),
-    "steering_samples": tuple(column.name for column in schema.STEERING_SAMPLE_COLUMNS),
+    "steering": tuple(column.name for column in STEERING_COLUMNS),
+    "steering_samples": tuple(column.name for column in STEERING_SAMPLE_COLUMNS),
     "examples": tuple(column.name for column in schema.EXAMPLE_COLUMNS),
     "planted": tuple(column.name for column in PLANTED_COLUMNS),
     "twins": tuple(column.name for column in schema.TWIN_COLUMNS),
+    "ratios": tuple(column.name for column in RATIO_COLUMNS),
     "curves": CURVE_COLUMNS,
     "autointerp": tuple(column.name for column in AUTOINTERP_COLUMNS),
 }

@@ -16,6 +16,8 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from pipeline.analyses.activation_statistics import control_token_counts
+from pipeline.analyses.autointerp import accuracy_groups
 from pipeline.report import formatting as fmt
 from pipeline.report.data import CrosscoderReport, ReportData
 from pipeline.report.figures import figure_list, page_specs, static_svg, vega_runtime
@@ -90,8 +92,12 @@ class View(NamedTuple):
     half_way: HalfWay | None
     differences: list[dict[str, object]]
     """Paired differences between halves, controls and baselines; without those from no intervention at all."""
+    explained: list[dict[str, object]]
+    """How well explanations hold by nu and by strength (autointerp.accuracy_groups); empty without explanations."""
     num_template: int
     """Chat-specific latents that fire mostly on template tokens."""
+    control_tokens: dict[str, int]
+    """How many of them fire mostly on one control token, by that token."""
 
 
 class Outcome(NamedTuple):
@@ -204,7 +210,9 @@ def _view(crosscoder: CrosscoderReport, index: int, data: ReportData) -> View:
         owners={} if crosscoder.latents is None else _owners(crosscoder.latents),
         half_way=half_way(crosscoder.causality_curve),
         differences=_differences(crosscoder.causality_differences),
+        explained=_explained(crosscoder),
         num_template=0 if crosscoder.latents is None else num_template_latents(crosscoder.latents),
+        control_tokens={} if crosscoder.latents is None else control_token_counts(crosscoder.latents),
     )
 
 
@@ -213,6 +221,13 @@ def _differences(table: pd.DataFrame | None) -> list[dict[str, object]]:
         return []
     shown = table[(table["intervention"] != "none") & (table["positions"] != "rest")]
     return [{str(key): value for key, value in row.items()} for row in shown.to_dict("records")]
+
+
+def _explained(crosscoder: CrosscoderReport) -> list[dict[str, object]]:
+    if crosscoder.autointerp is None or crosscoder.latents is None or crosscoder.autointerp.empty:
+        return []
+    groups = accuracy_groups(crosscoder.autointerp, crosscoder.latents)
+    return [{str(key): value for key, value in row.items()} for row in groups.to_dict("records")]
 
 
 def _owners(latents: pd.DataFrame) -> dict[str, int]:

@@ -26,7 +26,7 @@ CANDIDATE_PROBE = "linear probe"
 CONTROL_LATENT = "latent"
 CONTROL_RANDOM = "random"
 CONTROL_NONE = "none"
-"""Values of schema.STEERING_COLUMNS' control."""
+"""Values of STEERING_COLUMNS' control."""
 
 EVIDENCE_ORDER = "evidence"
 """Value of schema.CAUSALITY_CURVE_COLUMNS' order; all others are random orders."""

@@ -16,6 +16,7 @@ from pipeline.analyses.autointerp import (
     InterpTask,
     QuietWindow,
     Sizes,
+    accuracy_groups,
     choose_windows,
     interp_task,
     interpretation_numbers,
@@ -43,7 +44,7 @@ from pipeline.stages.row_pass import shard_rows
 from pipeline.stages.step import StageContext, Step
 from pipeline.storage.activation_store import ActivationStore
 from pipeline.storage.filesystem import Storage
-from pipeline.storage.tables import arrow_schema, read_table, write_frame
+from pipeline.storage.tables import arrow_schema, numbers_of, read_table, write_frame
 from pipeline.terminal import Progress
 from pipeline.text.tokenizers import token_texts
 
@@ -79,7 +80,9 @@ def run(steps: Sequence[Step[AutointerpInputs]], context: StageContext) -> None:
         write_frame(context.storage, f"{folder}/{TABLE_NAME}", table, AUTOINTERP_SCHEMA)
         write_frame(context.storage, f"{folder}/{ANSWERS_NAME}", one.answers.table(list(one.cases)), ANSWER_SCHEMA)
         files = [TABLE_NAME, ANSWERS_NAME]
-        context.finish(one.step, interpretation_numbers(table), time.monotonic() - started, files)
+        groups = accuracy_groups(table, read_latents(context.storage, one.step.inputs.latents))
+        counts = {**interpretation_numbers(table), "groups": numbers_of(groups, "value", by=("group",))}
+        context.finish(one.step, counts, time.monotonic() - started, files)
         context.storage.delete(f"{folder}/{ANSWERS_FOLDER}")
 
 

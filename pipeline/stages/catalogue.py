@@ -145,7 +145,7 @@ class LatentsInputs(StageInputs):
     """The latent table: Latent Scaling, ownership and verdict."""
 
     NAME = "latents"
-    VERSION = 7
+    VERSION = 8
     READS = ("crosscoder", "activations", "evidence")
     section: LatentScalingSection
     crosscoder: CrosscoderStep
@@ -236,7 +236,7 @@ class CausalityInputs(AnalysisInputs):
     """KL of interventions."""
 
     NAME = "causality"
-    VERSION = 4
+    VERSION = 5
     READS = (*_ANALYSIS_READS, "tokens", "organism")
     section: CausalitySection
     loading: Loading
@@ -265,7 +265,7 @@ class AutointerpInputs(AnalysisInputs):
     """Explanations of latents by a language model."""
 
     NAME = "autointerp"
-    VERSION = 1
+    VERSION = 2
     READS = (*_ANALYSIS_READS, "examples")
     section: AutointerpSection
     examples: Step[ExamplesInputs]

@@ -1,8 +1,8 @@
 """KL of interventions, measured on held-out dialogues with both models in the worker.
 
 One pass serves all crosscoders whose causality is missing: the lower halves of both models run once per batch, and each
-crosscoder's interventions continue from there. The mean difference, a baseline, is taken first, from rows of the
-validation dialogues: D numbers from up to 200,000 rows, too many for it to fit the measured dialogues by chance.
+crosscoder's interventions continue from there. The directions of the difference, a baseline, are taken first, from
+rows of the validation dialogues: so many that they do not fit the measured dialogues by chance.
 """
 
 import time
@@ -14,14 +14,23 @@ import pandas as pd
 import pyarrow as pa
 import torch
 
+from pipeline.analyses.causal_batch import MEASURES, CausalityBatch
 from pipeline.analyses.causal_tables import Bootstrap
-from pipeline.analyses.causality import Causality, CausalityBatch, Sums, causality_batches
+from pipeline.analyses.causality import Causality, Sums, causality_batches
 from pipeline.analyses.equivalence import Equivalence, with_verdicts
-from pipeline.analyses.interventions import Intervention, plan_curve, plan_interventions
-from pipeline.analyses.latent_sets import causality_latents, equivalence_latents
+from pipeline.analyses.interventions import (
+    Baselines,
+    Intervention,
+    further_interventions,
+    plan_curve,
+    plan_interventions,
+    principal_directions,
+)
+from pipeline.analyses.latent_sets import causality_latents, equivalence_latents, is_of_chat_alone, reads_chat_alone
 from pipeline.analyses.rows import sums_from_bytes, sums_to_bytes
 from pipeline.cluster.connect import worker_cpus
 from pipeline.cluster.pools import Pool, run_pool, run_task
+from pipeline.config.analyses import CausalitySection
 from pipeline.errors import InputError
 from pipeline.extraction.activations import RowOptions
 from pipeline.schema import (
@@ -58,6 +67,8 @@ EQUIVALENCE_SCHEMA = arrow_schema(EQUIVALENCE_COLUMNS)
 
 _MEAN_DIFFERENCE_ROWS = 200_000
 """Rows behind the mean difference: whole shards are read until there are as many."""
+
+_PRINCIPAL_ROWS = 20_000
 
 _DIALOGUES_PER_CALL = 16
 """Dialogues of one worker call, about a batch of tokens. The same on any cluster: the last digits of a dialogue's KL
@@ -111,12 +122,12 @@ def run(steps: Sequence[Step[CausalityInputs]], context: StageContext) -> None:
     started = time.monotonic()
     # The steps of a run have one section, so they measure the same dialogues.
     first, storage = steps[0].inputs, context.storage
-    plans = {step.inputs.crosscoder.folder: _plan(step.inputs, storage) for step in steps}
     index = _dialogues(first, context)
     cpus = worker_cpus(context.resources.analyses.cpus)
-    mean_difference_D = run_task(mean_difference, storage, first.activations.folder, num_cpus=cpus)
+    baselines = run_task(difference_directions, storage, first.activations.folder, first.section, num_cpus=cpus)
     options = row_options(first.activations.inputs.section, first.section.tokens_per_batch)
-    arguments = (storage, first.tokens.folder, (first.loading, options), plans, mean_difference_D)
+    plans = {step.inputs.crosscoder.folder: _plan(step.inputs, baselines, storage) for step in steps}
+    arguments = (storage, first.tokens.folder, (first.loading, options), plans, baselines)
     calls = [index.slice(start, _DIALOGUES_PER_CALL) for start in range(0, index.num_rows, _DIALOGUES_PER_CALL)]
     measures = {folder: _measure(folder, plans, storage) for folder in plans}
     sums = {folder: measure.start() for folder, measure in measures.items()}
@@ -138,7 +149,7 @@ def run(steps: Sequence[Step[CausalityInputs]], context: StageContext) -> None:
         write_frame(storage, f"{step.folder}/{CURVE_NAME}", tables.curve, CURVE_SCHEMA)
         write_frame(storage, f"{step.folder}/{EQUIVALENCE_NAME}", equivalence, EQUIVALENCE_SCHEMA)
         counts = {
-            "kl": numbers_of(tables.kl, "kl", by=("intervention", "positions")),
+            **{name: numbers_of(tables.kl, name, by=("intervention", "positions")) for name in MEASURES},
             "num_conversations": int(tables.kl["num_conversations"].max()),
             "num_latents": int(tables.curve["num_latents"].max()),
             "agreement": equivalence.groupby("verdict")["agreement"].mean().dropna().to_dict(),
@@ -146,24 +157,35 @@ def run(steps: Sequence[Step[CausalityInputs]], context: StageContext) -> None:
         context.finish(step, counts, time.monotonic() - started)
 
 
-def _plan(inputs: CausalityInputs, storage: Storage) -> Plan:
+def _plan(inputs: CausalityInputs, baselines: Baselines, storage: Storage) -> Plan:
     latents = read_latents(storage, inputs.latents)
     asked = equivalence_latents(latents, num_each=inputs.section.num_equivalence_latents, seed=inputs.section.seed)
     rms_M = ActivationStore(storage, inputs.activations.folder).manifest.training_rms_M()
-    return Plan(_interventions(inputs, latents, storage), asked, rms_M)
+    return Plan(_interventions(inputs, latents, baselines, storage), asked, rms_M)
 
 
-def _interventions(inputs: CausalityInputs, latents: pd.DataFrame, storage: Storage) -> tuple[Intervention, ...]:
-    section = inputs.section
+def _interventions(
+    inputs: CausalityInputs, latents: pd.DataFrame, baselines: Baselines, storage: Storage
+) -> tuple[Intervention, ...]:
+    section, scaling = inputs.section, inputs.latents.inputs.section
     limit, least = section.max_latents, section.min_latents
     if section.set_size == "larger_class":
         others = (read_latents(storage, other) for other in inputs.compared)
-        largest = max(len(causality_latents(table)) for table in (latents, *others))
+        # A dictionary without base rows is chat-only as a whole: its class says nothing about the others.
+        tables = [table for table in (latents, *others) if not is_of_chat_alone(table)] or [latents]
+        largest = max(len(causality_latents(table)) for table in tables)
         limit = least = max(least, largest if limit is None else min(limit, largest))
     chosen = causality_latents(latents, num_latents=limit, min_latents=least)
     return (
         *plan_interventions(
-            chosen, num_random_halves=section.num_random_halves, seed=section.seed, with_mean_difference=True
+            chosen,
+            num_random_halves=section.num_random_halves,
+            seed=section.seed,
+            baselines=baselines,
+            with_whole=not reads_chat_alone(latents),
+        ),
+        *further_interventions(
+            latents, chosen, section.further_sets, thresholds=(scaling.nu_eps_threshold, scaling.nu_r_threshold)
         ),
         *plan_curve(chosen, num_random_orders=section.num_random_orders, seed=section.seed),
     )
@@ -201,18 +223,23 @@ def choose_dialogues(
     return index.take(chosen.index.to_numpy())
 
 
-def mean_difference(storage: Storage, activations_folder: str) -> torch.Tensor:
-    """Mean of x^chat - x^base over rows of the validation dialogues, float32 [D]; runs in a worker."""
+def difference_directions(storage: Storage, activations_folder: str, section: CausalitySection) -> Baselines:
+    """Mean and principal directions of x^chat - x^base over rows of the validation dialogues; runs in a worker.
+
+    The mean is over up to _MEAN_DIFFERENCE_ROWS rows, the directions are those of the first _PRINCIPAL_ROWS of them.
+    """
     store = ActivationStore(storage, activations_folder)
     manifest = store.manifest
     dialogues = torch.tensor(manifest.dialogue_corpora)
     total_D = torch.zeros(manifest.activation_dim, dtype=torch.float64)
-    num_rows = 0
+    num_rows, kept = 0, list[torch.Tensor]()
     for shard in manifest.of_split(Split.VALIDATION):
         rows = store.read(shard)
         x_BMD = rows.x_BMD[torch.isin(rows.corpus_B.long(), dialogues)]
         # Each row exactly, the sum in float64: x is bfloat16, and its differences cancel.
-        total_D += (x_BMD[:, CHAT].float() - x_BMD[:, BASE].float()).sum(0, dtype=torch.float64)
+        difference_BD = x_BMD[:, CHAT].float() - x_BMD[:, BASE].float()
+        total_D += difference_BD.sum(0, dtype=torch.float64)
+        kept.append(difference_BD[: max(0, _PRINCIPAL_ROWS - num_rows)])
         num_rows += len(x_BMD)
         if num_rows >= _MEAN_DIFFERENCE_ROWS:
             break
@@ -221,7 +248,8 @@ def mean_difference(storage: Storage, activations_folder: str) -> torch.Tensor:
             "analyses.causality: expected activation rows of validation dialogues, got none; add a corpus with "
             "messages_column or set analyses.causality to null"
         )
-    return (total_D / num_rows).float()
+    principal_KD = principal_directions(torch.cat(kept), section.num_principal, seed=section.seed)
+    return Baselines((total_D / num_rows).float(), principal_KD, section.num_first)
 
 
 def _measure(folder: str, plans: Plans, storage: Storage) -> Measures:
@@ -241,10 +269,10 @@ class MeasureDialogues:
         tokens_folder: str,
         models: tuple[Loading, RowOptions],
         plans: Plans,
-        mean_difference_D: torch.Tensor,
+        baselines: Baselines,
     ) -> None:
         loading, self.options = models
-        self.storage, self.tokens_folder, self.mean_difference_D = storage, tokens_folder, mean_difference_D
+        self.storage, self.tokens_folder, self.baselines = storage, tokens_folder, baselines
         self.pair = load_pair(storage, loading)
         self.measures = {folder: _measure(folder, plans, storage) for folder in plans}
 
@@ -252,7 +280,7 @@ class MeasureDialogues:
         """Sums per crosscoder over some dialogues."""
         documents = read_token_rows(self.storage, self.tokens_folder, index)
         sums = {folder: measure.start() for folder, measure in self.measures.items()}
-        for batch in causality_batches(self.pair, documents, self.options, self.mean_difference_D):
+        for batch in causality_batches(self.pair, documents, self.options, self.baselines):
             for folder, measure in self.measures.items():
                 measure.update(sums[folder], batch)
         packed = {folder: (sums_to_bytes(own[0]), sums_to_bytes(own[1])) for folder, own in sums.items()}

@@ -26,7 +26,7 @@ from pipeline.stages.finished_crosscoder import open_crosscoder
 from pipeline.stages.latents import read_latents
 from pipeline.stages.locations import ModelLocation
 from pipeline.stages.models import local_specs
-from pipeline.stages.row_pass import Measured, ShardsCall, shard_rows, validation_calls
+from pipeline.stages.row_pass import Measured, ShardsCall, shard_calls, shard_rows
 from pipeline.stages.step import StageContext, Step
 from pipeline.storage.activation_store import ActivationStore
 from pipeline.storage.filesystem import Storage
@@ -115,7 +115,7 @@ def cut_contexts(
     strongest = strongest.reset_index(drop=True)
     window_tokens, chat = inputs.section.window_tokens, inputs.tokens.inputs.models.chat
     arguments = (context.storage, store.folder, inputs.crosscoder.folder, chat, window_tokens, strongest)
-    cut = run_pool(Pool("analyses", context.resources.analyses, CutContexts, arguments), validation_calls(store))
+    cut = run_pool(Pool("analyses", context.resources.analyses, CutContexts, arguments), shard_calls(store))
     progress = Progress("cut examples", len(strongest), "contexts")
     tables = list(context.follow(progress, (pa.ipc.open_stream(data).read_all() for data in cut), len))
     if progress.done != len(strongest):

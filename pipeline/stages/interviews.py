@@ -107,14 +107,16 @@ class Interview(NamedTuple):
         kept, explanation = self._ask(case.latent, "explain", explain_messages(case), parse_explanation)
         if explanation is None:
             return _interpretation(case.latent, InterpStatus.UNEXPLAINED, [kept])
-        fires, judged, spent = self._judge(case, explanation, "detect")
+        fires, judged, strengths, spent = self._judge(case, explanation, "detect")
         status = InterpStatus.SCORED if set(fires) == {True, False} else InterpStatus.EXPLAINED
         result = _interpretation(case.latent, status, [kept, *spent])
-        return result._replace(explanation=explanation, fires=tuple(fires), answers=tuple(judged))
+        return result._replace(
+            explanation=explanation, fires=tuple(fires), answers=tuple(judged), strengths=tuple(strengths)
+        )
 
     def control(self, case: InterpTask, found: Interpretation, other: str) -> Interpretation:
         """The same latent with the score that another latent's explanation reaches on its contexts."""
-        fires, judged, spent = self._judge(case, other, "control")
+        fires, judged, _, spent = self._judge(case, other, "control")
         cost = _interpretation(case.latent, found.status, spent)
         return found._replace(
             control=detection(fires, judged).balanced_accuracy,
@@ -123,9 +125,16 @@ class Interview(NamedTuple):
             tokens_out=found.tokens_out + cost.tokens_out,
         )
 
-    def _judge(self, case: InterpTask, explanation: str, kind: str) -> tuple[list[bool], list[bool], list[Kept]]:
-        """Of each judged context: whether the latent fires, and what the model answered; and the stored answers."""
+    def _judge(
+        self, case: InterpTask, explanation: str, kind: str
+    ) -> tuple[list[bool], list[bool], list[float], list[Kept]]:
+        """Of each judged context: whether the latent fires, what the model answered, strength; and the stored answers.
+
+        A context's strength is its largest activation as a share of that of the latent's strongest context.
+        """
         fires: list[bool] = []
+        strengths: list[float] = []
+        largest = max(case.explaining[0].activations)
         judged: list[bool] = []
         spent = []
         for part, truth, contexts in _parts(case, self.contexts_per_request):
@@ -135,7 +144,8 @@ class Interview(NamedTuple):
             if answer is not None:
                 fires += truth
                 judged += answer
-        return fires, judged, spent
+                strengths += [max(context.activations) / largest for context in contexts]
+        return fires, judged, strengths, spent
 
     def _ask(
         self, latent: int, request: str, messages: Sequence[Message], parse: Callable[[str], Parsed | None]

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from pipeline.analyses.rows import RowAnalysis, Sums
 from pipeline.errors import InputError
+from pipeline.schema import Split
 from pipeline.stages.catalogue import ControlsInputs, ExamplesInputs, LatentsInputs, PlantedInputs
 from pipeline.stages.controls import ControlsWork
 from pipeline.stages.examples import ExamplesWork
@@ -52,10 +53,10 @@ def run(steps: Sequence[Step[MeasuredInputs]], context: StageContext) -> None:
         by_crosscoder.setdefault(step.inputs.crosscoder.folder, []).append(step)
     works = [work for folder, own in by_crosscoder.items() for work in _works_of(folder, own, store, context)]
     sums = answer("measure latents", _questions([(work, work.first_pass()) for work in works]), store, context)
-    for kind in (LatentsWork, ControlsWork):
-        for work in works:
-            if isinstance(work, kind):
-                work.publish(_of(work, sums))
+    _publish_latents([work for work in works if isinstance(work, LatentsWork)], sums, store, context)
+    for work in works:
+        if isinstance(work, ControlsWork):
+            work.publish(_of(work, sums))
     planted = [work for work in works if isinstance(work, PlantedWork)]
     second = _questions([(work, work.second_pass(_of(work, sums))) for work in planted])
     scores = answer("measure planted", second, store, context)
@@ -64,6 +65,21 @@ def run(steps: Sequence[Step[MeasuredInputs]], context: StageContext) -> None:
     for work in works:
         if isinstance(work, ExamplesWork):
             work.publish(_of(work, sums))
+
+
+def _publish_latents(
+    works: Sequence[LatentsWork], sums: Answers, store: ActivationStore, context: StageContext
+) -> None:
+    """The latent tables, after the further passes that some of them ask for."""
+    strong = _questions([(work, work.strong_pass(_of(work, sums))) for work in works])
+    training = _questions([(work, work.training_pass()) for work in works])
+    num_rows = max((work.step.inputs.section.training_rows for work in works), default=0)
+    further = (
+        answer("measure strong rows", strong, store, context),
+        answer("measure training rows", training, store, context, split=Split.TRAIN, num_rows=num_rows),
+    )
+    for work in works:
+        work.publish({**_of(work, sums), **_of(work, further[0]), **_of(work, further[1])})
 
 
 def _works_of(

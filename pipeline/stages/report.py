@@ -23,7 +23,7 @@ from pipeline.stages.catalogue import CrosscoderSteps, DataSteps, ReportInputs
 from pipeline.stages.evidence import DISTANCE_NAME, STREAMS_NAME, judgement_of
 from pipeline.stages.examples import EXAMPLES_NAME
 from pipeline.stages.finished_crosscoder import read_curve
-from pipeline.stages.latents import FIDELITY_NAME, TWINS_NAME, read_latents
+from pipeline.stages.latents import FIDELITY_NAME, RATIOS_NAME, TWINS_NAME, read_latents
 from pipeline.stages.planted import PLANTED_NAME
 from pipeline.stages.step import StageContext, StageInputs, Step
 from pipeline.storage.activation_store import ActivationStore
@@ -148,6 +148,7 @@ def _crosscoder(own: CrosscoderSteps, quality: QualitySection | None, context: S
         examples=_table(storage, own.examples, EXAMPLES_NAME),
         planted=_table(storage, own.planted, PLANTED_NAME),
         twins=_table(storage, own.latents, TWINS_NAME),
+        ratios=_table(storage, own.latents, RATIOS_NAME),
         curves=None if curve is None else curve.to_pandas(),
         autointerp=_table(storage, own.autointerp, autointerp.TABLE_NAME),
         autointerp_model="" if own.autointerp is None else own.autointerp.inputs.section.model,

@@ -63,11 +63,17 @@ class _CallSums(NamedTuple):
     """Sums as bytes, by folder and name."""
 
 
-def validation_calls(store: ActivationStore) -> list[ShardsCall]:
-    """The worker calls that read the validation rows, each shard once."""
-    shards = store.manifest.of_split(Split.VALIDATION)
+def shard_calls(
+    store: ActivationStore, split: str = Split.VALIDATION, *, num_rows: int | None = None
+) -> list[ShardsCall]:
+    """The worker calls that read the rows of a split, each shard once; the first shards with num_rows rows, or all."""
+    shards, before = [], 0
+    for shard in store.manifest.of_split(split):
+        if num_rows is None or before < num_rows:
+            shards.append(shard)
+            before += shard.num_rows
     num_calls = min(len(shards), _MOST_CALLS)
-    return [ShardsCall(number, shards[number::num_calls]) for number in range(num_calls)]
+    return [ShardsCall(number, tuple(shards[number::num_calls])) for number in range(num_calls)]
 
 
 def shard_rows(store: ActivationStore, shard: Shard) -> dict[str, torch.Tensor]:
@@ -75,15 +81,23 @@ def shard_rows(store: ActivationStore, shard: Shard) -> dict[str, torch.Tensor]:
     return dict(zip((column.name for column in SHARD_TENSORS), store.read(shard), strict=True))
 
 
-def answer(title: str, questions: Questions, store: ActivationStore, context: StageContext) -> Answers:
-    """Sums of every question over all validation rows. Nothing is read where nothing is asked."""
+def answer(
+    title: str,
+    questions: Questions,
+    store: ActivationStore,
+    context: StageContext,
+    *,
+    split: str = Split.VALIDATION,
+    num_rows: int | None = None,
+) -> Answers:
+    """Sums of every question over the rows of a split (see `shard_calls`). Nothing is read where nothing is asked."""
     asked = {folder: own for folder, own in questions.items() if own}
     if not asked:
         return {}
-    calls = validation_calls(store)
+    calls = shard_calls(store, split, num_rows=num_rows)
     merged = {folder: MergeTree(len(calls), partial(_merge, own)) for folder, own in asked.items()}
     pool = Pool("analyses", context.resources.analyses, AnalyseShards, (context.storage, store.folder, asked))
-    progress = Progress(title, store.manifest.num_rows(Split.VALIDATION), "rows")
+    progress = Progress(title, sum(shard.num_rows for call in calls for shard in call.shards), "rows")
     for result in context.follow(progress, run_pool(pool, calls), lambda result: result.num_rows):
         for folder, packed in result.packed.items():
             merged[folder].add(result.number, {name: sums_from_bytes(data) for name, data in packed.items()})

@@ -13,6 +13,7 @@ import pandas as pd
 from pipeline.analyses.latent_sets import most_specific_latents
 from pipeline.analyses.planted import CHAT_SPECIFIC_LATENT
 from pipeline.analyses.steering import SteeringOptions, SteeringRequest, steer
+from pipeline.analyses.steering_columns import STEERING_COLUMNS, STEERING_SAMPLE_COLUMNS
 from pipeline.analyses.steering_inputs import (
     BehaviorPrompts,
     directions_of,
@@ -21,7 +22,7 @@ from pipeline.analyses.steering_inputs import (
 )
 from pipeline.cluster.pools import Pool, run_pool
 from pipeline.errors import InputError
-from pipeline.schema import MODEL_NAMES, STEERING_COLUMNS, STEERING_SAMPLE_COLUMNS
+from pipeline.schema import MODEL_NAMES
 from pipeline.stages.catalogue import SteeringInputs
 from pipeline.stages.finished_crosscoder import open_crosscoder
 from pipeline.stages.latents import LATENTS_NAME, read_latents
@@ -60,9 +61,9 @@ class Steered(NamedTuple):
 
     job: Job
     table: pd.DataFrame
-    """schema.STEERING_COLUMNS."""
+    """STEERING_COLUMNS."""
     samples: pd.DataFrame
-    """schema.STEERING_SAMPLE_COLUMNS."""
+    """STEERING_SAMPLE_COLUMNS."""
 
 
 def run(steps: Sequence[Step[SteeringInputs]], context: StageContext) -> None:

@@ -1,12 +1,13 @@
 from collections.abc import Callable
 
+import pandas as pd
 import pytest
 import torch
 
-from pipeline.analyses.activation_statistics import ActivationStatistics
+from pipeline.analyses.activation_statistics import ActivationStatistics, control_token_counts
 from pipeline.analyses.rows import analyse
 from pipeline.errors import InputError
-from pipeline.schema import Flag, latent_corpus_columns
+from pipeline.schema import Flag, Verdict, latent_corpus_columns
 
 
 def test_every_column_equals_a_loop_over_dense_codes(make_world: Callable) -> None:
@@ -34,6 +35,41 @@ def test_every_column_equals_a_loop_over_dense_codes(make_world: Callable) -> No
     assert table["frequency"].max() > 0.1
     assert table["mean_activation"].isna()[0]
     assert list(table.columns)[-4:] == [column.name for column in latent_corpus_columns(("web", "chat"))]
+
+
+def test_control_tokens_are_told_apart_by_their_id_in_any_order_of_the_parts(make_world: Callable) -> None:
+    world = make_world()
+    is_control_B = (world.rows["flags"] & int(Flag.TEMPLATE)) != 0
+    world.rows["flags"][is_control_B & (world.rows["token_id"] % 2 == 0)] |= int(Flag.SPECIAL)
+    world.rows["token_id"] %= 6
+    analysis = ActivationStatistics(num_latents=12, corpora=("web", "chat"))
+    parts = [analyse({"t": analysis}, [batch])["t"] for batch in world.batches(17)]
+    code, flags = world.batch().codes.to_dense(), world.rows["flags"]
+    control = int(Flag.TEMPLATE | Flag.SPECIAL)
+    for order in (parts, parts[::-1]):
+        merged = analysis.start()
+        for part in order:
+            merged = analysis.merge(merged, part)
+        table = analysis.table(merged)
+        for latent in range(1, 12):
+            is_active_B = code[:, latent] > 0
+            is_own_B = is_active_B & (flags & control == control)
+            on = torch.bincount(world.rows["token_id"][is_own_B], minlength=6).tolist()
+            assert table["control_token_frac"][latent] == pytest.approx(max(on) / int(is_active_B.sum()))
+            token = table["control_token"][latent]
+            assert token == "" if not max(on) else on[int(token)] == max(on)
+    assert (table["control_token"] != "").sum() > 3 and table["control_token"][0] == ""
+
+
+def test_latents_are_counted_at_the_control_token_that_they_mark() -> None:
+    table = pd.DataFrame(
+        {
+            "verdict": [Verdict.CHAT_SPECIFIC] * 4 + [Verdict.SHARED],
+            "control_token": ["<a>", "<a>", "<b>", "<b>", "<a>"],
+            "control_token_frac": [0.9, 0.51, 0.6, 0.5, 1.0],
+        }
+    )
+    assert control_token_counts(table) == {"<a>": 2, "<b>": 1}
 
 
 def test_a_latent_that_fires_twice_in_a_document_counts_it_once(batch_of: Callable) -> None:

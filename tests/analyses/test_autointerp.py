@@ -13,6 +13,7 @@ from pipeline.analyses.autointerp import (
     QuietWindow,
     Sizes,
     TokenWindow,
+    accuracy_groups,
     choose_windows,
     detection,
     interp_task,
@@ -246,6 +247,31 @@ def test_the_table_and_its_numbers() -> None:
     assert numbers["tokens_in"] == 210
     assert list(interpretation_table([]).columns) == list(table.columns)
     assert math.isnan(interpretation_numbers(interpretation_table([]))["mean_balanced_accuracy"])
+
+
+def test_found_contexts_are_counted_by_their_strength_and_latents_by_their_nu() -> None:
+    strengths = (1.0, 0.7, 0.5, 0.34, 1 / 3, 0.01, 0.0, 0.0)
+    answers = (True, True, True, False, False, True, False, True)
+    one = Interpretation(4, InterpStatus.SCORED, "w", (True,) * 6 + (False,) * 2, answers, strengths=strengths)
+    row = interpretation_table([one]).iloc[0]
+    assert (row["found_strong_frac"], row["found_middle_frac"], row["found_weak_frac"]) == (1.0, 0.5, 0.5)
+    assert row["true_positive_frac"] == pytest.approx(4 / 6)
+    found = [
+        Interpretation(j, InterpStatus.SCORED, "w", (True, True, False, False), (j < 4, True, j > 2, False))
+        for j in range(6)
+    ]
+    table = interpretation_table([*found, Interpretation(6, InterpStatus.UNEXPLAINED)])
+    latents = pd.DataFrame(
+        {"latent": range(7), "nu_eps": [5.0, 4, 3, 2, 1, 0, 9], "nu_r": [0.5, 0.4, 0.3, 0.2, 0.1, 0, 9]}
+    )
+    groups = accuracy_groups(table, latents).set_index("group")
+    # Balanced accuracies of latents 0 to 5: 1, 1, 1, 3/4, 1/2, 1/2; the smallest ratios first.
+    assert groups.loc["first third by nu", "value"] == 0.5
+    assert groups.loc["middle third by nu", "value"] == 0.875
+    assert groups.loc["last third by nu", ["value", "num_latents"]].tolist() == [1.0, 2]
+    half = 1.959963984540054 * 0.125
+    assert groups.loc["middle third by nu", "value_low"] == pytest.approx(0.875 - half)
+    assert groups.loc["weak contexts", "num_latents"] == 0 and math.isnan(groups.loc["weak contexts", "value"])
 
 
 def test_costs_add_up_and_the_plan_is_near_the_words() -> None:

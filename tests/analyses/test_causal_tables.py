@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.analyses.causal_tables import POSITION_SETS, Bootstrap, CausalTables, causal_tables, contrasts
-from pipeline.analyses.interventions import Intervention, plan_curve, plan_interventions
+from pipeline.analyses.interventions import Baselines, Intervention, plan_curve, plan_interventions
 from pipeline.analyses.latent_sets import causality_latents
 from pipeline.schema import CAUSALITY_COLUMNS, CAUSALITY_CURVE_COLUMNS, CAUSALITY_DIFFERENCE_COLUMNS, Ownership
 
@@ -16,12 +16,13 @@ NUM_CONVERSATIONS = 40
 def _chosen(num_latents: int) -> pd.DataFrame:
     latent = np.arange(num_latents)
     table = {"latent": latent, "ownership": Ownership.CHAT_ONLY, "delta_norm": 1 - latent / 1e3}
+    table |= {"nu_act": 0.1, "decoder_norm_base": 0.1, "frequency": 0.1}
     return causality_latents(pd.DataFrame({**table, "nu_eps": latent / 1e3, "nu_r": latent / 1e3}))
 
 
 def _plan(num_latents: int = 5) -> tuple[Intervention, ...]:
     chosen = _chosen(num_latents)
-    return (*plan_interventions(chosen, with_mean_difference=True), *plan_curve(chosen))
+    return (*plan_interventions(chosen, baselines=Baselines(torch.ones(3))), *plan_curve(chosen))
 
 
 def _sums(plan: tuple[Intervention, ...]) -> dict[str, torch.Tensor]:
@@ -31,7 +32,8 @@ def _sums(plan: tuple[Intervention, ...]) -> dict[str, torch.Tensor]:
     level_G11 = 5 * torch.rand(NUM_CONVERSATIONS, 1, 1, generator=generator, dtype=torch.float64)
     effect_I1 = torch.linspace(1, 0, len(plan), dtype=torch.float64)[:, None]
     noise_GIS = 0.1 * torch.rand(NUM_CONVERSATIONS, len(plan), 3, generator=generator, dtype=torch.float64)
-    return {"kl_GIS": (level_G11 + effect_I1 + noise_GIS) * tokens_GS[:, None], "tokens_GS": tokens_GS}
+    kl_GIS = (level_G11 + effect_I1 + noise_GIS) * tokens_GS[:, None]
+    return {"kl_GIS": kl_GIS, "kl_base_GIS": 2 * kl_GIS, "nll_GIS": 3 * kl_GIS, "tokens_GS": tokens_GS}
 
 
 def _tables(plan: tuple[Intervention, ...], sums: dict[str, torch.Tensor]) -> CausalTables:
@@ -44,6 +46,9 @@ def test_differences_are_differences_of_means_with_narrower_intervals() -> None:
     assert list(tables.differences.columns) == [column.name for column in CAUSALITY_DIFFERENCE_COLUMNS]
     assert list(tables.kl.columns) == [column.name for column in CAUSALITY_COLUMNS]
     assert len(tables.kl) == 3 * sum(not item.order for item in plan)
+    for name, factor in (("kl_base", 2), ("nll", 3)):
+        for end in ("", "_low", "_high"):
+            np.testing.assert_allclose(tables.kl[f"{name}{end}"], factor * tables.kl[f"kl{end}"], rtol=1e-5)
     kl = tables.kl.set_index(["intervention", "positions"])["kl"]
     differences = tables.differences.set_index(["intervention", "reference", "positions"])
     for kind in ("replace", "add"):

@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config
 
+from pipeline.analyses.causal_batch import MEASURES
 from pipeline.analyses.causal_tables import POSITION_SETS, Bootstrap
 from pipeline.analyses.causality import Causality, causality_batches, predicting_positions
-from pipeline.analyses.interventions import Intervention, shared_interventions
+from pipeline.analyses.interventions import Baselines, Intervention, shared_interventions
 from pipeline.errors import InputError
 from pipeline.extraction.activations import RowOptions
 from pipeline.models.decoder import SplitDecoder
@@ -19,8 +20,11 @@ from pipeline.schema import BASE, CAUSALITY_COLUMNS, CHAT, Flag
 from pipeline.text.conversations import turn_id
 
 LAYER, WIDTH, VOCAB, NUM_LATENTS = 1, 16, 53, 24
+MEAN_D = torch.linspace(-1, 1, WIDTH, dtype=torch.float64)
+PRINCIPAL_KD = torch.linalg.qr(torch.randn(WIDTH, 3, generator=torch.Generator().manual_seed(5)).double())[0].T
+BASELINES = Baselines(MEAN_D, PRINCIPAL_KD, num_first=3)
 INTERVENTIONS = (
-    *shared_interventions(with_mean_difference=True),
+    *shared_interventions(BASELINES),
     Intervention("all", "all"),
     Intervention("error", "error"),
     Intervention("half_replace", "replace", tuple(range(0, NUM_LATENTS, 2))),
@@ -122,12 +126,9 @@ def _documents(*, with_turns: bool = False) -> dict[str, list[Any]]:
     return documents
 
 
-MEAN_D = torch.linspace(-1, 1, WIDTH, dtype=torch.float64)
-
-
 def _sums(pair: ModelPair, analysis: Causality, documents: dict[str, list[Any]], options: RowOptions) -> Any:
     sums = analysis.start()
-    for batch in causality_batches(pair, documents, options, MEAN_D):
+    for batch in causality_batches(pair, documents, options, BASELINES):
         analysis.update(sums, batch)
     return sums
 
@@ -150,13 +151,13 @@ def _plain(model: Any, ids: np.ndarray, edited: torch.Tensor | None = None) -> t
 def _brute_force(
     models: tuple[Any, Any], crosscoder: Crosscoder, *, drop_bos: bool, drop_first_tokens: int
 ) -> dict[str, np.ndarray]:
-    """Summed KL and counts [document, position set] per intervention, full logits, one document at a time.
+    """Summed measures and counts [document, position set] per intervention, full logits, one document at a time.
 
     Equal to about 1e-6: the architecture takes its softmax and norms in float32 whatever the weights are.
     """
     documents = _documents(with_turns=True)
     texts = (*TEXTS, *TURNS)
-    result = {item.name: np.zeros((len(texts), 3, 2)) for item in INTERVENTIONS}
+    result = {item.name: np.zeros((len(texts), 3, 4)) for item in INTERVENTIONS}
     base_D, chat_D = crosscoder.W_dec_FMD.detach()[:, BASE], crosscoder.W_dec_FMD.detach()[:, CHAT]
     for row, (ids, flags) in enumerate(zip(documents["input_ids"], documents["flags"], strict=True)):
         x_base, base_log = _plain(models[0], ids)
@@ -171,12 +172,18 @@ def _brute_force(
         num_leading = max(drop_first_tokens, int(drop_bos and texts[row].startswith("B")))
         code = code * is_kept
         is_template = torch.from_numpy((flags & Flag.TEMPLATE) != 0)
+        turns = _places_in_turns(texts[row], num_history)
+        is_first = torch.tensor([turns.get(t + 1, 9) < 3 for t in range(len(ids))])
         for item in INTERVENTIONS:
             chosen = code[:, list(item.latents)]
             edited = {
                 "none": x_base,
                 "template": torch.where(is_template[:, None], x_chat, x_base),
                 "chat": x_chat,
+                "first": torch.where(is_first[:, None], x_chat, x_base),
+                "template_and_first": torch.where((is_first | is_template)[:, None], x_chat, x_base),
+                "principal_1": x_base + is_kept * torch.outer((x_chat - x_base) @ PRINCIPAL_KD[0], PRINCIPAL_KD[0]),
+                "principal_all": x_base + is_kept * ((x_chat - x_base) @ PRINCIPAL_KD.T @ PRINCIPAL_KD),
                 "mean_difference": x_base + is_kept * MEAN_D,
                 "mean_difference_projection": x_base
                 + is_kept * torch.outer((x_chat - x_base) @ MEAN_D / MEAN_D.square().sum(), MEAN_D),
@@ -189,16 +196,25 @@ def _brute_force(
                 edited[item.kind][:num_leading] = x_chat[:num_leading]
             log = base_log if item.kind == "base" else _plain(models[1], ids, edited[item.kind].clone())[1]
             kl = (chat_log.exp() * (chat_log - log)).sum(-1).numpy()
-            place = 0
-            for t in range(1, len(ids)):
-                letter, before = texts[row][t], texts[row][t - 1]
-                is_predicted = t >= num_history and (letter in "arck" or (letter == "e" and before in "arck"))
-                place = place + 1 if is_predicted and before in "arck" and t > num_history else 0
-                if is_predicted:
-                    is_first_9 = place < 10 and before not in "te"
-                    member = [True, is_first_9, not is_first_9]
-                    result[item.name][row] += np.array(member)[:, None] * np.array([kl[t - 1], 1.0])
+            kl_base = (base_log.exp() * (base_log - log)).sum(-1).numpy()
+            for t, place in turns.items():
+                is_first_9 = place < 10 and texts[row][t - 1] not in "te"
+                member = [True, is_first_9, not is_first_9]
+                values = [kl[t - 1], kl_base[t - 1], -float(log[t - 1, ids[t]]), 1.0]
+                result[item.name][row] += np.array(member)[:, None] * np.array(values)
     return result
+
+
+def _places_in_turns(text: str, num_history: int) -> dict[int, int]:
+    """Predicted tokens, each with its place in its turn."""
+    places, place = {}, 0
+    for t in range(1, len(text)):
+        letter, before = text[t], text[t - 1]
+        is_predicted = t >= num_history and (letter in "arck" or (letter == "e" and before in "arck"))
+        place = place + 1 if is_predicted and before in "arck" and t > num_history else 0
+        if is_predicted:
+            places[t] = place
+    return places
 
 
 @pytest.mark.parametrize(("drop_bos", "drop_first_tokens"), [(False, 0), (True, 0), (True, 3)])
@@ -212,11 +228,12 @@ def test_kl_equals_brute_force_over_full_logits(
     expected = _brute_force(models, crosscoder, drop_bos=drop_bos, drop_first_tokens=drop_first_tokens)
     for item in INTERVENTIONS:
         for s, positions in enumerate(POSITION_SETS):
-            kl, tokens = expected[item.name][:, s].sum(0)
+            *measured, tokens = expected[item.name][:, s].sum(0)
             row = table.loc[(item.name, positions)]
             assert row["num_tokens"] == tokens
-            assert row["kl"] == pytest.approx(kl / tokens, rel=1e-5, abs=1e-9)
-    assert (table.loc["chat", "kl"] == 0).all()
+            for name, value in zip(MEASURES, measured, strict=True):
+                assert row[name] == pytest.approx(value / tokens, rel=1e-5, abs=1e-9), (item.name, positions, name)
+    assert (table.loc["chat", "kl"] == 0).all() and (table.loc["base", "kl_base"] == 0).all()
     assert table.loc["empty_replace", "kl"].tolist() == pytest.approx(table.loc["none", "kl"].tolist(), rel=1e-12)
     assert (table.loc["empty_replace", "num_latents"] == 0).all()
     assert (table.loc["half_add", "num_latents"] == 12).all()
@@ -287,7 +304,7 @@ def test_a_difference_sae_enters_as_an_ordinary_crosscoder(pair: ModelPair) -> N
 
 
 def test_predicting_positions_of_two_turns() -> None:
-    position, in_set = predicting_positions(_flags("Btuta" + "a" * 11 + "tuataa"))
+    position, in_set, _ = predicting_positions(_flags("Btuta" + "a" * 11 + "tuataa"))
     assert position.tolist() == [*range(3, 15), 17, 19, 20]
     first_9 = [False] + [True] * 9 + [False] * 2 + [True] + [False, True]
     assert in_set[:, POSITION_SETS.index("first_9")].tolist() == first_9
@@ -297,7 +314,7 @@ def test_predicting_positions_of_two_turns() -> None:
 
 
 def test_the_token_that_ends_a_turn_is_predicted_and_the_tag_that_closes_reasoning_belongs_to_the_turn() -> None:
-    position, in_set = predicting_positions(_flags("Betuet" + "rrcaa" + "et" + "ut" + "kk" + "e"))
+    position, in_set, _ = predicting_positions(_flags("Betuet" + "rrcaa" + "et" + "ut" + "kk" + "e"))
     assert position.tolist() == [5, 6, 7, 8, 9, 10, 14, 15, 16]
     first_9 = [False, True, True, True, True, True, False, True, True]
     assert in_set[:, POSITION_SETS.index("first_9")].tolist() == first_9

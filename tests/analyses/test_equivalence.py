@@ -151,6 +151,7 @@ def test_latents_are_the_most_specific_ones_and_shared_ones_that_are_met() -> No
             "verdict": [Verdict.CHAT_SPECIFIC] * 3 + [Verdict.SHARED] * 4 + [Verdict.DEAD],
             "nu_eps": [0.1, 0.05, 0.15, *[1.0] * 5],
             "nu_r": [0.1, 0.05, 0.15, *[1.0] * 5],
+            "decoder_norm_base": 0.1,
             "delta_norm": 0.5,
             "frequency": [0.1, 0.1, 0.1, 0.01, 0.02, 1e-4, 0.03, 0],
         }

@@ -50,11 +50,15 @@ def test_a_difference_is_explained_as_such_and_no_model_by_itself(make_world: Ca
     batch = make_world().batch()
     x, error = batch.x_BMD.double(), batch.x_BMD.double() - batch.reconstruction_BMD.double()
     expected = 1 - (error[:, 1] - error[:, 0]).var(0).sum() / (x[:, 1] - x[:, 0]).var(0).sum()
-    fidelity = Fidelity(activation_dim=6, num_latents=12, is_difference=True)
+    fidelity = Fidelity(activation_dim=6, num_latents=12, inputs="difference")
     table = fidelity.table(analyse({"f": fidelity}, [batch])["f"])
     assert table["fve"] == pytest.approx(float(expected))
     assert table["fve_base"] != table["fve_base"] and table["fve_chat"] != table["fve_chat"]
     assert table["mean_norm_chat"] == _table(batch)["mean_norm_chat"]
+    sae = Fidelity(activation_dim=6, num_latents=12, inputs="chat")
+    table = sae.table(analyse({"f": sae}, [batch])["f"])
+    assert table["fve"] == table["fve_chat"] == pytest.approx(_table(batch)["fve_chat"])
+    assert table["fve_base"] != table["fve_base"]
 
 
 def test_fve_is_nan_where_the_activations_are_constant(make_world: Callable) -> None:

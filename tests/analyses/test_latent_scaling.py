@@ -10,7 +10,9 @@ from pipeline.analyses.rows import RowBatch, analyse
 from pipeline.errors import InputError
 from pipeline.numerics.crosscoder import Crosscoder, Normalisation
 from pipeline.numerics.scaling import CENTRED
+from pipeline.numerics.statistics import hash_documents
 from pipeline.schema import BETA_COLUMNS
+from pipeline.text.conversations import conversation_of
 
 
 def _table(crosscoder: Crosscoder, batch: RowBatch, **options: object) -> pd.DataFrame:
@@ -55,6 +57,42 @@ def test_columns_hold_the_betas_of_a_loop_over_latents(make_world: Callable) -> 
     assert table["nu_eps"].notna().sum() >= 4
     assert table["nu_act_centred"].notna().sum() >= 2
     assert table.iloc[0].drop("latent").isna().all()  # never fires: no number at all
+
+
+def test_a_gain_is_the_error_that_the_other_half_of_the_documents_betas_take_off(make_world: Callable) -> None:
+    world = make_world(num_documents=80)
+    batch, crosscoder = world.batch(), world.crosscoder
+    table = _table(crosscoder, batch)
+    W_dec_FMD, code_BF = crosscoder.W_dec_FMD.detach().double(), batch.codes.to_dense().double()
+    x_BMD, xh_BMD = batch.x_BMD.double(), batch.reconstruction_BMD.double()
+    half_B = hash_documents(conversation_of(batch.doc_id_B), num_groups=64) % 2
+    for latent in range(1, 12):
+        f_B, u_D = code_BF[:, latent], W_dec_FMD[latent, 1]
+        for model, name in enumerate(("base", "chat")):
+            put_back = torch.outer(f_B, W_dec_FMD[latent, model])
+            for target, y_BD in (
+                ("reconstruction", xh_BMD[:, model]),
+                ("error", x_BMD[:, model] - xh_BMD[:, model] + put_back),
+            ):
+                parts = [(y_BD[half_B == half], torch.outer(f_B[half_B == half], u_D)) for half in (0, 1)]
+                betas = [float((y * fu).sum() / fu.square().sum()) for y, fu in parts]
+                removed = [
+                    [float(y.square().sum() - (y - beta * fu).square().sum()) for beta in betas] for y, fu in parts
+                ]
+                expected = (removed[0][1] + removed[1][0]) / (removed[0][0] + removed[1][1])
+                assert table[f"gain_{target}_{name}"][latent] == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+def test_a_floor_leaves_out_the_rows_on_which_a_latent_is_weak(make_world: Callable) -> None:
+    world = make_world(num_documents=80)
+    batch, chosen = world.batch(), torch.tensor([2, 3, 7])
+    floor_F = batch.codes.to_dense().amax(0) / 2
+    strong = _table(world.crosscoder, batch, latents=chosen, floor_F=floor_F)
+    kept = batch.codes.keep(batch.codes.values_P >= floor_F[batch.codes.latents_P])
+    assert 0 < kept.num_pairs < batch.codes.num_pairs
+    pd.testing.assert_frame_equal(
+        strong, _table(world.crosscoder, batch._replace(codes=kept)).iloc[chosen].reset_index(drop=True)
+    )
 
 
 def test_a_normalised_crosscoder_is_judged_in_its_own_units(make_world: Callable) -> None:

@@ -20,7 +20,7 @@ from pipeline.analyses.verdict import (
 )
 from pipeline.errors import InputError
 from pipeline.numerics.crosscoder import Crosscoder
-from pipeline.schema import BETA_COLUMNS, LATENT_COLUMNS, Grounds, Ownership, Verdict
+from pipeline.schema import BETA_COLUMNS, GAIN_COLUMNS, LATENT_COLUMNS, Grounds, Ownership, Verdict
 
 NAN = float("nan")
 SURE, UNSURE = 1e-5, 0.3
@@ -57,7 +57,7 @@ def _tables() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
         scaling[[name, f"{name}_low", f"{name}_high"]] = np.array(values)
     scaling[["nu_act_centred", "nu_act_centred_low", "nu_act_centred_high"]] = NAN
     names = [f"nu_act{kind}{end}" for kind in ("", "_no_bias") for end in ("", "_low", "_high")]
-    scaling[[*names, "artifact_probability", *(column.name for column in BETA_COLUMNS)]] = 1.0
+    scaling[[*names, "artifact_probability", *(column.name for column in (*BETA_COLUMNS, *GAIN_COLUMNS))]] = 1.0
     is_artifact = [case[5] in Verdict.ARTIFACTS for case in CASES]
     is_known = scaling["nu_eps"].notna() & scaling["nu_r"].notna()
     p = np.where([case[6] for case in CASES], SURE, UNSURE)
@@ -73,6 +73,8 @@ def _tables() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
                 for name in ("max_activation", "mean_activation", "template_frac", "user_frac", "assistant_frac")
             },
             "bos_frac": 0.0,
+            "control_token": "",
+            "control_token_frac": 0.0,
             "frequency_web": 0.1,
         }
     )

@@ -24,7 +24,8 @@ def test_a_good_fit_lacks_nothing() -> None:
     [
         ({"fve_base": 0.41}, {}, "0.41"),
         ({"fve_chat": 0.31}, {}, "0.31"),
-        ({"fve_base": float("nan")}, {}, "nan"),
+        ({"fve_base": float("nan"), "fve": 0.7, "fve_chat": 0.8}, {}, "nan"),
+        ({"fve_base": float("nan"), "fve": 0.2, "fve_chat": 0.2, "fve_without_sinks": 0.2}, {}, "0.20"),
         ({"fve_without_sinks": 0.3, "num_sinks": 72}, {}, "0.30"),
         ({"fve_base": float("nan"), "fve_chat": float("nan"), "fve_without_sinks": 0.2}, {}, "0.20"),
         ({"dead_frac": 0.99}, {}, "99%"),

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from pipeline.analyses.latent_sets import most_specific_latents
 from pipeline.analyses.steering import SteeringOptions, SteeringRequest, shows_behavior, steer, steering_effect
+from pipeline.analyses.steering_columns import STEERING_COLUMNS, STEERING_SAMPLE_COLUMNS
 from pipeline.analyses.steering_inputs import (
     UNNAMED,
     BehaviorPrompts,
@@ -24,7 +25,7 @@ from pipeline.models.decoder import SplitDecoder
 from pipeline.models.generation import Positions, Sampling, Steering
 from pipeline.models.pair import ModelPair
 from pipeline.numerics.crosscoder import Crosscoder
-from pipeline.schema import BASE, CHAT, MODEL_NAMES, STEERING_COLUMNS, STEERING_SAMPLE_COLUMNS, Verdict
+from pipeline.schema import BASE, CHAT, MODEL_NAMES, Verdict
 from pipeline.text.tokenizers import prompt_ids
 
 WIDTH = 32
@@ -270,6 +271,7 @@ def test_the_most_specific_latents_are_chosen_by_evidence_and_may_be_none() -> N
             "verdict": [Verdict.CHAT_SPECIFIC, Verdict.SHARED, Verdict.CHAT_SPECIFIC, Verdict.CHAT_SPECIFIC],
             "nu_eps": [0.1, 0.0, 0.02, 0.05],
             "nu_r": [0.1, 0.0, 0.01, 0.2],
+            "decoder_norm_base": 0.1,
         }
     )
     assert most_specific_latents(latents, 2) == (2, 0)

@@ -7,12 +7,13 @@ import torch
 
 from pipeline.numerics.crosscoder import Crosscoder, Normalisation
 from pipeline.numerics.parallel import Mesh
-from pipeline.numerics.recipes import fitted_activations, fixed_rows, reads_difference
+from pipeline.numerics.recipes import fitted_activations, fixed_rows, inputs_of
 from pipeline.numerics.trainer import CrosscoderSpec, CrosscoderTrainer
 from tests.numerics.small import B, D, F, M, changed, make_spec, rows
 
 SPEC = make_spec(dead_after_rows=3 * B)
 DIFFERENCE = changed(SPEC, inputs="difference")
+CHAT = changed(SPEC, inputs="chat")
 DEDICATED = changed(SPEC, dedicated_frac=0.25)
 CHAT_ONLY, BASE_ONLY, FREE = slice(0, 8), slice(8, 16), slice(16, F)
 KINDS = {
@@ -48,7 +49,28 @@ def test_a_difference_dictionary_is_the_one_model_dictionary_of_the_difference(k
     assert ours.evaluate(x_BMD)["fve"] == pytest.approx(
         plain.evaluate(fitted_activations(x_BMD, "difference"))["fve"], abs=1e-4
     )
-    assert reads_difference(published) and not reads_difference(train(SPEC, 1).crosscoder())
+    assert inputs_of(published) == "difference" and inputs_of(train(SPEC, 1).crosscoder()) == "both"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sae_of_the_chat_model_is_the_one_model_dictionary_of_its_rows(kind: str) -> None:
+    spec = changed(CHAT, **KINDS[kind])
+    ours, plain = train(spec), train(changed(spec, inputs="both", num_models=1), inputs="chat")
+    for name, value in plain.state_dict().items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(ours.state_dict()[name])), name
+    metrics = ours.metrics()
+    assert (
+        metrics["fve"] == metrics["fve_chat"] == plain.metrics()["fve"] and metrics["fve_base"] != metrics["fve_base"]
+    )
+    x_BMD, published, single = rows(99, 200), ours.crosscoder(), plain.crosscoder()
+    codes, expected = published.encode(x_BMD), single.encode(x_BMD[:, 1:])
+    torch.testing.assert_close(codes.to_dense(), expected.to_dense(), rtol=1e-4, atol=1e-5)
+    x_hat_BMD = published.decode(expected)
+    torch.testing.assert_close(x_hat_BMD[:, 1:], single.decode(expected))
+    assert not x_hat_BMD[:, 0].any() and inputs_of(published) == "chat"
+    assert torch.equal(
+        published.encode(x_BMD.flip(0) * torch.tensor([[5.0], [1.0]])).to_dense().flip(0), codes.to_dense()
+    )
 
 
 def test_a_normalised_difference_is_published_in_raw_units() -> None:
@@ -104,7 +126,7 @@ def test_masked_gradients_are_those_of_a_crosscoder_without_the_other_rows() -> 
     )
 
 
-@pytest.mark.parametrize("spec", [DIFFERENCE, DEDICATED], ids=["difference", "dedicated"])
+@pytest.mark.parametrize("spec", [DIFFERENCE, CHAT, DEDICATED], ids=["difference", "chat", "dedicated"])
 def test_resume_is_bit_exact_and_a_saved_crosscoder_is_the_same(spec: CrosscoderSpec, tmp_path: Path) -> None:
     straight, first = train(spec, 12), train(spec, 7)
     torch.save(first.state_dict(), tmp_path / "state.pt")
@@ -118,7 +140,7 @@ def test_resume_is_bit_exact_and_a_saved_crosscoder_is_the_same(spec: Crosscoder
     loaded, x_BMD = Crosscoder.from_pretrained(tmp_path / "saved"), rows(50)
     assert torch.equal(loaded.encode(x_BMD).to_dense(), straight.crosscoder().encode(x_BMD).to_dense())
     assert torch.equal(loaded(x_BMD), straight.crosscoder()(x_BMD))
-    assert reads_difference(loaded) == (spec is DIFFERENCE)
+    assert inputs_of(loaded) == spec.inputs
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
@@ -146,7 +168,8 @@ def test_a_state_with_numbers_in_fixed_rows_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"inputs": "chat"}, "inputs to be one of both, difference, got 'chat'"),
+        ({"inputs": "base"}, "inputs to be one of both, difference, chat, got 'base'"),
+        ({"inputs": "chat", "num_models": 3}, "got 3"),
         ({"dedicated_frac": 0.6}, "dedicated_frac .*got 0.6"),
         ({"inputs": "difference", "num_models": 3}, "got 3"),
         ({"inputs": "difference", "code_weight": "decoupled"}, "got 0.0 and 'decoupled'"),

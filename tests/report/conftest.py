@@ -17,6 +17,7 @@ from pipeline import schema
 from pipeline.analyses.autointerp_columns import AUTOINTERP_COLUMNS, InterpStatus
 from pipeline.analyses.ownership import classify
 from pipeline.analyses.planted_columns import PLANTED_COLUMNS
+from pipeline.analyses.ratio_statistics import ratio_statistics
 from pipeline.report.data import CrosscoderReport, LineageRow, ModelPairInfo, ReportData
 from pipeline.schema import Verdict
 
@@ -72,6 +73,8 @@ def latent_table(num_latents: int, num_chat_only: int, artifact_frac: float, see
         "max_activation": random.gamma(3, 4, num_latents),
         "mean_activation": random.gamma(3, 1, num_latents),
         **dict(zip(("template_frac", "user_frac", "assistant_frac"), mix.T, strict=True)),
+        "control_token": np.where(random.random(num_latents) < 0.3, "<end_of_turn>", ""),
+        "control_token_frac": mix[:, 0],
         "reason": [f"nu_eps {eps:.2f}, nu_r {r:.2f}" for eps, r in zip(nu_eps, nu_r, strict=True)],
         "twin": -1,
         "artifact_probability": np.where(high_eps | high_r, 0.98, random.beta(1, 12, num_latents)),
@@ -108,6 +111,7 @@ def table_of(rows: Sequence[tuple[object, ...]], columns: Sequence[schema.Column
 def causality_table(separation: float) -> pd.DataFrame:
     """KL rows as the paper's table has them; best and worst half differ by `separation` times the baseline."""
     shares = {"all": 0.41, "error": 0.33, "mean_difference": 0.88, "mean_difference_projection": 0.7}
+    shares |= {"first": 0.5, "template_and_first": 0.4, "principal_1": 0.8, "principal_all": 0.6}
     random = {"random_half_0_replace": 0.64, "random_half_0_add": 0.63}
     random |= {"random_half_1_replace": 0.61, "random_half_1_add": 0.62}
     halves = {}
@@ -120,7 +124,8 @@ def causality_table(separation: float) -> pd.DataFrame:
         values = {"none": none, "template": template, "chat": 0.0, "base": none}
         values |= {name: none * share for name, share in (shares | halves | random).items()}
         for name, kl in values.items():
-            rows.append((name, positions, kl, kl * 0.93, kl * 1.08, tokens, 300, 24 if "half" in name else 0))
+            interval = (kl, kl * 0.93, kl * 1.08)
+            rows.append((name, positions, *interval, *interval, *interval, tokens, 300, 24 if "half" in name else 0))
     return table_of(rows, schema.CAUSALITY_COLUMNS)
 
 
@@ -277,9 +282,9 @@ def autointerp_table(latents: list[int], hostile: bool) -> pd.DataFrame:
     for index, latent in enumerate(latents):
         score = max(0.45, 0.98 - 0.04 * index)
         words = HOSTILE if hostile and index == 1 else SENTENCES[index % len(SENTENCES)]
-        scores = (score, score - 0.2, min(1.0, score + 0.09), score, score)
+        scores = (score, score - 0.2, min(1.0, score + 0.09), score, score - 0.1, score, score, score)
         rows.append((latent, InterpStatus.SCORED, words, *scores, 0.52, 6, 6, 0, 900, 60))
-    rows[-1] = (latents[-1], InterpStatus.UNEXPLAINED, None, *[np.nan] * 5, 0.52, 6, 6, 0, 900, 60)
+    rows[-1] = (latents[-1], InterpStatus.UNEXPLAINED, None, *[np.nan] * 8, 0.52, 6, 6, 0, 900, 60)
     return table_of(rows, AUTOINTERP_COLUMNS)
 
 
@@ -333,6 +338,7 @@ def crosscoder_report(kind: str, *, num_latents: int = 2048, hostile: bool = Fal
         examples=example_table([int(latent) for latent in order], seed, hostile),
         planted=planted_table(chosen, 0.93 if is_l1 else 0.985),
         twins=table_of(twins if is_l1 else [], schema.TWIN_COLUMNS),
+        ratios=ratio_statistics(latents),
         autointerp=autointerp_table([int(latent) for latent in order[:12]], hostile),
         autointerp_model="tiny-reader",
         curves=curve_table(2000, 9.4 if is_l1 else 8.1, l0, seed),

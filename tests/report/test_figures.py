@@ -132,6 +132,13 @@ def test_scatter_frames_the_middle_of_the_ratios_and_counts_what_lies_outside() 
     assert scaling.framed(pd.Series([0.01, 0.02]), 0.5)[1] >= 0.75, "the threshold is inside, with room beside it"
 
 
+def test_curves_count_the_latents_below_every_threshold() -> None:
+    table = pd.DataFrame({"crosscoder": ["a"] * 4 + ["b"], "nu_act": [0.1, -0.3, 0.31, np.nan, 0.0]})
+    counts = scaling.counts_below(table, "nu_act").set_index(["crosscoder", "threshold"])["num_latents"]
+    assert [counts["a", threshold] for threshold in (0.0, 0.1, 0.12, 0.32, 1.0)] == [0, 0, 1, 3, 3]
+    assert counts["b", 0.0] == 0 and counts["b", 0.02] == 1
+
+
 def test_scatter_of_many_latents_stays_small(report: ReportData) -> None:
     latents = report.crosscoders[0].latents
     assert latents is not None

@@ -11,7 +11,7 @@ from runs import TINY, Finished, copied, run_file
 
 from pipeline.config.run_file import load
 from pipeline.numerics.crosscoder import Crosscoder
-from pipeline.numerics.recipes import reads_difference
+from pipeline.numerics.recipes import inputs_of
 from pipeline.run import runner
 from pipeline.schema import Ownership, Verdict
 from pipeline.storage.activation_store import ActivationStore
@@ -65,7 +65,7 @@ def test_every_step_of_both_recipes_is_done(made: Made) -> None:
 
 def test_a_difference_is_measured_on_the_difference(made: Made, finished: Finished) -> None:
     crosscoder = made.crosscoder("difference")
-    assert reads_difference(crosscoder)
+    assert inputs_of(crosscoder) == "difference"
     latents = made.table("latents difference", "latents.parquet")
     alive = latents[latents["frequency"] > 0]
     assert len(alive) > 20
@@ -101,7 +101,7 @@ def test_the_latents_of_a_difference_close_the_kl(made: Made) -> None:
 
 def test_dedicated_latents_have_nothing_in_the_other_model(made: Made) -> None:
     crosscoder, latents = made.crosscoder("dedicated"), made.table("latents dedicated", "latents.parquet")
-    assert not reads_difference(crosscoder)
+    assert inputs_of(crosscoder) == "both"
     chat, base = latents.iloc[:NUM_DEDICATED], latents.iloc[NUM_DEDICATED : 2 * NUM_DEDICATED]
     free = latents.iloc[2 * NUM_DEDICATED :]
     for own, other, rows in (("chat", "base", chat), ("base", "chat", base)):

@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 from runs import Finished, command, contents, run_file
 
+from pipeline.analyses.steering_columns import STEERING_COLUMNS
 from pipeline.config.run_file import load
 from pipeline.run import runner
-from pipeline.schema import LATENT_COLUMNS, STEERING_COLUMNS, TABLE_METADATA, Verdict, latent_corpus_columns
+from pipeline.schema import LATENT_COLUMNS, TABLE_METADATA, Verdict, latent_corpus_columns
 from pipeline.storage.activation_store import ActivationStore
 from pipeline.terminal import SilentReporter
 from pipeline.tracking.tracker import RecordingTracker

@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from pipeline.analyses.causality import Causality, causality_batches, without_name
-from pipeline.analyses.interventions import plan_curve, plan_interventions
+from pipeline.analyses.interventions import Baselines, plan_curve, plan_interventions
 from pipeline.analyses.latent_sets import causality_latents
 from pipeline.extraction.activations import RowOptions, plan_batches
 from pipeline.models.decoder import SplitDecoder
@@ -120,6 +120,9 @@ def make_analysis(case: Case, pair: ModelPair, dialogues: dict[str, list[Any]]) 
             "latent": latent,
             "ownership": np.where(latent < case.chosen, Ownership.CHAT_ONLY, Ownership.SHARED),
             "delta_norm": 1 - latent / case.latents,
+            "nu_act": 1.0,
+            "decoder_norm_base": 1.0,
+            "frequency": 0.1,
             "nu_eps": latent / case.latents,
             "nu_r": latent[::-1] / case.latents,
         }
@@ -131,7 +134,12 @@ def make_analysis(case: Case, pair: ModelPair, dialogues: dict[str, list[Any]]) 
         score_BF = torch.einsum("BMD,FMD->BF", x_BMD, crosscoder.W_enc_FMD)
         crosscoder.threshold.fill_(float(score_BF.quantile(1 - case.k / case.latents)) if score_BF.numel() < 1e7 else 2)
     chosen = causality_latents(table)
-    return Causality(crosscoder, (*plan_interventions(chosen, with_mean_difference=True), *plan_curve(chosen)))
+    return Causality(crosscoder, (*plan_interventions(chosen, baselines=baselines_of(case)), *plan_curve(chosen)))
+
+
+def baselines_of(case: Case) -> Baselines:
+    """All baselines, along random directions."""
+    return Baselines(torch.randn(case.dim), torch.linalg.qr(torch.randn(case.dim, 4))[0].T, num_first=5)
 
 
 def read(case: Case) -> Reading:
@@ -140,12 +148,12 @@ def read(case: Case) -> Reading:
     analysis = make_analysis(case, pair, dialogues)
     edits = {without_name(i) for i in analysis.interventions if i.latents or i.kind not in ("replace", "add")}
     num_edits = len(edits)  # `base` is one run of an upper half like the others
-    mean_D = torch.randn(case.dim)
+    baselines = baselines_of(case)
     parts: dict[str, float] = defaultdict(float)
 
     def measured() -> None:
         sums = analysis.start()
-        for batch in causality_batches(pair, dialogues, RowOptions(case.tokens_per_batch), mean_D):
+        for batch in causality_batches(pair, dialogues, RowOptions(case.tokens_per_batch), baselines):
             analysis.update(sums, batch)
 
     halves, logits, whole = [], [], []

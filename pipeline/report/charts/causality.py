@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import altair as alt
 import pandas as pd
 
+from pipeline.analyses.interventions import SHARED_KINDS
 from pipeline.report import formatting as fmt
 from pipeline.report.charts.style import (
     ROW_LEGEND_OFFSET,
@@ -24,15 +25,19 @@ from pipeline.report.charts.style import (
 KL_TITLE = "KL to the chat model, nats per token"
 NO_CROSSCODER = "no crosscoder"
 """Name in place of a crosscoder's where an intervention needs none."""
-SHARED_INTERVENTIONS = ("none", "template", "mean_difference", "mean_difference_projection")
+SHARED_INTERVENTIONS = SHARED_KINDS
 """Interventions that use no crosscoder: drawn once."""
 SANITY_INTERVENTIONS = ("base", "chat")
 """Only in the page's table: both read the whole stream of one model, so they say nothing about latents."""
 WHOLE_EDITS = {
     "none": "no edit",
     "template": "template tokens",
+    "first": "first positions of answers",
+    "template_and_first": "template and first positions",
     "mean_difference": "mean difference",
     "mean_difference_projection": "mean difference, projected",
+    "principal_1": "first principal direction",
+    "principal_all": "principal directions",
     "all": "all latents",
     "error": "error",
 }

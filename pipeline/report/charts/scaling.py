@@ -4,16 +4,18 @@ The frame holds the middle 96% of each ratio and both thresholds, so that a few 
 into a corner. The caller says how many lie outside; dragging the figure shows them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import altair as alt
 import numpy as np
 import pandas as pd
 
-from pipeline.report.charts.style import layered, single, spelled, text_tooltips
+from pipeline.report.charts.style import crosscoder_colour, layered, single, spelled, text_tooltips
 from pipeline.report.palette import VERDICT_ROLES
 from pipeline.schema import Verdict
 
+THRESHOLDS = np.linspace(0, 1, 51).round(2)
 MAX_DOTS = 3000
 """More dots than this are thinned evenly: a browser draws each as an element."""
 
@@ -36,6 +38,33 @@ def num_outside(latents: pd.DataFrame, nu_eps_threshold: float, nu_r_threshold: 
     ranges = frame_of(latents, nu_eps_threshold, nu_r_threshold).items()
     inside = [latents[name].between(low, high) for name, (low, high) in ranges]
     return int((~np.logical_and.reduce(inside)).sum())
+
+
+def counts_below(latents: pd.DataFrame, ratio: str) -> pd.DataFrame:
+    """Latents whose ratio is below each threshold in size: columns crosscoder, threshold, num_latents.
+
+    `latents` has the columns of the latent table and `crosscoder`; thresholds are those of THRESHOLDS.
+    """
+    frames = []
+    for name, own in latents.groupby("crosscoder", sort=False):
+        sizes = np.sort(own[ratio].abs().dropna())
+        if len(sizes):
+            counts = np.searchsorted(sizes, THRESHOLDS)
+            frames.append(pd.DataFrame({"crosscoder": name, "threshold": THRESHOLDS, "num_latents": counts}))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def below_chart(counts: pd.DataFrame, ratio: str, names: Sequence[str]) -> alt.LayerChart:
+    """Number of latents below a threshold of the ratio, one line per crosscoder, from `counts_below`."""
+    encodings: dict[str, Any] = {
+        "x": alt.X("threshold:Q", title=f"threshold of |{ratio}|", axis=alt.Axis(grid=False)),
+        "y": alt.Y("num_latents:Q", title="latents below it"),
+        "color": crosscoder_colour(names),
+    }
+    tooltip = [*text_tooltips(crosscoder="crosscoder"), "threshold:Q", "num_latents:Q"]
+    lines = alt.Chart().mark_line(strokeWidth=1.6).encode(**encodings)
+    dots = alt.Chart().mark_point(filled=True, opacity=0, size=60).encode(**encodings, tooltip=tooltip)
+    return layered([lines, dots], counts, 170)
 
 
 def nu_chart(latents: pd.DataFrame, nu_eps_threshold: float, nu_r_threshold: float) -> alt.LayerChart:

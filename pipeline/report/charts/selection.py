@@ -15,7 +15,7 @@ from pipeline.report.charts import causality, ownership, places, scaling, scores
 from pipeline.report.charts.style import Chart, spec_of
 from pipeline.report.data import ReportData
 from pipeline.report.summary import CANDIDATE_SPECIFIC, EVIDENCE_ORDER, anchor, chat_only_rows, corpora_of
-from pipeline.schema import Verdict
+from pipeline.schema import Ownership, Verdict
 
 CURVES = (
     ("loss", "Training loss", {"loss": ""}, "loss per row"),
@@ -24,6 +24,13 @@ CURVES = (
     ("dead_frac", "Dead latents", {"dead_frac": ""}, "share of all latents"),
 )
 """Name, title, columns with the model that each is about, and axis title of each figure of training curves."""
+
+BELOW = {
+    "nu_eps": "Chat-only latents below a threshold of nu_eps",
+    "nu_r": "Chat-only latents below a threshold of nu_r",
+    "nu_act": "Live latents below a threshold of nu_act",
+}
+"""Ratios whose counts are drawn for every dictionary of the run; nu_act is the one that all of them have."""
 
 POSITIONS = {"all": "all positions that predict assistant tokens", "first_9": "first nine tokens of each answer"}
 
@@ -52,6 +59,7 @@ def all_figures(data: ReportData) -> list[Figure]:
         _training,
         _ownership,
         _scaling,
+        _counts_below,
         _controls,
         _places,
         _interventions,
@@ -169,6 +177,17 @@ def _scaling(data: ReportData, names: Sequence[str]) -> Iterator[Figure]:
         if len(drawn) > scaling.MAX_DOTS:
             notes.append(f"Of the {fmt.count(len(drawn))} latents about {fmt.count(scaling.MAX_DOTS)} are drawn.")
         yield _figure(f"nu_{slug(one.name)}", "scaling", title, scaling.nu_chart(drawn, *thresholds), *notes)
+
+
+def _counts_below(data: ReportData, names: Sequence[str]) -> Iterator[Figure]:
+    table = _stacked(data, "latents")
+    for ratio, title in BELOW.items() if len(table) else ():
+        rows = table[table["verdict"] != Verdict.DEAD]
+        if ratio != "nu_act":  # a latent that was made without a base row has no such ratios
+            rows = rows[(rows["ownership"] == Ownership.CHAT_ONLY) & (rows["decoder_norm_base"] > 0)]
+        counts = scaling.counts_below(rows, ratio)
+        if len(counts):
+            yield _figure(f"below_{ratio}", "scaling", title, scaling.below_chart(counts, ratio, names))
 
 
 def _controls(data: ReportData, names: Sequence[str]) -> Iterator[Figure]:
