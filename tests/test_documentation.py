@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.cli import _parser
+from pipeline.arguments import make_parser
 from pipeline.config.data import ModelsSection
 from pipeline.config.run_file import RunConfig, load
 
@@ -85,17 +85,17 @@ def commands() -> list[str]:
         found += re.findall(r"^ {4,}(crossray \w+.*)$", text, re.MULTILINE)
         found += re.findall(r"^# +(?:\w+: +)?(crossray \w+ [^()\n]+)", text, re.MULTILINE)
         found += re.findall(r"`(crossray \w+ [^`|]+)`", text)
-    return [re.sub(r"\s+#.*$", "", line).strip() for line in found]
+    return [re.sub(r"\s+[#>].*$", "", line).strip() for line in found]
 
 
 @pytest.mark.parametrize("line", sorted(set(commands())))
 def test_every_command_of_the_documents_is_one(line: str) -> None:
-    parsed = _parser().parse_args(shlex.split(line)[1:])
+    parsed = make_parser().parse_args(shlex.split(line)[1:])
     assert parsed.command == shlex.split(line)[1]
 
 
 def test_every_command_of_the_command_line_is_documented() -> None:
-    (choices,) = [action.choices for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    (choices,) = [action.choices for action in make_parser()._actions if isinstance(action, argparse._SubParsersAction)]
     assert {shlex.split(line)[1] for line in commands()} == set(choices)
 
 

@@ -18,6 +18,7 @@ from pipeline.library.crosscoder import Crosscoder
 from pipeline.library.fitting import reporting
 from pipeline.library.origin import ModelOrigin, Origin
 from pipeline.library.rows import Rows
+from pipeline.library.summary import CrosscoderSummary, Summary, crosscoder_summary
 from pipeline.schema import TABLE_METADATA, Split
 from pipeline.stages.finished_crosscoder import open_crosscoder, read_curve
 from pipeline.storage.artifacts import RECORD_NAME, Record, parse_record
@@ -83,6 +84,10 @@ class Run:
         """Of the run."""
         self.crosscoders: tuple[str, ...] = tuple(report.identity["section"]["crosscoders"])
         """Names of its crosscoders."""
+        self.created = str(report.provenance.get("created", ""))
+        """When its report was written, ISO 8601."""
+        self.labels: tuple[str, str] = (str(report.counts.get("base", "")), str(report.counts.get("chat", "")))
+        """The base and the chat model, as the report names them; empty in reports of version 0.1."""
         self._folder = f"{report.stage}/{report.fingerprint}"
         self._inputs: dict[str, str] = report.identity["inputs"]
 
@@ -148,6 +153,48 @@ class Run:
             )
         frame: pd.DataFrame = read_table(self.storage, f"{folder}/{wanted}").to_pandas()
         return frame
+
+    def has(self, stage: str, name: str = "") -> bool:
+        """Whether the run has an artifact of this stage, for one crosscoder where it has one."""
+        return f"{stage} {name}".rstrip() in self._inputs
+
+    def settings(self) -> dict[str, Mapping[str, Any]]:
+        """What was asked of each step, by stage and crosscoder: the sections that its fingerprint covers."""
+        return {
+            role: self._record(f"{role.partition(' ')[0]}/{own}").identity["section"]
+            for role, own in self._inputs.items()
+        }
+
+    def summary(self, *, num_latents: int = 10) -> Summary:
+        """Verdict, strongest latents, examples, causality and steering as plain values; `.model_dump()` is a dict.
+
+        num_latents: at most so many per crosscoder.
+        """
+        if num_latents < 0:
+            raise InputError(f"expected a number of latents of at least 0, got {num_latents}")
+        return Summary(
+            name=self.name,
+            created=self.created,
+            root=self.storage.root,
+            report=self.report(),
+            base=self.labels[0],
+            chat=self.labels[1],
+            layer=self.origin.layer,
+            is_distinguishable=self.is_distinguishable,
+            crosscoders=tuple(self._summary_of(name, num_latents) for name in self.crosscoders),
+        )
+
+    def _summary_of(self, name: str, num_latents: int) -> CrosscoderSummary:
+        stages = ("examples", "causality", "steering")
+        tables = {stage: self.table(stage, name) if self.has(stage, name) else None for stage in stages}
+        return crosscoder_summary(name, self.latents(name), **tables, num_latents=num_latents)
+
+    @property
+    def is_distinguishable(self) -> bool | None:
+        """Whether the two models can be told apart at all; None where that was not measured."""
+        if not self.has("evidence"):
+            return None
+        return bool(self._record(self._folder_of("evidence", "")).counts["is_distinguishable"])
 
     def rows(self, split: str = Split.VALIDATION) -> Rows:
         """The run's rows of one split, in memory; validation by default, which latents are judged on."""

@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
-from pipeline.config.run_file import load
+from pipeline.config.json_schema import FILE_NAME, header, schema_text
+from pipeline.config.run_file import RunConfig, load
 from pipeline.errors import InputError, first_line
 from pipeline.models.loading import ModelSpec, check_pair
 from pipeline.storage.filesystem import Storage
@@ -125,19 +124,23 @@ def machine_here(root: str) -> Machine:
     return Machine(torch.cuda.device_count(), Storage(root).free_bytes())
 
 
-def write_draft(text: str, output: str | None) -> str:
-    """Writes the file, under the run's name unless `output` names it; InputError where a file is there already."""
-    path = Path(output or f"{yaml.safe_load(text)['name']}.yaml")
+def draft_path(chat: str, *, name: str | None, output: str | None) -> Path:
+    """Where the run file of a fine-tuned model goes: under the run's name, unless `output` names it."""
+    return Path(output or f"{name or _name_of(chat)}.yaml")
+
+
+def write_draft(text: str, path: Path) -> None:
+    """Writes the file, and beside it the schema that its first line names; InputError where it is there already."""
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
+        path.with_name(FILE_NAME).write_text(schema_text(RunConfig), encoding="utf-8")
     except FileExistsError as error:
         raise InputError(f"--output: expected a new file, got {str(path)!r}, which exists; name another") from error
     except OSError as error:
         raise InputError(
             f"--output: expected a file that can be written, got {str(path)!r}: {first_line(error)}"
         ) from error
-    return str(path)
 
 
 def _name_of(chat: str) -> str:
@@ -161,6 +164,7 @@ def _text(
     expansion, gpus = (32, 1) if machine.num_gpus else (8, 0)
     precision = ", precision: bfloat16" if machine.num_gpus else ""
     lines = [
+        header(FILE_NAME),
         "# Written by `crossray init`. Every key is documented below its field in pipeline/config/.",
         "# Look at it with `crossray plan`, then give it to `crossray run`.",
         f"name: {_quoted(name)}",

@@ -120,7 +120,7 @@ def render(data: ReportData) -> str:
             script_hashes=" ".join(f"'{_hash(script)}'" for script in scripts),
             style=Markup(f":root{{{css_variables()}}}\n{style}"),
             lead=lead(data),
-            verdict_rows=verdict_table(data),
+            verdict_rows=verdict_table(data.crosscoders),
             outcomes=_outcomes(views),
             samples=[group for view in views for group in view.sources.groups],
             figures={section: [one for one in found if one.section == section] for section, _ in SECTIONS},
