@@ -11,14 +11,17 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 
+from pipeline.analyses.latent_sets import require_latents
 from pipeline.config.presets import with_preset
 from pipeline.config.run_file import RunConfig, load, validated
 from pipeline.errors import ArtifactError, InputError
 from pipeline.library.crosscoder import Crosscoder
+from pipeline.library.dashboard import Dashboard
 from pipeline.library.fitting import reporting
 from pipeline.library.origin import ModelOrigin, Origin
 from pipeline.library.rows import Rows
 from pipeline.library.summary import CrosscoderSummary, Summary, crosscoder_summary
+from pipeline.report.data import CrosscoderReport
 from pipeline.schema import TABLE_METADATA, Split
 from pipeline.stages.finished_crosscoder import open_crosscoder, read_curve
 from pipeline.storage.artifacts import RECORD_NAME, Record, parse_record
@@ -154,6 +157,23 @@ class Run:
         frame: pd.DataFrame = read_table(self.storage, f"{folder}/{wanted}").to_pandas()
         return frame
 
+    def dashboard(self, name: str, latent: int) -> Dashboard:
+        """A page of one latent of a crosscoder, which a notebook shows: what the report has of it."""
+        table = self.latents(name)
+        require_latents([latent], len(table), "latent")
+        examples, steering, planted = (self._optional(stage, name) for stage in ("examples", "steering", "planted"))
+        samples = None if steering is None else self.table("steering", name, file="samples")
+        report = CrosscoderReport(
+            name=name,
+            kind="",
+            latents=table,
+            examples=examples,
+            steering=steering,
+            steering_samples=samples,
+            planted=planted,
+        )
+        return Dashboard(report, latent)
+
     def has(self, stage: str, name: str = "") -> bool:
         """Whether the run has an artifact of this stage, for one crosscoder where it has one."""
         return f"{stage} {name}".rstrip() in self._inputs
@@ -186,7 +206,7 @@ class Run:
 
     def _summary_of(self, name: str, num_latents: int) -> CrosscoderSummary:
         stages = ("examples", "causality", "steering")
-        tables = {stage: self.table(stage, name) if self.has(stage, name) else None for stage in stages}
+        tables = {stage: self._optional(stage, name) for stage in stages}
         return crosscoder_summary(name, self.latents(name), **tables, num_latents=num_latents)
 
     @property
@@ -207,6 +227,10 @@ class Run:
         section = self._record(self._folder_of("activations", "")).identity["section"]
         base, chat = (_named(section["models"][name]) for name in ("base", "chat"))
         return Origin(base, chat, int(section["layer"]))
+
+    def _optional(self, stage: str, name: str) -> pd.DataFrame | None:
+        """A table; None where its analysis was off."""
+        return self.table(stage, name) if self.has(stage, name) else None
 
     def _folder_of(self, stage: str, name: str) -> str:
         """The artifact of a step; InputError for a name that is not there."""

@@ -150,3 +150,13 @@ def test_a_finished_run_is_logged_later_as_it_was_logged_then(finished: Finished
     silent = finished.config.model_copy(update={"tracking": TrackingSection(kind="none")})
     with pytest.raises(crossray.InputError, match=r"tracking\.kind"):
         runner.track(silent, SilentReporter())
+
+
+@pytest.mark.ray
+def test_a_latent_of_a_run_has_its_page(run: crossray.Run) -> None:
+    (latent, *_) = run.examples("l1")["latent"]
+    page = run.dashboard("l1", latent)
+    assert f"{run.latents('l1')['delta_norm'][latent]:.3f}" in page.html and "<mark" in page.html
+    for call, what in ((lambda: run.dashboard("l1", 128), "127.*128"), (lambda: run.dashboard("l2", 0), "batch_topk")):
+        with pytest.raises(crossray.InputError, match=what):
+            call()
