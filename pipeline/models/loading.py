@@ -19,6 +19,8 @@ from pipeline.errors import InputError
 from pipeline.models.adapters import attach_adapter, check_adapter, merge_adapter, require_all_keys
 from pipeline.models.decoder import SplitDecoder, check_layer
 from pipeline.models.failures import is_out_of_memory
+from pipeline.models.files import read_config
+from pipeline.models.known import known_config
 from pipeline.models.noise import add_weight_noise
 from pipeline.models.placement import Placement, put
 from pipeline.models.shared_layers import count_unadapted_layers, share_equal_prefix
@@ -162,7 +164,7 @@ def check_pair(base: ModelSpec, chat: ModelSpec, *, layer: int) -> PairShape:
     InputError where a model is missing, the layer is out of range (names the number of layers), or widths disagree.
     Vocabularies may: `check_used_ids` asks about the ids in use.
     """
-    configs = [_load_config(spec) for spec in (base, chat)]
+    configs = [load_config(spec) for spec in (base, chat)]
     for name, spec, config in zip(MODEL_NAMES, (base, chat), configs, strict=True):
         check_layer(layer, config.num_hidden_layers, f"the {name} model {spec.source!r}")
     base_width, chat_width = (config.hidden_size for config in configs)
@@ -185,7 +187,7 @@ def check_used_ids(specs: Sequence[ModelSpec], tokenizers: Sequence[Any], used_i
     """
     for name, spec, tokenizer in zip(MODEL_NAMES, specs, tokenizers, strict=True):
         replaced = {old for old, _ in spec.token_replacements}
-        num_rows = _load_config(spec).vocab_size
+        num_rows = load_config(spec).vocab_size
         asked = sorted({int(index) for index in used_ids} - replaced)
         tokens = tokenizer.convert_ids_to_tokens(asked)
         lacking = [index for index, token in zip(asked, tokens, strict=True) if index >= num_rows or token is None]
@@ -228,6 +230,11 @@ def is_local(spec: ModelSpec) -> bool:
     return Path(spec.source).expanduser().is_dir()
 
 
+def is_here(spec: ModelSpec) -> bool:
+    """Whether a model is on this machine, in a folder or in the hub's cache."""
+    return is_local(spec) or bool(read_config(spec.source, spec.revision))
+
+
 def is_config_alone(spec: ModelSpec) -> bool:
     """Whether a folder holds a configuration and nothing else of a model: enough to plan with, not to run."""
     folder = Path(spec.source).expanduser()
@@ -254,8 +261,13 @@ def load_tokenizer(spec: ModelSpec) -> Any:
     return tokenizer
 
 
-def _load_config(spec: ModelSpec) -> Any:
-    config = _load(AutoConfig, spec, "a model").get_text_config()
+def load_config(spec: ModelSpec) -> Any:
+    """The text model's configuration; of a known model that is not on this machine, without a network.
+
+    InputError where there is none, or where it does not name the model's size.
+    """
+    known = None if is_here(spec) or spec.revision else known_config(spec.source)
+    config = known or _load(AutoConfig, spec, "a model").get_text_config()
     for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
         value = getattr(config, name, None)
         if not isinstance(value, int) or value < 1:

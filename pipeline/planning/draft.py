@@ -7,13 +7,13 @@ The file is loaded once before it is written.
 
 import json
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.config.json_schema import FILE_NAME, header, schema_text
 from pipeline.config.run_file import RunConfig, load
 from pipeline.errors import InputError, first_line
+from pipeline.models.known import KNOWN
 from pipeline.models.loading import ModelSpec, check_pair
 from pipeline.storage.filesystem import Storage
 
@@ -27,23 +27,6 @@ class Shape(NamedTuple):
     """Family in config/presets.py; None where it has none."""
 
 
-KNOWN: Mapping[str, Shape] = {
-    "google/gemma-2-2b": Shape(26, 2304, "gemma-2"),
-    "google/gemma-2-2b-it": Shape(26, 2304, "gemma-2"),
-    "google/gemma-2-9b": Shape(42, 3584, "gemma-2"),
-    "google/gemma-2-9b-it": Shape(42, 3584, "gemma-2"),
-    "meta-llama/Llama-3.2-1B": Shape(16, 2048, "llama-3.2"),
-    "meta-llama/Llama-3.2-1B-Instruct": Shape(16, 2048, "llama-3.2"),
-    "meta-llama/Llama-3.1-8B": Shape(32, 4096, "llama-3.1"),
-    "meta-llama/Llama-3.1-8B-Instruct": Shape(32, 4096, "llama-3.1"),
-    "meta-llama/Llama-3.1-70B": Shape(80, 8192, "llama-3.1"),
-    "meta-llama/Llama-3.1-70B-Instruct": Shape(80, 8192, "llama-3.1"),
-    "Qwen/Qwen2.5-1.5B": Shape(28, 1536, "qwen-2.5"),
-    "Qwen/Qwen2.5-1.5B-Instruct": Shape(28, 1536, "qwen-2.5"),
-    "Qwen/Qwen3-8B-Base": Shape(36, 4096, "qwen-3"),
-    "Qwen/Qwen3-8B": Shape(36, 4096, "qwen-3"),
-}
-"""Models of the ready pairs in workloads/, by hub id."""
 _PRESET_OF_TYPE = {
     "gemma2": "gemma-2",
     "gemma3_text": "gemma-3",
@@ -102,7 +85,8 @@ def draft(base: str, chat: str, corpora: Corpora, machine: Machine, *, name: str
 def shape_of(source: str, argument: str) -> Shape:
     """The shape of a model from the table or from a local folder; nothing is downloaded."""
     if source in KNOWN:
-        return KNOWN[source]
+        known = KNOWN[source]
+        return Shape(known.num_layers, known.width, known.preset)
     path = Path(source).expanduser() / "config.json"
     if not path.is_file():
         raise InputError(

@@ -7,7 +7,6 @@ stages and transformers are imported where a model or a table is read, so that a
 
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.config.run_file import RunConfig
@@ -144,7 +143,7 @@ def _sample(
 
 def local_tokenizer(data: "DataSteps", records: "Mapping[str, Record]", storage: "Storage") -> Any:
     """The chat model's tokenizer where it is on this machine, else None."""
-    from pipeline.models.loading import load_tokenizer
+    from pipeline.models.loading import is_here, load_tokenizer
     from pipeline.stages.models import local_specs
 
     location = data.tokens.inputs.models.chat
@@ -152,7 +151,7 @@ def local_tokenizer(data: "DataSteps", records: "Mapping[str, Record]", storage:
         return None
     try:
         with local_specs(storage, location) as (spec,):
-            return load_tokenizer(spec)
+            return load_tokenizer(spec) if is_here(spec) else None
     except InputError:  # the plan goes on without it; the run itself will say what is wrong
         return None
 
@@ -215,9 +214,7 @@ def extraction_bytes(config: RunConfig, shape: "ModelShape") -> int:
 
 def model_config(config: RunConfig, data: "DataSteps", records: "Mapping[str, Record]", storage: "Storage") -> Any:
     """The chat model's transformers configuration; of a generated pair that is not built, what it will be."""
-    from transformers import AutoConfig
-
-    from pipeline.models.loading import check_pair
+    from pipeline.models.loading import check_pair, load_config
     from pipeline.stages.models import local_specs
 
     models = data.tokens.inputs.models
@@ -229,10 +226,7 @@ def model_config(config: RunConfig, data: "DataSteps", records: "Mapping[str, Re
         return organism_model(organism_of(config.organism.size).model, vocab_size=500)
     with local_specs(storage, *models) as (base, chat):
         check_pair(base, chat, layer=config.activations.layer_number)
-        folder = Path(chat.source).expanduser()
-        source = str(folder) if folder.exists() else chat.source
-        loaded = AutoConfig.from_pretrained(source, revision=chat.revision, trust_remote_code=chat.trust_remote_code)
-        return loaded.get_text_config()
+        return load_config(chat)
 
 
 class ModelShape(NamedTuple):
