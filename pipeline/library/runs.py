@@ -259,6 +259,6 @@ def _reports(storage: Storage) -> list[_Found]:
 
 
 def _named(identity: Mapping[str, Any]) -> ModelOrigin:
-    source = str(identity.get("source", ""))
-    is_content = source.startswith("sha256:") or "adapter" in identity
-    return ModelOrigin("" if is_content else source)
+    """A model of the hub by its id; one that is known by its content, or with an adapter, has no name."""
+    source = identity.get("source")
+    return ModelOrigin(source if isinstance(source, str) and "adapter" not in identity else "")

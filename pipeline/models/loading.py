@@ -19,7 +19,7 @@ from pipeline.errors import InputError
 from pipeline.models.adapters import attach_adapter, check_adapter, merge_adapter, require_all_keys
 from pipeline.models.decoder import SplitDecoder, check_layer
 from pipeline.models.failures import is_out_of_memory
-from pipeline.models.files import read_config
+from pipeline.models.files import GGUF_SUFFIX, gguf_file, read_config
 from pipeline.models.known import known_config
 from pipeline.models.noise import add_weight_noise
 from pipeline.models.placement import Placement, put
@@ -36,7 +36,7 @@ class ModelSpec(NamedTuple):
     """Where one model comes from."""
 
     source: str
-    """Folder with config.json and weights, or a hub id."""
+    """Folder with config.json and weights, a GGUF file or its folder, or a hub id."""
     revision: str | None = None
     """Commit, tag or branch on the hub; None takes the default branch."""
     adapter: str | None = None
@@ -213,6 +213,8 @@ def check_model(spec: ModelSpec, *, attn_implementation: str | None = None, is_u
     folder = Path(spec.source).expanduser()
     what = f"model {spec.source!r}"
     config = _load(AutoConfig, spec, "a model")
+    if gguf_file(spec.source) is not None:  # one file, which the library turns into plain weights when it loads it
+        return
     quantisation = getattr(config, "quantization_config", None)
     is_quantised = check_quantisation(quantisation, what, is_used_here=is_used_here)
     if is_quantised or find_spec("accelerate") is None:  # without it, the library builds nothing on the meta device
@@ -226,8 +228,8 @@ def check_model(spec: ModelSpec, *, attn_implementation: str | None = None, is_u
 
 
 def is_local(spec: ModelSpec) -> bool:
-    """Whether a model lies in a folder of this machine."""
-    return Path(spec.source).expanduser().is_dir()
+    """Whether a model lies in a folder of this machine, or is a GGUF file there."""
+    return Path(spec.source).expanduser().is_dir() or gguf_file(spec.source) is not None
 
 
 def is_here(spec: ModelSpec) -> bool:
@@ -238,8 +240,10 @@ def is_here(spec: ModelSpec) -> bool:
 def is_config_alone(spec: ModelSpec) -> bool:
     """Whether a folder holds a configuration and nothing else of a model: enough to plan with, not to run."""
     folder = Path(spec.source).expanduser()
-    suffixes = (".safetensors", ".bin", ".index.json")
-    return not any(path.name.endswith(suffixes) or "token" in path.name for path in folder.iterdir())
+    suffixes = (".safetensors", ".bin", ".index.json", GGUF_SUFFIX)
+    return folder.is_dir() and not any(
+        path.name.endswith(suffixes) or "token" in path.name for path in folder.iterdir()
+    )
 
 
 def load_tokenizer(spec: ModelSpec) -> Any:
@@ -334,11 +338,15 @@ def _commit(model: Any) -> str | None:
 
 def _load(loader: Any, spec: ModelSpec, what: str, **options: Any) -> Any:
     """from_pretrained; its errors become one line."""
+    packed = gguf_file(spec.source)
     looks_like_path = spec.source.startswith((".", "/", "~")) or spec.source.count("/") > 1
     source = str(Path(spec.source).expanduser()) if looks_like_path else spec.source
-    if looks_like_path and not Path(source).is_dir():
+    if packed is not None:
+        _require_gguf(spec.source)
+        source, options = str(packed.parent), options | {"gguf_file": packed.name}
+    elif (looks_like_path or source.endswith(GGUF_SUFFIX)) and not Path(source).is_dir():
         raise InputError(f"expected {what} at {spec.source!r}, but there is no such folder; correct the path or hub id")
-    if looks_like_path:
+    elif looks_like_path:
         check_folder(Path(source), f"model {spec.source!r}")
     try:
         with _without_progress_bars():
@@ -352,6 +360,11 @@ def _load(loader: Any, spec: ModelSpec, what: str, **options: Any) -> Any:
             raise
         said = " ".join(str(error).split())[:400] or type(error).__name__
         raise InputError(f"expected {what} at {spec.source!r}, it cannot be loaded: {said}") from error
+
+
+def _require_gguf(source: str) -> None:
+    if find_spec("gguf") is None:
+        raise InputError(f"model {source!r}: expected the package gguf to read it; pip install 'crossray[gguf]'")
 
 
 @contextmanager
