@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from pipeline.errors import InputError as InputError
     from pipeline.library import plot as plot
     from pipeline.library.crosscoder import Crosscoder as Crosscoder
+    from pipeline.library.demo import DemoPair as DemoPair
+    from pipeline.library.demo import demo_pair as demo_pair
     from pipeline.library.difference import Difference as Difference
     from pipeline.library.fitting import fit as fit
     from pipeline.library.loading import load_pair as load_pair
@@ -33,12 +35,14 @@ if TYPE_CHECKING:
 
 SURFACE = {
     "load_pair": "pipeline.library.loading",
+    "demo_pair": "pipeline.library.demo",
     "fit": "pipeline.library.fitting",
     "latents": "pipeline.library.tables",
     "open": "pipeline.library.runs:open_run",
     "run": "pipeline.library.runs",
     "plot": "pipeline.library.plot:",
     "Crosscoder": "pipeline.library.crosscoder",
+    "DemoPair": "pipeline.library.demo",
     "Difference": "pipeline.library.difference",
     "ModelSpec": "pipeline.models.loading",
     "Origin": "pipeline.library.origin",

@@ -186,7 +186,7 @@ def declared(*extras: str) -> dict[str, Requirement]:
 
 
 RUNTIME = ("hub", "lora", "spread", "gguf", "services", "triton")
-DEVELOPMENT = ("test", "check")
+DEVELOPMENT = ("test", "docs", "check")
 
 
 def test_what_the_package_imports_is_declared_and_what_is_declared_is_imported() -> None:
