@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mkdocs.structure.files import File, Files
 from pydantic import BaseModel
@@ -29,6 +29,8 @@ OUTSIDE = (
 """Documents of the repository that are pages too, below `repository/`."""
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
 _MAX_OUTPUT_LINES = 40
+_PLAIN = "section"
+"""Name of a section that is not one of several kinds."""
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -112,33 +114,43 @@ def sections_page() -> str:
     for title, kind in (("Run file", RunConfig), ("Benchmark file", BenchmarkConfig)):
         lines += [f"## {title}", ""]
         told: set[type[BaseModel]] = set()
-        for section in _sections(kind):
+        for key, section in _sections(kind, ""):
             if section not in told:
                 told.add(section)
-                lines += _section(section, is_whole=section is kind)
+                lines += _section(section, key)
     return "\n".join(lines)
 
 
-def _sections(kind: type[BaseModel]) -> Iterator[type[BaseModel]]:
-    yield kind
-    for field in kind.model_fields.values():
+def _sections(kind: type[BaseModel], key: str) -> Iterator[tuple[str, type[BaseModel]]]:
+    """A section and those below it, each with the key at which it stands first."""
+    yield key, kind
+    for name, field in kind.model_fields.items():
         for inner in sections_in(field.annotation):
-            yield from _sections(inner)
+            yield from _sections(inner, f"{key}.{name}".removeprefix("."))
 
 
-def _section(section: type[BaseModel], *, is_whole: bool) -> Sequence[str]:
-    doc = " ".join((section.__doc__ or "").split())
-    lines = [] if is_whole else [f"### {section.__name__}", ""]
-    lines += [doc, "", "| key | default | meaning |", "|---|---|---|"]
+def _section(section: type[BaseModel], key: str) -> Sequence[str]:
+    of_kind = "" if _name(section) == _PLAIN else f" of kind {_name(section)}"
+    lines = [f"### {key}{of_kind} {{ #{_anchor(section)} }}", ""] if key else []
+    lines += [" ".join((section.__doc__ or "").split()), "", "| key | default | meaning |", "|---|---|---|"]
     for name, field in section.model_fields.items():
         lines.append(f"| `{name}` | {_default(field)} | {_cell(field.description or '')} |")
     return [*lines, ""]
 
 
+def _name(section: type[BaseModel]) -> str:
+    kinds = get_args(section.model_fields["kind"].annotation) if "kind" in section.model_fields else ()
+    return str(kinds[0]) if kinds else _PLAIN
+
+
+def _anchor(section: type[BaseModel]) -> str:
+    return section.__qualname__.lower()
+
+
 def _default(field: Any) -> str:
     inner = sections_in(field.annotation)
     if inner:
-        names = [f"[{one.__name__}](#{one.__name__.lower()})" for one in inner]
+        names = [f"[{_name(one)}](#{_anchor(one)})" for one in inner]
         return ("" if field.is_required() else "optional: ") + " or ".join(dict.fromkeys(names))
     if field.default is PydanticUndefined:
         return "required" if field.is_required() else "empty"
