@@ -68,7 +68,9 @@ def test_local_folders_and_own_texts(
     config = load(tmp_path / "my-chat--model.yaml")
     assert config.activations.layer == kind.num_hidden_layers // 2 and config.preset == preset
     if preset is None:  # one is enough: it measures this machine
-        assert main(["plan", "my-chat--model.yaml"]) == 0
+        written = (tmp_path / "my-chat--model.yaml").read_text()
+        assert main(["diff", *command[1:]]) == 0  # goes on with the file, and asks before it runs; nobody answers
+        assert (tmp_path / "my-chat--model.yaml").read_text() == written and not (tmp_path / "runs").exists()
 
 
 def test_an_adapter_stands_for_the_base_model_with_it(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`crossray runs` and `crossray rm`: which artifacts belong to whom, and what stays because others read it."""
 
+import io
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -105,3 +106,17 @@ def test_the_command_removes_only_what_it_was_told_to(storage: Storage, capsys: 
     assert main(["runs", "--root", storage.root]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["a", "b"]
     assert main(["rm", "c", "--root", storage.root]) == 2
+
+
+class Terminal(io.StringIO):
+    """Standard input with somebody in front of it."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("answer", "left"), [("y\n", {"a", "b"}), ("\n", {"a", "b", "c"}), ("no\n", {"a", "b", "c"})])
+def test_a_person_is_asked(storage: Storage, monkeypatch: pytest.MonkeyPatch, answer: str, left: set[str]) -> None:
+    monkeypatch.setattr("sys.stdin", Terminal(answer))
+    assert main(["rm", "c", "--root", storage.root]) == 0
+    assert {run.name for run in kept_runs(storage)} == left
