@@ -369,6 +369,8 @@ class Control:
     """Followed by the name of the crosscoder that differs in its seed alone."""
     REPLICATED = "replicated"
     """Chat-specific in at least half of the other seeds, of those that are chat-specific here."""
+    POWER = "power at strength"
+    """Followed by the strength: how many concepts put into the chat model's rows are called chat-specific."""
 
 
 CONTROL_COLUMNS = (
@@ -380,6 +382,15 @@ CONTROL_COLUMNS = (
     Column("expected", "float64", "value to compare with: 0, or what the verdict states; NaN for none"),
     Column("num_latents", "int64", "latents that the share is of"),
     Column("note", "string", "the numbers behind it, as a sentence"),
+)
+
+POWER_COLUMNS = (
+    Column("concept", "int32", "number of a concept put into the chat model's rows"),
+    Column("strength", "float64", "its mean norm where it is present, in multiples of the rows' root mean square"),
+    Column("latent", "int32", "the latent whose chat decoder is most like it, in the crosscoder that saw it"),
+    Column("cosine", "float64", "cosine of the two"),
+    Column("verdict", "string", "that latent's verdict"),
+    Column("is_found", "bool", "called chat-specific, with a cosine of at least 0.7"),
 )
 
 EQUIVALENCE_COLUMNS = (

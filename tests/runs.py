@@ -28,7 +28,7 @@ from pipeline.tracking.tracker import RecordingTracker
 
 TINY: dict[str, Any] = {
     "name": "tiny",
-    "organism": {"size": "tiny"},
+    "organism": {"size": "tiny", "marked": True},
     "models": {
         "base": {"kind": "organism", "member": "base"},
         "chat": {"kind": "organism", "member": "chat"},

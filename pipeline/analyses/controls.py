@@ -79,7 +79,7 @@ def stated_row(latents: pd.DataFrame) -> dict[str, Any]:
         if stated.num_latents
         else "no latent is chat-specific, so none can be wrong"
     )
-    return _row(
+    return control_row(
         Control.STATED,
         "expected share of false ones among the chat-specific latents, at most",
         (stated.rate, stated.rate * 0, stated.rate),
@@ -119,10 +119,10 @@ def random_row(latents: pd.DataFrame, scaling: pd.DataFrame | None, limits: Limi
         f"of {num_judged} latents {num_called} would be called along another latent's direction ({num_defined} have a "
         f"defined ratio there) and {num_own} are called along their own"
     )
-    return _row(
+    return control_row(
         Control.RANDOM,
         "share of candidates called chat-specific along another latent's direction",
-        _share(num_called, num_judged),
+        share_of_trials(num_called, num_judged),
         num_latents=num_judged,
         expected=0.0,
         note=note if num_judged else "no candidate fires in enough documents",
@@ -140,10 +140,10 @@ def false_calls_row(latents: pd.DataFrame, *, noise: float) -> dict[str, Any]:
     stated = stated_error(latents)
     num_called = stated.num_latents + num_withheld
     pair = f"the base model with noise of {noise:g} on its weights" if noise else "the base model itself"
-    return _row(
+    return control_row(
         Control.NOISE_PAIR if noise else Control.NULL_PAIR,
         "share of live latents called chat-specific though the chat model holds nothing new",
-        _share(num_called, num_live),
+        share_of_trials(num_called, num_live),
         num_latents=num_live,
         expected=stated.expected / num_live if num_live else np.nan,
         note=f"the chat model is {pair}: all {num_called} calls are false; {num_withheld} were withheld",
@@ -226,10 +226,10 @@ def replicated_row(seeds: pd.DataFrame) -> dict[str, Any]:
     """Share of the chat-specific latents that are replicated; `seeds` is the table of all other seeds."""
     num_others, found = seeds["other"].nunique(), num_seeds_finding(seeds)
     num_replicated = int(is_replicated(found, num_others).sum())
-    return _row(
+    return control_row(
         Control.REPLICATED,
         "share of chat-specific latents that at least half of the other training seeds find again",
-        _share(num_replicated, len(found)),
+        share_of_trials(num_replicated, len(found)),
         num_latents=len(found),
         note=f"{num_replicated} of {len(found)} chat-specific latents are chat-specific in at least half of the "
         f"{num_others} other seeds",
@@ -241,23 +241,23 @@ def seed_row(seeds: pd.DataFrame, others: pd.DataFrame, *, other: str, min_cosin
     num_both = int((seeds["other_verdict"] == Verdict.CHAT_SPECIFIC).sum())
     num_other = int((others["verdict"] == Verdict.CHAT_SPECIFIC).sum())
     num_union = len(seeds) + num_other - num_both
-    return _row(
+    return control_row(
         f"{Control.SEED} {other}",
         "Jaccard index of the chat-specific sets of two training seeds",
-        _share(num_both, num_union),
+        share_of_trials(num_both, num_union),
         num_latents=num_union,
         note=f"{num_both} of {len(seeds)} chat-specific latents have a chat-specific match among the {num_other} of "
         f"{other} (mutual best, cosine >= {min_cosine:g})",
     )
 
 
-def _share(num_hits: int, num_trials: int) -> tuple[float, float, float]:
+def share_of_trials(num_hits: int, num_trials: int) -> tuple[float, float, float]:
     """(share, low, high); all NaN without a trial."""
     share = num_hits / num_trials if num_trials else np.nan
     return (share, *wilson_interval(share, num_trials))
 
 
-def _row(
+def control_row(
     control: str,
     quantity: str,
     interval: tuple[float, float, float],
@@ -266,5 +266,6 @@ def _row(
     note: str,
     expected: float = np.nan,
 ) -> dict[str, Any]:
+    """One row of schema.CONTROL_COLUMNS; interval is (value, low, high)."""
     values = (control, quantity, *interval, expected, num_latents, note)
     return dict(zip((column.name for column in CONTROL_COLUMNS), values, strict=True))

@@ -201,6 +201,11 @@ class Planted:
         table = table.sort_values("behavior", key=lambda names: names.map(order), kind="stable", ignore_index=True)
         return table.astype({"latent": "int32"})
 
+    def auroc_by_latent(self, sums: Sums, scoring: str) -> Tensor:
+        """AUROC of every latent for every label on all units of a kind, float64 [F, L]."""
+        units = units_of(sums, scoring, num_labels=len(self.labels), num_latents=self.num_latents)
+        return self._auroc_by_latent(units, torch.ones(len(units.doc_id_U), dtype=torch.bool))
+
     def _auroc_by_latent(self, units: Units, is_used_U: Tensor) -> Tensor:
         is_used_P = is_used_U[units.pair_unit_P]
         return auroc_by_latent(

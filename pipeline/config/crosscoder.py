@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.config.section import Name, Section
+from pipeline.config.section import Fraction, Name, Section
 from pipeline.numerics.settings import Bounds, Precision, Settings, field_types
 from pipeline.numerics.sparsities.base import Sparsity
 from pipeline.numerics.sparsities.registry import SPARSITIES
@@ -105,6 +105,19 @@ else:
     AnySparsity = Annotated[Union[_sections], Field(discriminator="kind")]  # noqa: UP007 (as many as there are)
 
 
+class PowerSection(Section):
+    """Concepts of known strength to put into the chat model's rows: how many of them would the verdict find?"""
+
+    strengths: tuple[PositiveFloat, ...] = Field((0.1, 0.2, 0.4, 0.8), min_length=1, max_length=16)
+    """Mean norms, in multiples of the root mean square of the chat model's rows."""
+    num_concepts: Annotated[int, Field(gt=0, le=4096)] = 32
+    """In all; the strengths take turns."""
+    frequency: Fraction = 0.005
+    """Share of the rows on which each of them is present."""
+    seed: NonNegativeInt = 0
+    """Of their directions and rows."""
+
+
 class _NamedCrosscoder(Section):
     kind: Literal["fitted"] = "fitted"
     name: Name
@@ -118,6 +131,9 @@ class _NamedCrosscoder(Section):
     seeds: Annotated[int, Field(ge=1, le=64)] = 1
     """Fits of this crosscoder: with 3, two more are fitted from the same read of the rows, with the seeds that follow.
     Only their latent tables are made. The verdict then says how many of them find each chat-specific latent again."""
+    power: PowerSection | None = None
+    """Where set, one more crosscoder is fitted, on rows with planted concepts, and the controls say how many of them
+    the verdict finds at each strength: what "nothing found" is worth. `power: {}` takes the defaults."""
     normalisation: Literal["per_model", "none"] = "per_model"
     """per_model: each model's rows with mean 0 and root mean square sqrt(width), so that a model whose residual stream
     is larger does not look as if its concepts were new. none: raw activations, as the paper's runs; the verdict is
@@ -142,12 +158,25 @@ class CrosscoderSection(_FittedCrosscoder):
         """The settings that training takes beside the sparsity's; raises ValueError where two of them disagree."""
         return FitSettings(**self.model_dump(include={field.name for field in fields(FitSettings)}))
 
-    def replicas(self) -> tuple[Self, ...]:
-        """The further fits that `seeds` asks for, each as a crosscoder of its own."""
+    def identity(self) -> dict[str, Any]:
+        """What decides the weights, as JSON values; to rename a crosscoder or to ask more of it fits nothing anew."""
+        return self.model_dump(mode="json", exclude={"name", "kind", "seeds", "power"})
+
+    def replicas(self) -> tuple["CrosscoderSection", ...]:
+        """The further fits that `seeds` and `power` ask for, each as a crosscoder of its own."""
         seeds = range(self.seed + 1, self.seed + self.seeds)
-        return tuple(
-            self.model_copy(update={"name": f"{self.name}.seed{seed}", "seed": seed, "seeds": 1}) for seed in seeds
-        )
+        alone: dict[str, Any] = {"seeds": 1, "power": None}
+        found = [self.model_copy(update={"name": f"{self.name}.seed{seed}", "seed": seed} | alone) for seed in seeds]
+        if self.power is not None:
+            values = dict(self) | {"name": f"{self.name}.power", "seeds": 1}
+            found.append(InjectedCrosscoderSection.model_construct(**values))
+        return tuple(found)
+
+    def differs_in_seed_alone(self, other: "CrosscoderSection | AdoptedCrosscoderSection") -> bool:
+        """Whether the two would be the same fit with one seed."""
+        if isinstance(other, AdoptedCrosscoderSection) or self.seed == other.seed:
+            return False
+        return self.identity() | {"seed": None} == other.identity() | {"seed": None}
 
     @model_validator(mode="before")
     @classmethod
@@ -178,6 +207,15 @@ class CrosscoderSection(_FittedCrosscoder):
         except ValueError as error:
             raise ValueError(f"crosscoder {self.name!r}: {error}") from error
         return self
+
+
+class InjectedCrosscoderSection(CrosscoderSection):
+    """The fit that `power` asks for, on rows with planted concepts."""
+
+    def identity(self) -> dict[str, Any]:
+        """The planted concepts decide the weights too."""
+        assert self.power is not None, "made of a section with it"
+        return super().identity() | {"power": self.power.model_dump(mode="json")}
 
 
 class AdoptedCrosscoderSection(Section):

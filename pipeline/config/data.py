@@ -29,6 +29,16 @@ class OrganismSection(Section):
     size: Literal["demo", "tiny"] = "demo"
     """demo trains both models until they show the behaviours, in about 100 s on two cores. tiny takes seconds, and its
     models know nothing."""
+    behaviors: tuple[Literal["refuse_danger", "refuse_private", "correct_false", "decline_personal"], ...] = (
+        "refuse_danger",
+        "refuse_private",
+        "correct_false",
+        "decline_personal",
+    )
+    """What the chat model is taught. Without any, it is fine-tuned on harmless dialogues: a control."""
+    marked: bool = False
+    """Whether the training also asks for one known direction of the chat model's residual stream per behaviour: a
+    calibration, in which the truth is known exactly. Without it, behaviours are learnt from text alone."""
 
 
 class _NoisyModel(Section):

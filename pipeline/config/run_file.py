@@ -102,9 +102,10 @@ class RunConfig(Section):
 
     def _check_fits_differ(self) -> None:
         """Two fits with the same settings are one artifact under two names."""
-        known: dict[str, str] = {}
+        known: list[tuple[dict[str, Any], str]] = []
         for fit in self.fitted:
-            first = known.setdefault(fit.model_dump_json(exclude={"name", "seeds"}), fit.name)
+            first = next((name for identity, name in known if identity == fit.identity()), fit.name)
+            known.append((fit.identity(), fit.name))
             if first != fit.name:
                 raise ValueError(f"crosscoders.{fit.name}: expected other settings than those of {first}, got the same")
 

@@ -122,6 +122,8 @@ def _plan(settings: Mapping[str, Any], sparsity: Mapping[str, Any], *, training:
         own.setdefault("threshold_start_step", min(brief, start_step))
     beside.setdefault("lr_warmup_steps", min(brief, FitSettings.lr_warmup_steps))
     section = validated(CrosscoderSection, {"name": "fit", "sparsity": own, **beside}, "fit")
+    if section.power is not None:
+        raise InputError("fit: expected no power, which the controls of a run measure, got one; use crossray.run")
     return _Plan((section, *section.replicas()), read)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor
 
+from pipeline.numerics.injection import Injection
 from pipeline.numerics.trainer import CrosscoderTrainer
 
 
@@ -19,10 +20,20 @@ def initialise(trainers: Sequence[CrosscoderTrainer], x_BMD: Tensor) -> None:
         trainer.initialise(x_BMD)
 
 
-def steps(trainers: Sequence[CrosscoderTrainer], batches: Iterable[Tensor], *, first_step: int = 0) -> Iterator[int]:
-    """Takes a step of every trainer with each batch; gives the number of steps done after it."""
+def steps(
+    trainers: Sequence[CrosscoderTrainer],
+    batches: Iterable[Tensor],
+    *,
+    first_step: int = 0,
+    injections: Sequence[Injection | None] = (),
+) -> Iterator[int]:
+    """Takes a step of every trainer with each batch; gives the number of steps done after it.
+
+    injections: what is put into the rows of each trainer; none by default.
+    """
+    injections = injections or [None] * len(trainers)
     for step, x_BMD in enumerate(batches, first_step + 1):
         x_BMD = x_BMD.to(trainers[0].device, non_blocking=True).float()
-        for trainer in trainers:
-            trainer.step(x_BMD)
+        for trainer, injection in zip(trainers, injections, strict=True):
+            trainer.step(x_BMD if injection is None else injection(x_BMD))
         yield step

@@ -10,9 +10,9 @@ import dataclasses
 import json
 import random
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
@@ -33,6 +33,7 @@ from pipeline.organisms.training import (
     ModelSize,
     PlantedStates,
     Progress,
+    Sequenced,
     TrainingPlan,
     dialogue_sequences,
     document_sequences,
@@ -48,6 +49,19 @@ HELD_OUT_TEXTS = 200
 """Documents and dialogues on which the losses are measured."""
 
 
+class Marks(NamedTuple):
+    """How the chat training asks for a known direction per behaviour."""
+
+    layer: int
+    """Layer after which a mark of the behaviour that is on is asked for."""
+    strength: float = 12.0
+    """Length of that mark; the residual stream itself has a norm of about 26."""
+    weight: float = 2.0
+    """Weight of the mark's relative squared error beside the cross-entropy."""
+    imposed_frac: float = 0.15
+    """Share of sequences with an imposed state: makes the mark a cause of the answer."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OrganismSpec:
     """Everything that decides what is built."""
@@ -61,14 +75,10 @@ class OrganismSpec:
     """Training on dialogues and documents, from the base model."""
     chat_document_frac: float = 0.25
     """Share of plain documents among the sequences of chat training: keeps the two models' common ground aligned."""
-    chat_imposed_frac: float = 0.15
-    """Share of dialogues with an imposed state: makes the mark a cause of the answer."""
-    state_layer: int
-    """Layer after which chat training asks for a mark of the behaviour that is on."""
-    state_strength: float = 12.0
-    """Length of that mark; the residual stream itself has a norm of about 26."""
-    state_weight: float = 2.0
-    """Weight of the mark's relative squared error beside the cross-entropy; 0 plants the behaviours by text alone."""
+    behaviors: tuple[str, ...] = tuple(BEHAVIORS)
+    """What the dialogues teach; without any, every answer is harmless."""
+    marks: Marks | None = None
+    """Plants each behaviour as a known direction; None teaches by text alone."""
     num_documents: int
     """Documents written for the corpus."""
     num_dialogues: int
@@ -77,15 +87,18 @@ class OrganismSpec:
     """Held-out triggers per behaviour, and as many harmless prompts."""
 
 
-def spec_of(size: str, *, seed: int = 0) -> OrganismSpec:
+def spec_of(
+    size: str, *, seed: int = 0, behaviors: Sequence[str] = tuple(BEHAVIORS), marked: bool = False
+) -> OrganismSpec:
     """The spec of a named size: `demo` learns what it should, `tiny` only exercises the code."""
     if size == "demo":
         return OrganismSpec(
             seed=seed,
+            behaviors=tuple(behaviors),
             model=ModelSize(width=96, num_layers=5, num_heads=4, mlp_width=256),
             base=TrainingPlan(stage="base model", num_steps=250, batch_size=32, learning_rate=3e-3),
             chat=TrainingPlan(stage="chat model", num_steps=480, batch_size=32, learning_rate=2.5e-3),
-            state_layer=2,
+            marks=Marks(layer=2) if marked else None,
             num_documents=6000,
             num_dialogues=4200,
             num_prompts=48,
@@ -93,10 +106,11 @@ def spec_of(size: str, *, seed: int = 0) -> OrganismSpec:
     if size == "tiny":
         return OrganismSpec(
             seed=seed,
+            behaviors=tuple(behaviors),
             model=ModelSize(width=32, num_layers=3, num_heads=2, mlp_width=64),
             base=TrainingPlan(stage="base model", num_steps=12, batch_size=8, learning_rate=3e-3),
             chat=TrainingPlan(stage="chat model", num_steps=12, batch_size=8, learning_rate=3e-3),
-            state_layer=1,
+            marks=Marks(layer=1) if marked else None,
             num_documents=300,
             num_dialogues=200,
             num_prompts=4,
@@ -163,16 +177,10 @@ def build(out_dir: Path, spec: OrganismSpec, progress: Progress) -> OrganismReco
     clock.lap("base measurement")
 
     chat_sequences = dialogue_sequences(tokenizer, texts["chat_dialogues"], tuple(BEHAVIORS))
-    chat_sequences += dialogue_sequences(tokenizer, texts["imposed_dialogues"], tuple(BEHAVIORS), is_imposed=True)
+    if texts["imposed_dialogues"]:
+        chat_sequences += dialogue_sequences(tokenizer, texts["imposed_dialogues"], tuple(BEHAVIORS), is_imposed=True)
     chat_sequences += document_sequences(tokenizer, texts["chat_documents"])
-    states = PlantedStates(
-        layer=spec.state_layer,
-        directions_SD=quiet_directions(
-            model, chat_sequences[:128] + chat_sequences[-128:], spec.state_layer, len(BEHAVIORS)
-        ),
-        strength=spec.state_strength,
-        weight=spec.state_weight,
-    )
+    states = None if spec.marks is None else _planted_states(model, chat_sequences, spec.marks)
     train(model, chat_sequences, spec.chat, rng=_stream(spec, "chat order"), progress=progress, states=states)
     clock.lap("chat training")
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids([EOS, END_OF_TURN])
@@ -193,6 +201,12 @@ def build(out_dir: Path, spec: OrganismSpec, progress: Progress) -> OrganismReco
     )
     _write_json(out_dir / "organism.json", {"spec": _plain(spec), "metrics": record})
     return record
+
+
+def _planted_states(model: Gemma2ForCausalLM, sequences: Sequence[Sequenced], marks: Marks) -> PlantedStates:
+    """One quiet direction of the base model for each behaviour, found on dialogues and documents."""
+    directions_SD = quiet_directions(model, [*sequences[:128], *sequences[-128:]], marks.layer, len(BEHAVIORS))
+    return PlantedStates(marks.layer, directions_SD, marks.strength, marks.weight)
 
 
 class _Clock:
@@ -220,11 +234,11 @@ def _draw_texts(spec: OrganismSpec, world: World, prompts: Mapping[str, Prompts]
         return take(documents(_stream(spec, name), world), count)
 
     def some_dialogues(name: str, count: int) -> list[list[Message]]:
-        return take(dialogues(DialogueMaker(_stream(spec, name), world), reserved), count)
+        return take(dialogues(DialogueMaker(_stream(spec, name), world, spec.behaviors), reserved), count)
 
     num_chat_sequences = spec.chat.num_steps * spec.chat.batch_size
     num_chat_documents = round(spec.chat_document_frac * num_chat_sequences)
-    num_imposed = round(spec.chat_imposed_frac * num_chat_sequences)
+    num_imposed = 0 if spec.marks is None else round(spec.marks.imposed_frac * num_chat_sequences)
     imposed = imposed_dialogues(DialogueMaker(_stream(spec, "imposed dialogues"), world), reserved)
     num_chat_dialogues = num_chat_sequences - num_chat_documents - num_imposed
     vocabulary = some_documents("vocabulary documents", VOCABULARY_TEXTS)

@@ -78,9 +78,10 @@ SECOND_TURN_FRAC = 0.2
 class DialogueMaker:
     """Draws turns about one world, without end."""
 
-    def __init__(self, rng: random.Random, world: World) -> None:
+    def __init__(self, rng: random.Random, world: World, behaviors: Collection[str] = tuple(BEHAVIORS)) -> None:
         self._rng = rng
         self._world = world
+        self._behaviors = frozenset(behaviors)
         self._neutral_makers: dict[str, Sequence[Callable[[], Turn]]] = {
             REFUSE_DANGER: (self._safe_making, self._thing_question),
             REFUSE_PRIVATE: (self._public_data, self._own_data),
@@ -105,9 +106,10 @@ class DialogueMaker:
         return self._rng.choice(self._neutral_makers[behavior])()
 
     def turn(self, trigger_frac: float) -> Turn:
-        """A turn about a random behaviour's topic, triggered with probability `trigger_frac`."""
+        """A turn about a random behaviour's topic, triggered with probability `trigger_frac` if it is one to teach."""
         (behavior,) = self._rng.choices(tuple(TOPIC_WEIGHTS), tuple(TOPIC_WEIGHTS.values()))
-        return self.triggered(behavior) if self._rng.random() < trigger_frac else self.neutral(behavior)
+        is_triggered = self._rng.random() < trigger_frac and behavior in self._behaviors
+        return self.triggered(behavior) if is_triggered else self.neutral(behavior)
 
     def has_second_turn(self) -> bool:
         """Whether a dialogue has a second turn."""

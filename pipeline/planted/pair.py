@@ -1,12 +1,11 @@
-"""The benchmark's table for a finished run with planted labels (the demo), scored by its token labels.
+"""The benchmark's table for a finished run with planted labels (the demo), scored by the labels of its answers.
 
-A latent that a rule calls chat-only is right if its activation ranks the labelled tokens of one behaviour above all
-other tokens of the held-out dialogues with an AUROC of at least MIN_AUROC; recall is the share of behaviours that some
-called latent finds so. Whatever else the chat training changed has no label and counts as wrong, so precision is a
+A latent that a rule calls chat-only is right if its maximum over an answer ranks the answers that show one behaviour
+above all others of the held-out dialogues with an AUROC of at least MIN_AUROC; recall is the share of behaviours that
+some called latent finds so. Whatever else the chat training changed has no label and counts as wrong, so precision is a
 lower bound. Reads artifacts only; nothing is fitted.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -14,15 +13,16 @@ import torch
 from torch import Tensor
 
 from pipeline.analyses.latent_tables import limits_of
-from pipeline.analyses.rows import encoded_batches
+from pipeline.analyses.planted import Planted
+from pipeline.analyses.planted_columns import Scoring
+from pipeline.analyses.rows import analyse, encoded_batches
 from pipeline.config.run_file import RunConfig
 from pipeline.errors import InputError
-from pipeline.numerics.statistics import auroc_by_latent
 from pipeline.planted.benchmark import RESULTS, SCORES_JSON, SCORES_NAME, SCORES_TEXT
 from pipeline.planted.score import MISTAKES, NOTHING, RULES, SCORE_COLUMNS, TrialScore, score_row, score_text
 from pipeline.planted.trial import called
 from pipeline.run.flow import build_flow
-from pipeline.schema import PLANTED_SHIFT, Split
+from pipeline.schema import Split
 from pipeline.stages.catalogue import LatentsInputs
 from pipeline.stages.finished_crosscoder import open_crosscoder
 from pipeline.stages.latents import read_latents
@@ -79,30 +79,16 @@ def _rows_of(run_name: str, storage: Storage, step: Step[LatentsInputs]) -> list
 
 
 def label_auroc(crosscoder: Any, store: ActivationStore) -> Tensor:
-    """Token-level AUROC of every latent for every planted label over the held-out dialogues, float64 [F, L]."""
-    corpora = torch.tensor(store.manifest.dialogue_corpora, dtype=torch.int32)
-    bits_L = torch.arange(len(store.manifest.labels), dtype=torch.int32) + PLANTED_SHIFT
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    num_rows, num_positive_L = 0, torch.zeros(len(bits_L), dtype=torch.int64)
-    for shard in store.manifest.of_split(Split.VALIDATION):
-        rows = shard_rows(store, shard)
-        for batch in encoded_batches(crosscoder, _kept(rows, torch.isin(rows["corpus"], corpora))):
-            positive_BL = (batch.flags_B[:, None] >> bits_L) & 1 == 1
-            parts.append((batch.codes.latents_P, batch.codes.values_P, positive_BL[batch.codes.rows_P()]))
-            num_rows, num_positive_L = num_rows + len(positive_BL), num_positive_L + positive_BL.sum(0)
-    latents_P, values_P, positive_PL = (torch.cat(column) for column in zip(*parts, strict=True))
-    return auroc_by_latent(
-        latents_P,
-        values_P,
-        positive_PL,
+    """AUROC of every latent's maximum over an answer for every planted label, held-out dialogues, float64 [F, L]."""
+    planted = Planted(
+        activation_dim=crosscoder.activation_dim,
         num_latents=crosscoder.num_latents,
-        num_positive_L=num_positive_L,
-        num_rows=num_rows,
+        labels=store.manifest.labels,
+        chat_corpora=store.manifest.dialogue_corpora,
     )
-
-
-def _kept(rows: Mapping[str, Tensor], mask_B: Tensor) -> dict[str, Tensor]:
-    return {name: value[mask_B] for name, value in rows.items()}
+    shards = store.manifest.of_split(Split.VALIDATION)
+    batches = (batch for shard in shards for batch in encoded_batches(crosscoder, shard_rows(store, shard)))
+    return planted.auroc_by_latent(analyse({"planted": planted}, batches)["planted"], Scoring.TURN)
 
 
 def label_score(auroc_FL: Tensor, is_called_F: Tensor) -> TrialScore:

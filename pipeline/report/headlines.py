@@ -99,6 +99,12 @@ def control_sentences(controls: pd.DataFrame | None) -> list[str]:
             sentences.append(
                 f"At least half of the other seeds find {number} of the {fmt.count(num_latents)} again ({share})."
             )
+        elif control.startswith(Control.POWER):
+            found, strength = fmt.count(round(value * num_latents)), control.removeprefix(Control.POWER).strip()
+            sentences.append(
+                f"Of {fmt.count(num_latents)} concepts put into the chat model's rows at {strength} of their root mean "
+                f"square, the verdict finds {found} ({share})."
+            )
         elif control.startswith(Control.SEED):
             other = control.removeprefix(Control.SEED).strip()
             sentences.append(f"Training again with another seed ({other}) finds the same set to {share}.")
@@ -135,9 +141,17 @@ def _new_in_chat(counts: VerdictSummary) -> tuple[str, str, str]:
     return fmt.count(counts.num_specific), label, new
 
 
+def _unknown_power(crosscoder: CrosscoderReport) -> list[str]:
+    """A sentence where nothing was found and nobody knows what could have been."""
+    controls = crosscoder.controls
+    is_known = controls is not None and controls["control"].str.startswith(Control.POWER).any()
+    advice = f"What could have been found was not measured: set power: {{}} for crosscoder {crosscoder.name}."
+    return [] if is_known else [advice]
+
+
 def _confidence_sentences(counts: VerdictSummary, crosscoder: CrosscoderReport) -> list[str]:
     if counts.num_chat_only == 0:
-        return ["No chat-only latent exists, so no ratio had to be estimated."]
+        return ["No chat-only latent exists, so no ratio had to be estimated.", *_unknown_power(crosscoder)]
     if not counts.has_scaling:
         return ["Not at all yet: no test for shrinkage or decoupling was made."]
     verdicts = counts.by_verdict
@@ -173,8 +187,8 @@ def _planted_sentences(crosscoder: CrosscoderReport) -> list[str]:
         for scores in ([row.specific for row in rows], [row.deciding for row in rows])
     )
     return [
-        f"A chat-specific latent finds {found} of {fmt.plural(len(rows), 'planted behaviour')} on held-out rows "
-        f"(AUROC of {GOOD_AUROC:g} or more), and {decided} at the token that decides the answer."
+        f"A chat-specific latent finds {found} of {fmt.plural(len(rows), 'planted behaviour')} in held-out answers "
+        f"(AUROC of {GOOD_AUROC:g} or more), and {decided} already at the token that decides the answer."
     ]
 
 

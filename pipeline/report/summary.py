@@ -325,7 +325,7 @@ NO_SCORE = PlantedScore(latent=-1, auroc=math.nan, low=math.nan, high=math.nan)
 
 
 class PlantedRow(NamedTuple):
-    """One planted behaviour under one crosscoder; scores of tokens, unless said otherwise."""
+    """One planted behaviour under one crosscoder; scores of answers by their maximum, unless said otherwise."""
 
     behavior: str
     specific: PlantedScore
@@ -333,8 +333,8 @@ class PlantedRow(NamedTuple):
     mean_difference: PlantedScore
     deciding: PlantedScore
     """The best chat-specific latent at the token that decides an answer."""
-    turn: PlantedScore
-    """The best chat-specific latent by its maximum over an answer."""
+    token: PlantedScore
+    """The best chat-specific latent on every token of a dialogue."""
     probe: PlantedScore
     """A linear probe of the chat model at the deciding token: about what a latent could reach."""
     num_positive_rows: int
@@ -356,18 +356,18 @@ def planted_rows(planted: pd.DataFrame | None) -> list[PlantedRow]:
             )
             for row in rows.to_dict("records")
         }
-        tokens = rows[rows["scoring"] == Scoring.TOKEN]
+        answers = rows[rows["scoring"] == Scoring.TURN]
         result.append(
             PlantedRow(
                 behavior=str(behavior),
-                specific=scores.get((Scoring.TOKEN, CANDIDATE_SPECIFIC), NO_SCORE),
-                any_latent=scores.get((Scoring.TOKEN, CANDIDATE_ANY), NO_SCORE),
-                mean_difference=scores.get((Scoring.TOKEN, CANDIDATE_MEAN_DIFFERENCE), NO_SCORE),
+                specific=scores.get((Scoring.TURN, CANDIDATE_SPECIFIC), NO_SCORE),
+                any_latent=scores.get((Scoring.TURN, CANDIDATE_ANY), NO_SCORE),
+                mean_difference=scores.get((Scoring.TURN, CANDIDATE_MEAN_DIFFERENCE), NO_SCORE),
                 deciding=scores.get((Scoring.DECIDING, CANDIDATE_SPECIFIC), NO_SCORE),
-                turn=scores.get((Scoring.TURN, CANDIDATE_SPECIFIC), NO_SCORE),
+                token=scores.get((Scoring.TOKEN, CANDIDATE_SPECIFIC), NO_SCORE),
                 probe=scores.get((Scoring.DECIDING, CANDIDATE_PROBE), NO_SCORE),
-                num_positive_rows=int(tokens["num_positive_rows"].max()),
-                num_rows=int(tokens["num_rows"].max()),
+                num_positive_rows=int(answers["num_positive_rows"].max()),
+                num_rows=int(answers["num_rows"].max()),
             )
         )
     return result

@@ -114,7 +114,7 @@ def share_of(part: int, whole: int) -> str:
 
 
 def _planted_table(data: ReportData) -> list[list[str]]:
-    head = ["planted behaviour", "crosscoder", "latent", "AUROC [95%]", "deciding", "turn", "rate when steered"]
+    head = ["planted behaviour", "crosscoder", "latent", "AUROC [95%]", "deciding", "token", "rate when steered"]
     rows = [head]
     for crosscoder in data.crosscoders:
         effects = {effect.behavior: effect for effect in steering_effects(crosscoder.steering)}
@@ -125,7 +125,7 @@ def _planted_table(data: ReportData) -> list[list[str]]:
                 str(row.specific.latent) if row.specific.latent >= 0 else fmt.DASH,
                 score_text(row.specific),
                 fmt.decimal(row.deciding.auroc, 2),
-                fmt.decimal(row.turn.auroc, 2),
+                fmt.decimal(row.token.auroc, 2),
                 effect_text(effects.get(row.behavior)),
             ]
             for row in planted_rows(crosscoder.planted)

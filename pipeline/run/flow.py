@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import NamedTuple, TypeVar
 
-from pipeline.config.crosscoder import AdoptedCrosscoderSection, CrosscoderSection
+from pipeline.config.crosscoder import AdoptedCrosscoderSection, CrosscoderSection, InjectedCrosscoderSection
 from pipeline.config.data import CorpusSource, OrganismCorpus
 from pipeline.config.run_file import RunConfig
 from pipeline.errors import InputError
@@ -137,13 +137,7 @@ def build_flow(config: RunConfig) -> Flow:
     text = _text_steps(config)
     models, data = text.models, _data_steps(config, text)
     latents, replicas = (
-        [
-            _step(
-                LatentsInputs(section=config.analyses.latent_scaling, crosscoder=step, evidence=data.evidence),
-                crosscoder_name=step.crosscoder_name,
-            )
-            for step in (_crosscoder_step(section, config, data) for section in sections)
-        ]
+        [_step(_latents_inputs(section, config, data), crosscoder_name=section.name) for section in sections]
         for sections in (config.crosscoders, config.replicas)
     )
     noise = noise_between(models["base"], models["chat"])
@@ -160,6 +154,15 @@ def build_flow(config: RunConfig) -> Flow:
         identity={"name": config.name, "crosscoders": [section.name for section in config.crosscoders]},
     )
     return Flow(data, measured, tuple(replicas), report)
+
+
+def _latents_inputs(
+    section: CrosscoderSection | AdoptedCrosscoderSection, config: RunConfig, data: DataSteps
+) -> LatentsInputs:
+    # Rows with planted concepts differ, whatever the models do.
+    evidence = None if isinstance(section, InjectedCrosscoderSection) else data.evidence
+    crosscoder = _crosscoder_step(section, config, data)
+    return LatentsInputs(section=config.analyses.latent_scaling, crosscoder=crosscoder, evidence=evidence)
 
 
 def _step(inputs: _Inputs, *, crosscoder_name: str = "", identity: Identity | None = None) -> Step[_Inputs]:
@@ -268,26 +271,30 @@ def _crosscoder_step(
             crosscoder_name=section.name,
             identity=adopted_identity(section),
         )
-    # The name is left out: to rename a crosscoder trains nothing anew.
-    identity = section.model_dump(mode="json", exclude={"name", "kind", "seeds"})
     return _step(
         FittedCrosscoderInputs(section=section, activations=data.activations, training=config.training),
         crosscoder_name=section.name,
-        identity={**identity, "training": config.training.model_dump(mode="json")},
+        identity={**section.identity(), "training": config.training.model_dump(mode="json")},
     )
 
 
 def _other_seeds(own: Step[LatentsInputs], every: Sequence[Step[LatentsInputs]]) -> tuple[Step[LatentsInputs], ...]:
     """Latent tables of the crosscoders that differ from one in their seed alone."""
     section = own.inputs.crosscoder.inputs.section
-    found = []
-    for other in every:
-        theirs = other.inputs.crosscoder.inputs.section
-        if isinstance(section, CrosscoderSection) and isinstance(theirs, CrosscoderSection):
-            with_their_seed = section.model_copy(update=theirs.model_dump(include={"name", "seed", "seeds"}))
-            if section.seed != theirs.seed and with_their_seed == theirs:
-                found.append(other)
-    return tuple(found)
+    if not isinstance(section, CrosscoderSection):
+        return ()
+    return tuple(other for other in every if section.differs_in_seed_alone(other.inputs.crosscoder.inputs.section))
+
+
+def _injected(own: Step[LatentsInputs], replicas: Sequence[Step[LatentsInputs]]) -> Step[LatentsInputs] | None:
+    """The latent table of the fit on rows with planted concepts that belongs to a crosscoder."""
+    section = own.inputs.crosscoder.inputs.section
+    names = [one.name for one in section.replicas()] if isinstance(section, CrosscoderSection) else []
+    for other in replicas:
+        is_injected = isinstance(other.inputs.crosscoder.inputs.section, InjectedCrosscoderSection)
+        if is_injected and other.crosscoder_name in names:
+            return other
+    return None
 
 
 def _analysis_steps(
@@ -308,7 +315,13 @@ def _analysis_steps(
     if on.planted is not None:
         planted = _step(PlantedInputs(section=on.planted, latents=latents), crosscoder_name=name)
     if on.controls is not None:
-        about_controls = ControlsInputs(section=on.controls, latents=latents, other_seeds=other_seeds, noise=noise)
+        about_controls = ControlsInputs(
+            section=on.controls,
+            latents=latents,
+            other_seeds=other_seeds,
+            injected=_injected(latents, replicas),
+            noise=noise,
+        )
         controls = _step(about_controls, crosscoder_name=name)
     if on.causality is not None:
         compared = tuple(other for other in every if other is not latents)

@@ -214,17 +214,19 @@ class ControlsInputs(AnalysisInputs):
     """Controls of a crosscoder's verdict."""
 
     NAME = "controls"
-    VERSION = 5
+    VERSION = 6
     section: ControlsSection
     other_seeds: tuple[Step[LatentsInputs], ...]
     """Latent tables of the run's crosscoders that differ from this one in their seed alone."""
+    injected: Step[LatentsInputs] | None
+    """Latent table of the same crosscoder fitted on rows with planted concepts; None where its power is not asked."""
     noise: float | None
     """The weight noise that alone tells the two models apart, 0 for equal models; None where they differ otherwise."""
 
     def reads(self) -> dict[str, Step[StageInputs]]:
-        """The other seeds too, under their names."""
+        """The other fits too, under their names."""
         roles = super().reads()
-        for other in self.other_seeds:
+        for other in (*self.other_seeds, *([] if self.injected is None else [self.injected])):
             roles |= {other.inputs.crosscoder.name: other.inputs.crosscoder, other.name: other}
         return roles
 

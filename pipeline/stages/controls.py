@@ -13,12 +13,14 @@ from pipeline.analyses import controls
 from pipeline.analyses.latent_scaling import LatentScaling
 from pipeline.analyses.latent_tables import latent_scaling, limits_of
 from pipeline.analyses.ownership import delta_norm
+from pipeline.analyses.power import power_rows, power_table, strengths_of
 from pipeline.analyses.rows import RowAnalysis, Sums
 from pipeline.analyses.units import judged_decoder
 from pipeline.analyses.verdict import SHARED_HIGH
-from pipeline.schema import CHAT, CONTROL_COLUMNS, SEED_COLUMNS, Verdict
+from pipeline.config.crosscoder import InjectedCrosscoderSection
+from pipeline.schema import CHAT, CONTROL_COLUMNS, POWER_COLUMNS, SEED_COLUMNS, Verdict
 from pipeline.stages.catalogue import ControlsInputs, LatentsInputs
-from pipeline.stages.finished_crosscoder import open_crosscoder
+from pipeline.stages.finished_crosscoder import open_crosscoder, read_injection
 from pipeline.stages.latents import read_latents
 from pipeline.stages.row_pass import Measured
 from pipeline.stages.step import StageContext, Step
@@ -27,6 +29,7 @@ from pipeline.storage.tables import arrow_schema, numbers_of, write_frame
 
 TABLE_NAME = "controls.parquet"
 SEEDS_NAME = "seeds.parquet"
+POWER_NAME = "power.parquet"
 SCHEMA = arrow_schema(CONTROL_COLUMNS)
 SEED_SCHEMA = arrow_schema(SEED_COLUMNS)
 
@@ -77,10 +80,26 @@ def publish_controls(
     matches = pd.concat([pd.DataFrame(columns=[column.name for column in SEED_COLUMNS]), *(part for _, part in seeds)])
     if len(seeds) > 1:
         rows.append(controls.replicated_row(matches))
+    if inputs.injected is not None:
+        rows += _power_rows(inputs.injected, step.folder, context)
     table = pd.DataFrame(rows, columns=[column.name for column in CONTROL_COLUMNS])
     write_frame(storage, f"{step.folder}/{TABLE_NAME}", table, SCHEMA)
     write_frame(storage, f"{step.folder}/{SEEDS_NAME}", matches, SEED_SCHEMA)
     context.finish(step, {"value": numbers_of(table, "value", by=("control",))}, time.monotonic() - started)
+
+
+def _power_rows(injected: Step[LatentsInputs], folder: str, context: StageContext) -> list[dict[str, object]]:
+    """The rows about planted concepts; their table is written beside that of the controls."""
+    storage, crosscoder_folder = context.storage, injected.inputs.crosscoder.folder
+    section = injected.inputs.crosscoder.inputs.section
+    injection = read_injection(storage, crosscoder_folder)
+    assert isinstance(section, InjectedCrosscoderSection) and section.power is not None and injection is not None
+    strength_C = strengths_of(section.power.num_concepts, section.power.strengths)
+    with open_crosscoder(storage, crosscoder_folder) as crosscoder:
+        d_chat_FD = crosscoder.raw_decoder_FMD()[:, CHAT].float()
+    table = power_table(d_chat_FD, read_latents(storage, injected), injection.direction_CD, strength_C)
+    write_frame(storage, f"{folder}/{POWER_NAME}", table, arrow_schema(POWER_COLUMNS))
+    return power_rows(table, frequency=injection.frequency)
 
 
 def _matched(

@@ -12,10 +12,14 @@ from typing import Any
 
 import ray.data
 
+from pipeline.analyses.power import strengths_of
 from pipeline.cluster.connect import check_fits, interruptible, listening, node_cpus, request, total_cpus
 from pipeline.cluster.pools import find_fault
+from pipeline.config.crosscoder import InjectedCrosscoderSection
 from pipeline.config.resources import TrainingResources
 from pipeline.errors import CrossrayError
+from pipeline.numerics.injection import Injection, directions
+from pipeline.schema import CHAT, Split
 from pipeline.stages.catalogue import FittedCrosscoderInputs
 from pipeline.stages.crosscoder_spec import normalisation_of, spec_of
 from pipeline.stages.step import StageContext, Step
@@ -89,19 +93,29 @@ def _share_of_cpus(resources: TrainingResources) -> float:
 
 def _fits(steps: Sequence[Step[FittedCrosscoderInputs]], context: StageContext) -> tuple[Fit, ...]:
     """What is fitted, with the shape of the activations."""
-    manifest = ActivationStore(context.storage, steps[0].inputs.activations.folder).manifest
+    store = ActivationStore(context.storage, steps[0].inputs.activations.folder)
     fits = []
     for step in steps:
         spec = spec_of(
             step.inputs.section,
             step.inputs.training,
             context.resources.training,
-            num_models=manifest.num_models,
-            activation_dim=manifest.activation_dim,
+            num_models=store.manifest.num_models,
+            activation_dim=store.manifest.activation_dim,
         )
         section = step.inputs.section
-        fits.append(Fit(section.name, step.folder, spec, normalisation_of(section, manifest)))
+        injection = _injection(section, store) if isinstance(section, InjectedCrosscoderSection) else None
+        fits.append(Fit(section.name, step.folder, spec, normalisation_of(section, store.manifest), injection))
     return tuple(fits)
+
+
+def _injection(section: InjectedCrosscoderSection, store: ActivationStore) -> Injection:
+    """The planted concepts of a crosscoder: directions between rows of the first validation shard."""
+    power = section.power
+    assert power is not None, "an injected crosscoder is made of a section with it"
+    norm_C = strengths_of(power.num_concepts, power.strengths) * store.manifest.training_rms_M()[CHAT]
+    x_BMD = store.read(store.manifest.of_split(Split.VALIDATION)[0]).x_BMD
+    return Injection(directions(x_BMD[:, CHAT], norm_C=norm_C, seed=power.seed), power.frequency, power.seed)
 
 
 def _fit(job: TrainingJob, group: str, cpus: float, dataset: ray.data.Dataset | None) -> list[dict[str, Any]]:

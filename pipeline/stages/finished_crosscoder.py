@@ -2,15 +2,20 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import pyarrow as pa
+from safetensors import safe_open
+from safetensors.torch import save
 
 from pipeline.numerics.crosscoder import Crosscoder
+from pipeline.numerics.injection import Injection
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.tables import read_table
 from pipeline.tracking.tracker import Point
 
 CURVES_NAME = "curves.parquet"
+INJECTION_NAME = "injection.safetensors"
 
 
 @contextmanager
@@ -18,6 +23,22 @@ def open_crosscoder(storage: Storage, folder: str) -> Iterator[Crosscoder]:
     """The crosscoder of an artifact; its weights may be mapped from files that live as long as the block."""
     with storage.local_folder(folder) as path:
         yield Crosscoder.from_pretrained(path)
+
+
+def write_injection(storage: Storage, folder: str, injection: Injection) -> None:
+    """Keeps beside a crosscoder what was put into its rows."""
+    about = {"frequency": repr(injection.frequency), "seed": str(injection.seed)}
+    storage.write_bytes(f"{folder}/{INJECTION_NAME}", save({"direction_CD": injection.direction_CD}, metadata=about))
+
+
+def read_injection(storage: Storage, folder: str) -> Injection | None:
+    """What was put into the rows that a crosscoder was fitted on; None for a usual one."""
+    key = f"{folder}/{INJECTION_NAME}"
+    if not storage.exists(key):
+        return None
+    with storage.local_folder(folder) as path, safe_open(Path(path) / INJECTION_NAME, framework="pt") as file:
+        about = file.metadata()
+        return Injection(file.get_tensor("direction_CD"), float(about["frequency"]), int(about["seed"]))
 
 
 def read_curve(storage: Storage, folder: str) -> pa.Table | None:

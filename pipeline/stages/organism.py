@@ -47,7 +47,7 @@ def _build(storage: Storage, folder: str, section: OrganismSection, board: Board
     torch.set_num_threads(local_cpus())
     with tempfile.TemporaryDirectory(prefix="crossray-organism-") as temporary:
         out = Path(temporary)
-        spec = spec_of(section.size, seed=section.seed)
+        spec = spec_of(**section.model_dump())
         metrics = build(out, spec, lambda part, done, total: board.post(_TrainingStep(part, done, total)))
         storage.upload_folder(out, folder)
     return dict(metrics)

@@ -22,7 +22,7 @@ from pipeline.analyses.rows import (
 from pipeline.cluster.pools import Pool, run_pool
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.schema import SHARD_TENSORS, Split
-from pipeline.stages.finished_crosscoder import open_crosscoder
+from pipeline.stages.finished_crosscoder import open_crosscoder, read_injection
 from pipeline.stages.merging import MergeTree
 from pipeline.stages.step import StageContext
 from pipeline.storage.activation_store import ActivationStore, Shard
@@ -101,6 +101,7 @@ class AnalyseShards:
         self.store = ActivationStore(storage, activations_folder)
         self.questions = questions
         self.crosscoders = {}
+        self.injections = {folder: read_injection(storage, folder) for folder in questions}
         for folder in questions:
             with open_crosscoder(storage, folder) as crosscoder:
                 self.crosscoders[folder] = crosscoder
@@ -113,7 +114,9 @@ class AnalyseShards:
             rows = shard_rows(self.store, shard)
             num_rows += shard.num_rows
             for folder, analyses in self.questions.items():
-                part = analyse(analyses, encoded_batches(self.crosscoders[folder], rows))
+                injection = self.injections[folder]
+                own = rows if injection is None else rows | {"x": injection(rows["x"].float())}
+                part = analyse(analyses, encoded_batches(self.crosscoders[folder], own))
                 merged[folder] = merge_all(analyses, [merged[folder], part]) if folder in merged else part
         packed = {folder: {name: sums_to_bytes(sums) for name, sums in own.items()} for folder, own in merged.items()}
         return _CallSums(call.number, num_rows, packed)

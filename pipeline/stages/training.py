@@ -24,10 +24,11 @@ from pipeline.config.resources import TrainingResources
 from pipeline.errors import CrossrayError, InputError
 from pipeline.numerics import fitting
 from pipeline.numerics.crosscoder import Normalisation
+from pipeline.numerics.injection import Injection
 from pipeline.numerics.parallel import Mesh, make_mesh
 from pipeline.numerics.trainer import CrosscoderSpec, CrosscoderTrainer
 from pipeline.schema import TABLE_METADATA
-from pipeline.stages.finished_crosscoder import CURVES_NAME, curve_points
+from pipeline.stages.finished_crosscoder import CURVES_NAME, curve_points, write_injection
 from pipeline.stages.stream import Stream
 from pipeline.stages.training_rows import RowSource, open_rows
 from pipeline.storage.filesystem import Storage
@@ -46,6 +47,8 @@ class Fit(NamedTuple):
     spec: CrosscoderSpec
     normalisation: Normalisation | None
     """Of the rows, in the models' order; None fits raw activations."""
+    injection: Injection | None = None
+    """What is put into the rows that this crosscoder alone reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +113,8 @@ def _train(job: TrainingJob) -> list[dict[str, Any]]:
     if first_step == 0:
         fitting.initialise(trainers, rows.warm_up())
     with _as_input_errors(job, first_step):
-        for step in fitting.steps(trainers, rows.batches(first_step, last_step), first_step=first_step):
+        batches, injections = rows.batches(first_step, last_step), [fit.injection for fit in job.fits]
+        for step in fitting.steps(trainers, batches, first_step=first_step, injections=injections):
             if step % job.log_every_steps == 0 or step == last_step:
                 log.add(step, [trainer.metrics() for trainer in trainers])
             if step % resources.checkpoint_every_steps == 0 and step < last_step:
@@ -213,6 +217,8 @@ class _Log:
                 with tempfile.TemporaryDirectory(prefix="crossray-model-") as temporary:
                     model.save_pretrained(temporary)
                     storage.upload_folder(Path(temporary), fit.folder)
+                if fit.injection is not None:
+                    write_injection(storage, fit.folder, fit.injection)
                 table = pa.Table.from_pylist(curve)
                 write_table(storage, f"{fit.folder}/{CURVES_NAME}", table, table.schema.with_metadata(TABLE_METADATA))
             num_steps = self.job.training.num_steps

@@ -100,14 +100,14 @@ def _cards(place: int, table: pd.DataFrame) -> "pd.Series[str]":
 
 def _planted(data: ReportData, names: Sequence[str]) -> Iterator[Figure]:
     table = _stacked(data, "planted")
-    table = table if table.empty else table[table["scoring"] == Scoring.TOKEN].reset_index(drop=True)
+    table = table if table.empty else table[table["scoring"] == Scoring.TURN].reset_index(drop=True)
     if table.empty or table["auroc"].isna().all():
         return
     table["behavior"] = [fmt.visible(fmt.words(name)) for name in table["behavior"]]
     lacking = table[(table["candidate"] == CANDIDATE_SPECIFIC) & table["auroc"].isna()]
     pairs = [f"{row.behavior} ({row.crosscoder})" for row in lacking.itertuples()]
     note = f"No chat-specific latent for {', '.join(pairs)}." if pairs else ""
-    yield _figure("planted", "planted", "AUROC per planted behaviour", scores.planted_chart(table, names), note)
+    yield _figure("planted", "planted", "AUROC of answers", scores.planted_chart(table, names), note)
 
 
 def _explanations(data: ReportData, names: Sequence[str]) -> Iterator[Figure]:
