@@ -1,4 +1,5 @@
 # demo: the whole path on a generated model pair.  test: all tests but the slowest.  test-rare: those.
+# test-campaign: more kills and repeats of what those show, before a release.
 # test-bare: the numerics in an environment of torch and numpy.  check: format, lint, types.
 # lock: pins every package anew from pyproject.toml and constraints.txt.  golden: computes the golden numbers anew.
 # docs: the documentation site.
@@ -13,7 +14,7 @@ UV := $(shell grep '^uv==' constraints.txt)
 # Each worker has a Ray cluster of its own, so there are two whatever the number of cores.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test test-rare test-bare check install lock golden docs browser services clean
+.PHONY: demo test test-rare test-campaign test-bare check install lock golden docs browser services clean
 
 install: $(STAMP)
 
@@ -58,7 +59,10 @@ test: install browser
 	@$(PYTEST)
 
 test-rare: install browser services
-	@$(PYTEST) -m rare
+	@$(PYTEST) -m "rare and not campaign"
+
+test-campaign: install services
+	@$(PYTEST) -m campaign
 
 $(BARE)/.installed: constraints.txt requirements.lock
 	@test -x $(BARE)/bin/python || $(PYTHON) -m venv $(BARE)

@@ -27,7 +27,7 @@ from pipeline.storage.tables import arrow_schema, read_table, write_frame
 from pipeline.terminal import Progress, Reporter
 
 WORLD_STAGE, TRIAL_STAGE = "planted_activations", "planted_trial"
-WORLD_VERSION, TRIAL_VERSION = 1, 2
+WORLD_VERSION, TRIAL_VERSION = 2, 2
 RESULTS = "planted_results"
 SCORES_NAME, SCORES_JSON, SCORES_TEXT = "scores.parquet", "scores.json", "scores.txt"
 _DATA = "planted activations"
@@ -99,7 +99,7 @@ def jobs_of(config: BenchmarkConfig) -> tuple[dict[int, Job], list[Job]]:
     judge, training = config.judge.model_dump(mode="json"), config.training.model_dump(mode="json")
     trials = []
     for recipe in config.recipes:
-        identity = recipe.model_dump(mode="json", exclude={"name"})
+        identity = {**recipe.identity(), "seeds": recipe.seeds}
         for seed in config.seeds:
             section = {"recipe": identity, "training": training, "judge": judge, "seed": seed}
             trials.append(_trial(f"{recipe.name}", worlds[seed], section, {"recipe": recipe, "seed": seed}))
@@ -176,7 +176,10 @@ def scored(config: BenchmarkConfig, storage: Storage, worlds: dict[int, Job], tr
         if None in records:
             raise InputError(f"{name}: expected finished trials, got {records.count(None)} without a record: run again")
         fidelities = [record.counts["fidelity"] for record in records if record is not None]
+        has_seeds = any(getattr(job.item.get("recipe"), "seeds", 1) > 1 for job in own)
         for rule in RULES:
+            if rule == "by_replication" and not has_seeds:
+                continue
             scores = [
                 trial_score(table, rule, truths[job.item["activations"]], min_cosine=config.min_cosine)
                 for table, job in zip(matches, own, strict=True)

@@ -75,6 +75,7 @@ def _rows_of(run_name: str, storage: Storage, step: Step[LatentsInputs]) -> list
             rule=rule,
         )
         for rule in RULES
+        if rule in calls
     ]
 
 

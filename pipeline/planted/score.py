@@ -24,8 +24,11 @@ RULES = {
     "by_direction": "direction",
     "by_latent_scaling": "Latent Scaling",
     "by_evidence": "evidence",
+    "by_replication": "evidence, replicated",
 }
 """Column of a match table and the name of the rule that it holds."""
+STATING = ("by_evidence", "by_replication")
+"""Rules that state a false discovery rate."""
 NOTHING = "nothing"
 """Truth of a latent that is like no concept of the chat model."""
 MISTAKES = (Truth.SHARED, Truth.HALF_PRESENT, Truth.ROTATED, Truth.LOOSE, NOTHING)
@@ -49,10 +52,12 @@ SCORE_COLUMNS = (
     Column(
         "rule",
         "string",
-        "what calls a latent chat-only: Delta_norm, delta_direction, the verdict by paper, or that by evidence",
+        "what calls a latent chat-only: Delta_norm, delta_direction, the verdict by paper, or that by evidence, also "
+        "only where at least half of the other seeds find it again",
     ),
     *_interval_columns("precision", "share of called latents that are right; NaN where none is called"),
     *_interval_columns("recall", "share of chat-only concepts that a called latent finds"),
+    Column("stated", "float64", "stated false discovery rate, a bound of 1 - precision; mean over the trials"),
     Column("num_called", "float64", "called latents, mean over the trials"),
     Column("l0", "float64", "mean active latents per validation row, mean over the trials"),
     Column("fve", "float64", "fraction of variance explained, both models (of the difference for a difference SAE)"),
@@ -71,6 +76,8 @@ class TrialScore(NamedTuple):
     """Concepts, or behaviours, that could be found."""
     wrong: dict[str, int]
     """Called latents that are wrong, by what they are instead (MISTAKES)."""
+    stated: float = float("nan")
+    """The false discovery rate that the verdict states of the called latents; NaN for a rule that states none."""
 
 
 def trial_score(matches: pd.DataFrame, rule: str, truth: Sequence[str], *, min_cosine: float) -> TrialScore:
@@ -81,10 +88,11 @@ def trial_score(matches: pd.DataFrame, rule: str, truth: Sequence[str], *, min_c
     found_concepts, num_concepts = set(called["concept"][is_right]), list(truth).count(Truth.CHAT_ONLY)
     return TrialScore(
         float(is_right.mean()) if len(called) else float("nan"),
-        len(found_concepts) / num_concepts,
+        len(found_concepts) / num_concepts if num_concepts else float("nan"),
         len(called),
         num_concepts,
         {name: int((found == name).sum()) for name in MISTAKES},
+        float(called["q_value"].max()) if rule in STATING and len(called) else float("nan"),
     )
 
 
@@ -117,6 +125,8 @@ def score_row(
     for name, size in (("precision", "num_called"), ("recall", "num_concepts")):
         values = mean_interval([getattr(score, name) for score in scores], [getattr(score, size) for score in scores])
         row |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
+    stated = [score.stated for score in scores if np.isfinite(score.stated)]
+    row["stated"] = float(np.mean(stated)) if stated else float("nan")
     row["num_called"] = float(np.mean([score.num_called for score in scores]))
     row |= {name: float(np.mean([own[name] for own in fidelities])) for name in ("l0", "fve")}
     for name in MISTAKES:
@@ -126,7 +136,7 @@ def score_row(
 
 def score_text(table: pd.DataFrame) -> str:
     """The table for a terminal."""
-    columns = ["recipe", "called by", "precision [95%]", "recall [95%]", "called", "wrong", "L0", "FVE"]
+    columns = ["recipe", "called by", "precision [95%]", "recall [95%]", "stated", "called", "wrong", "L0", "FVE"]
     rows = []
     for row in table.to_dict("records"):
         wrong = ", ".join(
@@ -137,6 +147,7 @@ def score_text(table: pd.DataFrame) -> str:
                 str(row["recipe"]),
                 str(row["rule"]),
                 *(_with_interval(row, name) for name in ("precision", "recall")),
+                f"{row['stated']:.3f}" if np.isfinite(row["stated"]) else "-",
                 f"{row['num_called']:.1f}",
                 wrong or "-",
                 f"{row['l0']:.1f}",

@@ -29,8 +29,8 @@ class ConceptCounts(Section):
     """In both, along different directions."""
     loose: NonNegativeInt
     """In both, with independent strengths, sometimes in one alone."""
-    chat_only: PositiveInt
-    """In the chat model alone: what a verdict should find."""
+    chat_only: NonNegativeInt
+    """In the chat model alone: what a verdict should find. With 0 every call is false."""
     base_only: NonNegativeInt
     """In the base model alone."""
 
@@ -129,7 +129,8 @@ class BenchmarkConfig(Section):
     training: TrainingSection
     """The read of the activations, the same for every recipe."""
     recipes: tuple[CrosscoderSection, ...] = Field(min_length=1)
-    """The crosscoders to fit, as in a run file; their seed is added to the world's."""
+    """The crosscoders to fit, as in a run file; their seed is added to the world's. With `seeds` above 1 the verdict is
+    scored a second time, for the latents that at least half of the other seeds find again."""
     judge: LatentScalingSection = LatentScalingSection()
     """Thresholds of the verdict."""
     min_cosine: PositiveFloat = 0.7

@@ -7,7 +7,7 @@ Store, trainer and analyses are those of a run. Only the matching at the end kno
 import dataclasses
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from pipeline.analyses.controls import is_replicated, match_latents, num_seeds_finding, seed_table
 from pipeline.analyses.latent_tables import limits_of, verdict_analyses, verdict_table
 from pipeline.analyses.rows import analyse, encoded_batches
 from pipeline.analyses.units import judged_decoder
@@ -67,6 +68,8 @@ MATCH_COLUMNS = (
     Column("by_direction", "bool", "fires, and delta_direction lies in Delta_norm's range for chat-only"),
     Column("by_latent_scaling", "bool", "the verdict by the rule `paper` calls it chat-specific"),
     Column("by_evidence", "bool", "the verdict by the rule `evidence` calls it chat-specific"),
+    Column("by_replication", "bool", "that, and at least half of the recipe's other seeds find it again"),
+    Column("q_value", "float64", "its false discovery rate by the rule `evidence`"),
 )
 
 
@@ -125,6 +128,7 @@ class Trial:
         """
         started = time.monotonic()
         store = ActivationStore(self.storage, item["activations"])
+        others: list[Crosscoder] = []
         if "source" in item:
             crosscoder = Crosscoder.from_pretrained(item["source"])
             shape, expected = tuple(crosscoder.W_dec_FMD.shape[1:]), (2, store.manifest.activation_dim)
@@ -134,7 +138,7 @@ class Trial:
                     f"{shape[1]}: fit it on the activations of this benchmark (docs/planted.md)"
                 )
         else:
-            crosscoder = self._fit(item["recipe"], item["seed"], store)
+            crosscoder, *others = self._fit(item["recipe"], item["seed"], store)
         with tempfile.TemporaryDirectory(prefix="crossray-planted-") as folder:
             crosscoder.save_pretrained(folder)
             self.storage.upload_folder(Path(folder), item["folder"])
@@ -142,27 +146,44 @@ class Trial:
         columns = (*LATENT_COLUMNS, *latent_corpus_columns((CORPUS,)))
         write_frame(self.storage, f"{item['folder']}/{LATENTS_NAME}", table, arrow_schema(columns))
         truth = read_truth(self.storage, item["activations"])
-        matches = matched(crosscoder, called(table, limits_of(self.judge)), *truth)
+        calls = called(table, limits_of(self.judge))
+        calls["by_replication"] = calls["by_evidence"] & self._is_replicated(crosscoder, others, table, store)
+        matches = matched(crosscoder, calls, *truth)
         write_frame(self.storage, f"{item['folder']}/{MATCHES_NAME}", matches, arrow_schema(MATCH_COLUMNS))
         return {"folder": item["folder"], "fidelity": fidelity, "seconds": time.monotonic() - started}
 
-    def _fit(self, recipe: CrosscoderSection, seed: int, store: ActivationStore) -> Crosscoder:
-        spec = spec_of(
-            recipe,
-            self.training,
-            TrainingResources(),
-            num_models=store.manifest.num_models,
-            activation_dim=store.manifest.activation_dim,
-        )
-        trainer = CrosscoderTrainer(
-            dataclasses.replace(spec, seed=recipe.seed + seed), normalisation=normalisation_of(recipe, store.manifest)
-        )
+    def _fit(self, recipe: CrosscoderSection, seed: int, store: ActivationStore) -> list[Crosscoder]:
+        """The recipe's crosscoder, and those of its further seeds, from one read of the rows."""
+        shape = {"num_models": store.manifest.num_models, "activation_dim": store.manifest.activation_dim}
+        trainers = []
+        for section in (recipe, *recipe.replicas()):
+            spec = spec_of(section, self.training, TrainingResources(), **shape)
+            normalisation = normalisation_of(section, store.manifest)
+            trainers.append(
+                CrosscoderTrainer(dataclasses.replace(spec, seed=section.seed + seed), normalisation=normalisation)
+            )
         rows = TrainingRows(store, seed=self.training.shuffle_seed + seed, batch_rows=self.training.batch_rows)
-        fitting.initialise([trainer], next(rows.batches(0, 1)))
-        for step in fitting.steps([trainer], rows.batches(0, spec.num_steps)):
-            if self.board is not None and (step % 100 == 0 or step == spec.num_steps):
+        num_steps = self.training.num_steps
+        fitting.initialise(trainers, next(rows.batches(0, 1)))
+        for step in fitting.steps(trainers, rows.batches(0, num_steps)):
+            if self.board is not None and (step % 100 == 0 or step == num_steps):
                 self.board.post(((step - 1) % 100 + 1, f"{recipe.name}, seed {seed}"))
-        return trainer.crosscoder()
+        return [trainer.crosscoder() for trainer in trainers]
+
+    def _is_replicated(
+        self, crosscoder: Crosscoder, others: Sequence[Crosscoder], table: pd.DataFrame, store: ActivationStore
+    ) -> "pd.Series[bool]":
+        """Whether at least half of the other seeds find a latent again; never where there is no other seed."""
+        if not others:
+            return pd.Series(data=False, index=table.index)
+        rms_M = store.manifest.training_rms_M()
+        specific = table.loc[table["verdict"] == Verdict.CHAT_SPECIFIC, "latent"].tolist()
+        own_FMD, found = judged_decoder(crosscoder, rms_M).W_dec_FMD, []
+        for number, other in enumerate(others):
+            matches = match_latents(own_FMD, judged_decoder(other, rms_M).W_dec_FMD, specific)
+            found.append(seed_table(table, judged(other, store, self.judge)[0], matches, other=str(number)))
+        again = is_replicated(num_seeds_finding(pd.concat(found)), len(others))
+        return table["latent"].map(again).fillna(value=False).astype(bool)
 
 
 def judged(
@@ -195,6 +216,7 @@ def called(table: pd.DataFrame, limits: Limits) -> pd.DataFrame:
             "by_direction": (table["delta_direction"] >= low) & is_live,
             "by_latent_scaling": by_paper(table, limits) == Verdict.CHAT_SPECIFIC,
             "by_evidence": by_evidence(table, limits) == Verdict.CHAT_SPECIFIC,
+            "q_value": table["q_value"].fillna(1.0),
         }
     )
 

@@ -59,7 +59,7 @@ def test_the_processor_time_and_memory_of_a_child_process_are_seen() -> None:
     assert watch.memory_bytes(0.5)["driver"] > 1_000_000
 
 
-@pytest.mark.rare
+@pytest.mark.campaign
 @pytest.mark.ray
 def test_contenders_of_every_kind_give_a_reading_at_a_tiny_size() -> None:
     """The other contenders are these with other numbers."""
@@ -91,7 +91,7 @@ def test_contenders_of_every_kind_give_a_reading_at_a_tiny_size() -> None:
     assert any("| 2 latent ranks |" in text for text in said)
 
 
-@pytest.mark.rare
+@pytest.mark.campaign
 @pytest.mark.ray
 def test_the_memory_of_driver_and_head_is_read(tmp_path) -> None:
     driver_memory.build_inputs(tmp_path, width=32, copies=1)

@@ -36,7 +36,10 @@ def begun(nodes: Nodes, folder: Path, **changes: Any) -> tuple[Path, subprocess.
 
 @pytest.mark.parametrize(
     ("pattern", "title"),
-    [("activations/*/*.safetensors.json", "MapWorker"), ("training/*/step-000000020/state.pt", "RayTrainWorker")],
+    [
+        ("activations/*/*.safetensors.json", "MapWorker"),
+        pytest.param("training/*/step-000000020/state.pt", "RayTrainWorker", marks=pytest.mark.campaign),
+    ],
     ids=["extraction", "training"],
 )
 def test_a_node_lost_at_work_changes_nothing(

@@ -28,7 +28,7 @@ RECIPES = """
 - {name: l1, sparsity: {kind: l1, mu: 0.15, mu_warmup_steps: 100}, num_latents: 80, init_norm: 0.1, clip_norm: 1.0,
    lr: 1e-2, lr_warmup_steps: 20, lr_decay_frac: 0.3}
 - {name: batch_topk, sparsity: {kind: batch_topk, k: 3, threshold_start_step: 100, threshold_decay: 0.99,
-   dead_after_rows: 5000}, num_latents: 80, lr: 1e-2, lr_warmup_steps: 20, lr_decay_frac: 0.3}
+   dead_after_rows: 5000}, num_latents: 80, seeds: 3, lr: 1e-2, lr_warmup_steps: 20, lr_decay_frac: 0.3}
 - {name: difference, inputs: difference, sparsity: {kind: batch_topk, k: 1, threshold_start_step: 100,
    threshold_decay: 0.99, dead_after_rows: 5000}, num_latents: 80, lr: 1e-2, lr_warmup_steps: 20, lr_decay_frac: 0.3}
 - {name: dedicated, dedicated_frac: 0.15, sparsity: {kind: batch_topk, k: 3, threshold_start_step: 100,

@@ -21,6 +21,7 @@ def table(rows: list[tuple[int, float, bool]]) -> pd.DataFrame:
             "concept": [row[0] for row in rows],
             "cosine": [row[1] for row in rows],
             "truth": [TRUTH[row[0]] for row in rows],
+            "q_value": [0.01 * (place + 1) for place in range(len(rows))],
             **{rule: [row[2] for row in rows] for rule in RULES},
         }
     )
@@ -31,6 +32,13 @@ def test_precision_counts_latents_and_recall_counts_concepts() -> None:
     score = trial_score(table(rows), "by_delta_norm", TRUTH, min_cosine=0.7)
     assert score.precision == 2 / 5 and score.recall == 1 / 2 and score.num_called == 5
     assert score.wrong == {"shared": 1, "half-present": 1, "rotated": 0, "loose": 0, "nothing": 1}
+    assert math.isnan(score.stated)  # decoder norms state no error
+    assert trial_score(table(rows), "by_evidence", TRUTH, min_cosine=0.7).stated == 0.05  # of the last called one
+
+
+def test_where_nothing_is_new_every_call_is_wrong() -> None:
+    score = trial_score(table([(2, 0.9, True)]), "by_evidence", TRUTH[2:], min_cosine=0.7)
+    assert score.precision == 0 and math.isnan(score.recall)
 
 
 def test_nothing_called_has_no_precision_and_finds_nothing() -> None:
@@ -65,7 +73,9 @@ def test_a_latent_is_matched_by_its_chat_decoder_with_a_concept_that_the_chat_mo
         crosscoder.W_dec_FMD[0, 1] = torch.tensor([3.0, 0, 0, 0])
         crosscoder.W_dec_FMD[1, 1] = torch.tensor([-1.0, 0.5, 0, 0])
         crosscoder.W_dec_FMD[2, 0] = torch.tensor([1.0, 0, 0, 0])
-    calls = table([(0, 0.0, True)] * 3 + [(0, 0.0, False)])[[*RULES]].assign(latent=range(4), by_latent_scaling=False)
+    calls = table([(0, 0.0, True)] * 3 + [(0, 0.0, False)])[[*RULES]].assign(
+        latent=range(4), by_latent_scaling=False, q_value=0.0
+    )
     found = matched(crosscoder, calls, direction_CMD, TRUTH)
     assert found["concept"].tolist() == [0, 1, -1, -1]
     assert found["cosine"][0] == pytest.approx(1) and found["cosine"][1] == pytest.approx(0.5 / 1.25**0.5)

@@ -16,7 +16,7 @@ from pipeline.schema import Flag
 from pipeline.storage.activation_store import ActivationStore
 from pipeline.storage.filesystem import Storage
 
-pytestmark = [pytest.mark.ray, pytest.mark.rare, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.ray, pytest.mark.campaign, pytest.mark.timeout(1200)]
 
 NUM_KILLS = 8
 NUM_DRIVER_KILLS = 1

@@ -65,7 +65,7 @@ def test_two_ranks_one_of_them_killed_end_where_one_rank_ends(
     assert_close(root, finished)
 
 
-@pytest.mark.rare
+@pytest.mark.campaign
 def test_a_killed_rank_continues_to_the_same_bytes(ray_cluster: None, finished: Finished, tmp_path: Path) -> None:
     root, config = training(finished, tmp_path)
     with killing("RayTrainWorker", lambda: has_checkpoint(root)):

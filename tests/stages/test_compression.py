@@ -14,7 +14,7 @@ from pipeline.terminal import SilentReporter
 
 @pytest.mark.rare
 @pytest.mark.ray
-@pytest.mark.parametrize(("kind", "size"), [("lossless", 0.9), ("int8", 0.7)])
+@pytest.mark.parametrize(("kind", "size"), [("lossless", 0.9), pytest.param("int8", 0.7, marks=pytest.mark.campaign)])
 def test_a_compressed_store_trains_the_same_crosscoder(
     ray_cluster: None, finished: Finished, tmp_path: Path, kind: str, size: float
 ) -> None:

@@ -171,7 +171,7 @@ def on_validation_rows(root: Path, x_BMD: torch.Tensor) -> dict[str, dict[str, f
 
 @pytest.mark.rare
 @pytest.mark.ray
-@pytest.mark.parametrize("mesh", [{}, {"data": 2}], ids=["one", "data"])
+@pytest.mark.parametrize("mesh", [{}, pytest.param({"data": 2}, marks=pytest.mark.campaign)], ids=["one", "data"])
 def test_a_streamed_run_ends_where_a_stored_run_ends(
     ray_cluster: None, finished: Finished, tmp_path: Path, mesh: dict[str, int]
 ) -> None:
@@ -195,7 +195,9 @@ def test_a_streamed_run_ends_where_a_stored_run_ends(
 
 @pytest.mark.rare
 @pytest.mark.ray
-@pytest.mark.parametrize("victim", ["driver", "RayTrainWorker", "MapWorker"])
+@pytest.mark.parametrize(
+    "victim", ["driver", *(pytest.param(name, marks=pytest.mark.campaign) for name in ("RayTrainWorker", "MapWorker"))]
+)
 def test_a_killed_streamed_run_goes_on(ray_cluster: None, finished: Finished, tmp_path: Path, victim: str) -> None:
     """Long enough that a checkpoint is behind it when it is killed and most steps are before it."""
     root = copied(finished, tmp_path, "organism", "corpus", "tokens")
