@@ -2,6 +2,7 @@
 # test-campaign: more kills and repeats of what those show, before a release.
 # test-bare: the numerics in an environment of torch and numpy.  check: format, lint, types.
 # lock: pins every package anew from pyproject.toml and constraints.txt.  golden: computes the golden numbers anew.
+# docs: the documentation site.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +14,7 @@ UV := $(shell grep '^uv==' constraints.txt)
 # Each worker has a Ray cluster of its own, so there are two whatever the number of cores.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test test-rare test-campaign test-bare check install lock golden browser services clean
+.PHONY: demo test test-rare test-campaign test-bare check install lock golden docs browser services clean
 
 install: $(STAMP)
 
@@ -71,6 +72,11 @@ $(BARE)/.installed: constraints.txt requirements.lock
 test-bare: $(BARE)/.installed
 	@$(BARE)/bin/python -W error tests/bare.py
 
+# Links that lead nowhere are errors.
+docs: install
+	@NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs build --strict
+	@echo "site/index.html"
+
 golden: install
 	@$(BIN)/python -m tests.golden.regenerate
 
@@ -80,4 +86,4 @@ check: install
 	@$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(BARE) runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(BARE) runs build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from pipeline.errors import InputError as InputError
     from pipeline.library import plot as plot
     from pipeline.library.crosscoder import Crosscoder as Crosscoder
+    from pipeline.library.dashboard import Dashboard as Dashboard
+    from pipeline.library.demo import DemoPair as DemoPair
+    from pipeline.library.demo import demo_pair as demo_pair
     from pipeline.library.difference import Difference as Difference
     from pipeline.library.fitting import fit as fit
     from pipeline.library.loading import load_pair as load_pair
@@ -28,17 +31,21 @@ if TYPE_CHECKING:
     from pipeline.library.runs import Run as Run
     from pipeline.library.runs import open_run as open  # noqa: F401 (renamed on purpose)
     from pipeline.library.runs import run as run
+    from pipeline.library.summary import Summary as Summary
     from pipeline.library.tables import latents as latents
     from pipeline.models.loading import ModelSpec as ModelSpec
 
 SURFACE = {
     "load_pair": "pipeline.library.loading",
+    "demo_pair": "pipeline.library.demo",
     "fit": "pipeline.library.fitting",
     "latents": "pipeline.library.tables",
     "open": "pipeline.library.runs:open_run",
     "run": "pipeline.library.runs",
     "plot": "pipeline.library.plot:",
     "Crosscoder": "pipeline.library.crosscoder",
+    "Dashboard": "pipeline.library.dashboard",
+    "DemoPair": "pipeline.library.demo",
     "Difference": "pipeline.library.difference",
     "ModelSpec": "pipeline.models.loading",
     "Origin": "pipeline.library.origin",
@@ -46,6 +53,7 @@ SURFACE = {
     "Rows": "pipeline.library.rows",
     "Run": "pipeline.library.runs",
     "RunConfig": "pipeline.config.run_file",
+    "Summary": "pipeline.library.summary",
     "CrossrayError": "pipeline.errors",
     "InputError": "pipeline.errors",
     "ArtifactError": "pipeline.errors",

@@ -5,29 +5,30 @@ found faults (one line each), 130 interrupted, 1 anything else, such as artifact
 """
 
 import argparse
-import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO, cast
+from typing import TYPE_CHECKING
 
+from pipeline.arguments import completion, make_parser
 from pipeline.errors import MAX_LINE_LETTERS, CrossrayError, InputError, shortened
 
 if TYPE_CHECKING:
     from pipeline.cluster.jobs import Jobs
     from pipeline.config.run_file import RunConfig
-    from pipeline.terminal import Console, Stream
+    from pipeline.terminal import Console
 
 _INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it: 128 and the number of the signal."""
-_DESCRIPTION = "Tells what fine-tuning changed inside a language model, and proves it."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
-    with _streams() as output:
+    from pipeline.terminal import standard_streams
+
+    with standard_streams() as output:
         code = _code_of(arguments)
         sys.stdout.flush()
         if output.fault is not None and not isinstance(output.fault, BrokenPipeError):
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _code_of(arguments: Sequence[str] | None) -> int:
-    parser = _parser()
+    parser = make_parser()
     parsed = parser.parse_args(arguments)
     if parsed.command is None:
         parser.print_help()
@@ -60,107 +61,6 @@ def _code_of(arguments: Sequence[str] | None) -> int:
         return _INTERRUPTED
 
 
-@contextmanager
-def _streams() -> Iterator["Stream"]:
-    """Standard output and error as streams that spell control characters and outlive their readers; the output.
-
-    A descriptor that was closed before the start is opened on nothing: the next file would get its number.
-    """
-    from pipeline.terminal import Stream
-
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
-    before = sys.stdout, sys.stderr
-    for stream in before:
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a locale without the letters of a label
-    nothing = io.StringIO()
-    output, errors = (Stream(stream or nothing, is_plain=True) for stream in before)
-    sys.stdout, sys.stderr = cast("TextIO", output), cast("TextIO", errors)
-    try:
-        yield output
-    finally:
-        sys.stdout, sys.stderr = before
-
-
-class _Version(argparse.Action):
-    """Looks the version up where it is asked for: importing the package metadata takes as long as all else here."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from importlib.metadata import version
-
-        print(f"crossray {version('crossray')}")
-        parser.exit()
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="crossray", description=_DESCRIPTION)
-    parser.add_argument("--version", action=_Version, nargs=0, help="show program's version number and exit")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, text in (
-        ("plan", "print every step with its state, and what the run will cost; touches nothing"),
-        ("run", "make what is missing, then print the verdict"),
-        ("layers", "measure at which layer the models differ, and name the layer to look at"),
-        ("report", "render the report again from finished artifacts"),
-        ("benchmark", "score recipes by planted truth: a benchmark file, or a finished run with planted labels"),
-        ("submit", "run as a job of a Ray cluster and follow its log; the job goes on without this terminal"),
-    ):
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("file", help="run file (YAML)")
-        _add_pairs(command, "--set", "override a key of the run file, e.g. crosscoders.l1.sparsity.mu=0.02")
-        if name == "benchmark":
-            text = "judge a crosscoder from elsewhere too: folder, file or hub id; fitted on that seed's activations"
-            _add_pairs(command, "--checkpoint", text, "NAME[@SEED]=SOURCE")
-        if name == "plan":
-            command.add_argument("--gpu", default="A100", help="GPU to assume for stages that ask for one (A100)")
-        if name == "submit":
-            command.add_argument("--name", help="name of the job; the run's name and the time by default")
-            _add_pairs(command, "--env", "environment variable of the job; no secrets, they are readable there")
-            command.add_argument("--detach", action="store_true", help="return at once instead of following the log")
-            _add_address(command)
-    _add_init(commands)
-    text = "check every finished artifact of a run, or of a whole storage root, byte by byte; reads only"
-    command = commands.add_parser("verify", help=text, description=text)
-    what = command.add_mutually_exclusive_group(required=True)
-    what.add_argument("file", nargs="?", help="run file (YAML)")
-    what.add_argument("--root", help="storage root: a folder or URL with artifacts")
-    _add_pairs(command, "--set", "override a key of the run file")
-    for name, text in (
-        ("status", "list the jobs of a cluster, or one of them"),
-        ("logs", "print a job's log"),
-        ("stop", "ask a job to end; what it has finished stays"),
-    ):
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("job", help="name of the job", nargs="?" if name == "status" else None)
-        if name == "logs":
-            command.add_argument("--follow", action="store_true", help="go on until the job ends")
-        _add_address(command)
-    return parser
-
-
-def _add_init(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    text = "write a complete, commented run file for two models; from local folders or known hub ids, without a network"
-    command = commands.add_parser("init", help=text, description=text)
-    command.add_argument("base", help="hub id or folder of the base model")
-    command.add_argument("chat", help="of the fine-tuned model, or the folder of a LoRA adapter of the base model")
-    command.add_argument("--texts", help="your texts: .jsonl or .parquet with a column text, or .txt")
-    command.add_argument("--dialogues", help="your dialogues: .jsonl or .parquet with a column messages")
-    command.add_argument("--name", help="name of the run; the chat model's by default")
-    command.add_argument("--output", help="where to write; NAME.yaml by default, never over a file that is there")
-
-
-def _add_pairs(command: argparse.ArgumentParser, option: str, text: str, shape: str = "KEY=VALUE") -> None:
-    command.add_argument(option, action="append", default=[], metavar=shape, help=text)
-
-
-def _add_address(command: argparse.ArgumentParser) -> None:
-    text = "the cluster's dashboard; RAY_API_SERVER_ADDRESS or http://127.0.0.1:8265 by default"
-    command.add_argument("--address", help=text)
-
-
 def _config(parsed: argparse.Namespace) -> "RunConfig":
     from pipeline.config.run_file import load
 
@@ -174,12 +74,36 @@ def _set_library_defaults() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
+def _schema(parsed: argparse.Namespace) -> int:
+    from pipeline.config.json_schema import schema_text
+
+    if parsed.kind == "show":
+        from pipeline.library.summary import Summary
+
+        print(schema_text(Summary, is_yaml=False), end="")
+        return 0
+    from pipeline.config.run_file import RunConfig
+    from pipeline.planted.settings import BenchmarkConfig
+
+    print(schema_text(RunConfig if parsed.kind == "run" else BenchmarkConfig), end="")
+    return 0
+
+
+def _completion(parsed: argparse.Namespace) -> int:
+    print(completion(parsed.shell))
+    return 0
+
+
 def _plan(parsed: argparse.Namespace) -> int:
+    _print_plan(_config(parsed), parsed.gpu)
+    return 0
+
+
+def _print_plan(config: "RunConfig", gpu: str) -> None:
     from pipeline.planning.estimate import estimate_text
     from pipeline.run.runner import inspect, notes
     from pipeline.storage.filesystem import Storage
 
-    config = _config(parsed)
     storage = Storage(config.storage.root)
     states = inspect(config, storage)
     width = max(len(state.step.name) for state in states)
@@ -190,28 +114,61 @@ def _plan(parsed: argparse.Namespace) -> int:
             print(f"  {'':<8}{'':<{width}}    {line}")
     for line in notes(config, storage):
         print(line)
-    print(estimate_text(config, states, storage, gpu=parsed.gpu))
-    return 0
+    print(estimate_text(config, states, storage, gpu=gpu))
 
 
 def _init(parsed: argparse.Namespace) -> int:
-    from pipeline.planning.draft import Corpora, draft, machine_here, write_draft
-
-    corpora = Corpora(parsed.texts, parsed.dialogues)
-    text = draft(parsed.base, parsed.chat, corpora, machine_here("runs"), name=parsed.name)
-    path = write_draft(text, parsed.output)
-    print(f"file     {path}")
+    path = _write_draft(parsed)
     print(f"next     crossray plan {path}")
     return 0
 
 
+def _write_draft(parsed: argparse.Namespace) -> Path:
+    from pipeline.planning.draft import Corpora, draft, draft_path, machine_here, write_draft
+
+    path = draft_path(parsed.chat, name=parsed.name, output=parsed.output)
+    if parsed.command == "diff" and path.exists():
+        print(f"file     {path}, which is there already and is used as it stands")
+        return path
+    corpora = Corpora(parsed.texts, parsed.dialogues)
+    write_draft(draft(parsed.base, parsed.chat, corpora, machine_here("runs"), name=parsed.name), path)
+    print(f"file     {path}")
+    return path
+
+
+def _diff(parsed: argparse.Namespace) -> int:
+    from pipeline.config.run_file import load
+
+    path = _write_draft(parsed)
+    config = load(path)
+    _print_plan(config, parsed.gpu)
+    if not _is_agreed("run this now?", parsed):
+        print(f"next     crossray run {path}")
+        return 0
+    return _make(config)
+
+
+def _is_agreed(question: str, parsed: argparse.Namespace) -> bool:
+    """Whether the user wants it: by --yes, else by an answer; where nobody can answer, no."""
+    if parsed.yes:
+        return True
+    if sys.stdin is None or not sys.stdin.isatty():
+        print(f"nothing was done: {question} Say so with --yes")
+        return False
+    print(f"{question} [y/N] ", end="", flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def _run(parsed: argparse.Namespace) -> int:
+    return _make(_config(parsed))
+
+
+def _make(config: "RunConfig") -> int:
     from pipeline.run import runner
     from pipeline.storage.filesystem import Storage
     from pipeline.terminal import format_seconds
     from pipeline.tracking.log_file import run_logging
 
-    config = _config(parsed)
     with _console() as console, run_logging(Storage(config.storage.root), config.name, console.note) as log:
         outcome = runner.run(config, console)
     print(outcome.verdict)
@@ -220,6 +177,58 @@ def _run(parsed: argparse.Namespace) -> int:
     if log.is_written:
         print(f"log      {log.url}")
     print(f"time     {format_seconds(outcome.seconds)}")
+    return 0
+
+
+def _track(parsed: argparse.Namespace) -> int:
+    from pipeline.run import runner
+
+    with _console() as console:
+        link = runner.track(_config(parsed), console)
+    print(f"mlflow   {link}")
+    return 0
+
+
+def _runs(parsed: argparse.Namespace) -> int:
+    from pipeline.run.kept import kept_runs, runs_text
+    from pipeline.storage.filesystem import Storage
+
+    print(runs_text(kept_runs(Storage(parsed.root))))
+    return 0
+
+
+def _show(parsed: argparse.Namespace) -> int:
+    from pipeline.library.runs import open_run
+    from pipeline.library.summary import latents_text
+
+    run = open_run(parsed.root, parsed.name)
+    summary = run.summary(num_latents=parsed.latents)
+    if parsed.json:
+        print(summary.model_dump_json(indent=1, ensure_ascii=True))
+        return 0
+    print(f"{run.verdict()}\n\n{latents_text(summary)}", end="")
+    print(f"report   {summary.report}")
+    return 0
+
+
+def _compare(parsed: argparse.Namespace) -> int:
+    from pipeline.library.comparison import compare
+    from pipeline.library.runs import open_run
+
+    print(compare(open_run(parsed.root, parsed.a), open_run(parsed.root, parsed.b)).text)
+    return 0
+
+
+def _rm(parsed: argparse.Namespace) -> int:
+    from pipeline.run.kept import removal, remove
+    from pipeline.storage.filesystem import Storage
+
+    storage = Storage(parsed.root)
+    planned = removal(storage, parsed.names, older_than_days=parsed.older_than)
+    print(planned.text)
+    if planned.sizes and _is_agreed("remove them?", parsed):
+        remove(storage, planned)
+        print("removed")
     return 0
 
 
@@ -349,7 +358,8 @@ def _stop(parsed: argparse.Namespace) -> int:
 def _verify(parsed: argparse.Namespace) -> int:
     from pipeline.run.flow import build_flow
     from pipeline.run.runner import with_measured_layer
-    from pipeline.run.verify import all_folders, verify
+    from pipeline.run.verify import verify
+    from pipeline.storage.artifacts import all_folders
     from pipeline.storage.filesystem import Storage
 
     if parsed.root is not None:
@@ -368,14 +378,22 @@ def _verify(parsed: argparse.Namespace) -> int:
 
 _COMMANDS = {
     "init": _init,
+    "diff": _diff,
     "plan": _plan,
     "run": _run,
     "layers": _layers,
     "report": _report,
+    "track": _track,
     "benchmark": _benchmark,
     "verify": _verify,
+    "runs": _runs,
+    "show": _show,
+    "compare": _compare,
+    "rm": _rm,
     "submit": _submit,
     "status": _status,
     "logs": _logs,
     "stop": _stop,
+    "schema": _schema,
+    "completion": _completion,
 }

@@ -384,22 +384,12 @@ CONTROL_COLUMNS = (
     Column("note", "string", "the numbers behind it, as a sentence"),
 )
 
-POWER_COLUMNS = (
-    Column("concept", "int32", "number of a concept put into the chat model's rows"),
-    Column("strength", "float64", "its mean norm where it is present, in multiples of the rows' root mean square"),
-    Column("latent", "int32", "the latent whose chat decoder is most like it, in the crosscoder that saw it"),
-    Column("cosine", "float64", "cosine of the two"),
-    Column("verdict", "string", "that latent's verdict"),
-    Column("is_found", "bool", "called chat-specific, with a cosine of at least 0.7"),
-)
-
 EQUIVALENCE_COLUMNS = (
     Column("latent", "int32", "index in the dictionary"),
     Column("verdict", "string", "its verdict"),
     *interval_columns("agreement", "cosine of the effects of d^chat and d^base on the chat model's next tokens"),
     Column("num_conversations", "int64", "conversations in which it was tried and had an effect"),
 )
-
 
 SEED_COLUMNS = (
     Column("other", "string", "name of the crosscoder that differs in its seed alone"),

@@ -5,15 +5,18 @@ log as a new plain line every few seconds. Messages go to the run's log file too
 imported when the first line is drawn, so that commands which draw nothing do not wait for it.
 """
 
+import io
 import logging
 import os
 import re
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import IO, TYPE_CHECKING, Any, Protocol, cast
+from typing import IO, TYPE_CHECKING, Any, Protocol, TextIO, cast
 
 from pipeline.errors import redacted
 
@@ -80,6 +83,30 @@ class Stream:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._file.fileno())  # what is still in a buffer goes there
             os.close(null)
+
+
+@contextmanager
+def standard_streams() -> Iterator[Stream]:
+    """Standard output and error as streams that spell control characters and outlive their readers; the output.
+
+    A descriptor that was closed before the start is opened on nothing: the next file would get its number.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a locale without the letters of a label
+    nothing = io.StringIO()
+    output, errors = (Stream(stream or nothing, is_plain=True) for stream in before)
+    sys.stdout, sys.stderr = cast("TextIO", output), cast("TextIO", errors)
+    try:
+        yield output
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 class Reporter(Protocol):

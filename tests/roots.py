@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.run.verify import Verified, all_folders, verify
+from pipeline.run.verify import Verified, verify
 from pipeline.schema import Flag
 from pipeline.stages.tokens import INDEX_NAME, INDEX_SCHEMA
 from pipeline.storage.activation_store import MANIFEST_NAME, Manifest, Shard
-from pipeline.storage.artifacts import ArtifactKey, artifact_key, write_record
+from pipeline.storage.artifacts import ArtifactKey, all_folders, artifact_key, write_record
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.shards import Rows, publish_shard
 from pipeline.storage.tables import TOKEN_SCHEMA, write_table

@@ -9,6 +9,7 @@ import pytest
 from runs import environment, run_file
 
 from pipeline import cli
+from pipeline.arguments import SHELLS, completion
 from pipeline.errors import InputError
 
 
@@ -122,3 +123,24 @@ def test_a_warning_of_ours_reaches_the_user_and_only_once(
     monkeypatch.setitem(cli._COMMANDS, "plan", warn)
     assert cli.main(["plan", "any.yaml"]) == 0
     assert capsys.readouterr().err == "warning: the store is slow\n"
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_shell_learns_every_command_and_option(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(command in script for command in cli._COMMANDS)
+    assert "checkpoint" in script and "older" in script and "benchmark" in script
+
+
+def test_bash_completes_what_was_begun(tmp_path: Path) -> None:
+    (tmp_path / "pair.yaml").touch()
+    words = {"crossray ru": {"run", "runs"}, "crossray show --js": {"--json"}, "crossray plan pai": {"pair.yaml"}}
+    asked = "".join(
+        f"COMP_WORDS=({line}); COMP_CWORD={len(line.split()) - 1}; COMPREPLY=(); _shtab_crossray; "
+        'echo "${COMPREPLY[@]}"\n'
+        for line in words
+    )
+    script = completion("bash") + "\n" + asked
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert [set(line.split()) for line in done.stdout.splitlines()] == list(words.values()), done.stderr

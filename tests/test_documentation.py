@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.cli import _parser
+from pipeline.arguments import make_parser
 from pipeline.config.data import ModelsSection
 from pipeline.config.run_file import RunConfig, load
 
@@ -32,8 +32,11 @@ NAMING = [*files("*.md", "*.yaml", "*.sh", "Dockerfile"), *sorted((ROOT / "infra
 PLACES = ("", "pipeline", "workloads", "infra", "pipeline/numerics")
 """Where a path in running text may start, beside the document's own folder."""
 README = (ROOT / "README.md").read_text()
-(RUN_FILE,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-WISHES = re.findall(r"^\| (.+?) \| (.*`.+`.*) \|$", README.split("| want | write |")[1].split("\n\n")[0], re.MULTILINE)
+OWN_PAIR = (ROOT / "docs" / "own-pair.md").read_text()
+RUN_FILE = re.findall(r"```yaml\n(.*?)```", OWN_PAIR, re.DOTALL)[0]
+WISHES = re.findall(
+    r"^\| (.+?) \| (.*`.+`.*) \|$", OWN_PAIR.split("| want | write |")[1].split("\n\n")[0], re.MULTILINE
+)
 
 
 def by_name(path: Path) -> str:
@@ -54,7 +57,7 @@ def with_wish(tree: dict[str, Any], text: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("text", ["", *(text for _, text in WISHES)], ids=["plain", *(want for want, _ in WISHES)])
-def test_the_readmes_run_file_and_every_wish_load(text: str, tmp_path: Path) -> None:
+def test_the_run_file_of_the_guide_and_every_wish_load(text: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     tree = with_wish(yaml.safe_load(RUN_FILE), text)
     path.write_text(yaml.safe_dump(tree))
@@ -63,13 +66,8 @@ def test_the_readmes_run_file_and_every_wish_load(text: str, tmp_path: Path) -> 
 
 
 def test_sections_of_run_files_in_the_other_documents_load(tmp_path: Path) -> None:
-    """Each block completes the README's run file."""
-    blocks = [
-        block
-        for path in DOCUMENTS
-        if path.name != "README.md"
-        for block in re.findall(r"```yaml\n(.*?)```", path.read_text(), re.DOTALL)
-    ]
+    """Each block completes the run file of docs/own-pair.md."""
+    blocks = [block for path in DOCUMENTS for block in re.findall(r"```yaml\n(.*?)```", path.read_text(), re.DOTALL)]
     assert blocks
     for block in blocks:
         path = tmp_path / "run.yaml"
@@ -85,17 +83,17 @@ def commands() -> list[str]:
         found += re.findall(r"^ {4,}(crossray \w+.*)$", text, re.MULTILINE)
         found += re.findall(r"^# +(?:\w+: +)?(crossray \w+ [^()\n]+)", text, re.MULTILINE)
         found += re.findall(r"`(crossray \w+ [^`|]+)`", text)
-    return [re.sub(r"\s+#.*$", "", line).strip() for line in found]
+    return [re.sub(r"\s+[#>].*$", "", line).strip() for line in found]
 
 
 @pytest.mark.parametrize("line", sorted(set(commands())))
 def test_every_command_of_the_documents_is_one(line: str) -> None:
-    parsed = _parser().parse_args(shlex.split(line)[1:])
+    parsed = make_parser().parse_args(shlex.split(line)[1:])
     assert parsed.command == shlex.split(line)[1]
 
 
 def test_every_command_of_the_command_line_is_documented() -> None:
-    (choices,) = [action.choices for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    (choices,) = [action.choices for action in make_parser()._actions if isinstance(action, argparse._SubParsersAction)]
     assert {shlex.split(line)[1] for line in commands()} == set(choices)
 
 
@@ -177,8 +175,9 @@ def test_every_page_of_the_documentation_is_listed_in_its_index() -> None:
     assert {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"} <= listed
 
 
-def test_the_readmes_tree_is_the_folder() -> None:
-    (tree,) = [block for block in README.split("```")[1::2] if block.startswith("\npipeline/")]
+def test_the_tree_of_the_rooms_is_the_folder() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    (tree,) = [block for block in text.split("```")[1::2] if block.startswith("\npipeline/")]
     lines = tree.strip("\n").splitlines()
     inner = {line.split()[0] for line in lines if line.startswith("  ")}
     present = {
@@ -192,7 +191,7 @@ def test_the_readmes_tree_is_the_folder() -> None:
 
 
 def test_the_readme_is_one_page_whose_picture_is_small() -> None:
-    assert README.count("\n") <= 150
+    assert README.count("\n") <= 100
     before_any_scroll = README.split("## ")[0]
     (picture,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", before_any_scroll)
     assert (ROOT / picture).stat().st_size < 300_000

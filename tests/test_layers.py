@@ -174,6 +174,7 @@ def test_the_wheel_holds_the_package_and_nothing_else() -> None:
 LOADED_BY_OTHERS = {
     "s3fs": "fsspec, for s3://",
     "psycopg": "MLflow, for PostgreSQL",
+    "gguf": "transformers, for models in GGUF files",
 }
 """Declared packages that no file imports, and who does."""
 
@@ -184,8 +185,8 @@ def declared(*extras: str) -> dict[str, Requirement]:
     return {canonicalize_name(requirement.name): requirement for requirement in map(Requirement, asked)}
 
 
-RUNTIME = ("hub", "lora", "spread", "services", "triton")
-DEVELOPMENT = ("test", "check")
+RUNTIME = ("hub", "lora", "spread", "gguf", "services", "triton")
+DEVELOPMENT = ("test", "docs", "check")
 
 
 def test_what_the_package_imports_is_declared_and_what_is_declared_is_imported() -> None:

@@ -15,9 +15,18 @@ import torch
 from torch import Tensor
 
 from pipeline.analyses.controls import control_row, share_of_trials
-from pipeline.schema import POWER_COLUMNS, Control, Verdict
+from pipeline.schema import Column, Control, Verdict
 
 MIN_COSINE = 0.7
+
+POWER_COLUMNS = (
+    Column("concept", "int32", "number of a concept put into the chat model's rows"),
+    Column("strength", "float64", "its mean norm where it is present, in multiples of the rows' root mean square"),
+    Column("latent", "int32", "the latent whose chat decoder is most like it, in the crosscoder that saw it"),
+    Column("cosine", "float64", "cosine of the two"),
+    Column("verdict", "string", "that latent's verdict"),
+    Column("is_found", "bool", "called chat-specific, with a cosine of at least 0.7"),
+)
 
 
 def strengths_of(num_concepts: int, strengths: Sequence[float]) -> Tensor:
@@ -26,7 +35,7 @@ def strengths_of(num_concepts: int, strengths: Sequence[float]) -> Tensor:
 
 
 def power_table(d_chat_FD: Tensor, latents: pd.DataFrame, direction_CD: Tensor, strength_C: Tensor) -> pd.DataFrame:
-    """schema.POWER_COLUMNS: for every concept the latent that is most like it, and whether it was found.
+    """POWER_COLUMNS: for every concept the latent that is most like it, and whether it was found.
 
     d_chat_FD: the chat decoder in units of the activations. latents: the table of the crosscoder that saw the concepts.
     """

@@ -54,7 +54,7 @@ class HubModel(_NoisyModel):
 
     kind: Literal["pretrained"] = "pretrained"
     source: str
-    """Hub id (google/gemma-2-2b) or local folder."""
+    """Hub id (google/gemma-2-2b), local folder, or GGUF file (needs the package gguf)."""
     revision: str | None = None
     """Commit or tag of a hub id. Without one, a change on the hub can change the result of the same file."""
     adapter: str | None = None

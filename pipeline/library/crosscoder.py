@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from pipeline.checkpoints.layouts import PublishedCrosscoder
+    from pipeline.library.dashboard import Dashboard
+    from pipeline.library.rows import Rows
 
 
 class Crosscoder(numerics.Crosscoder):
@@ -81,6 +83,54 @@ class Crosscoder(numerics.Crosscoder):
         made = cls.from_checkpoint(crosscoder.to_checkpoint()).to(crosscoder.W_dec_FMD.device)
         made.origin = origin
         return made
+
+    def examples(
+        self,
+        rows: "Rows",
+        latent: int | Sequence[int],
+        *,
+        num_contexts: int = 5,
+        window_tokens: int = 16,
+        tokenizer: Any = None,
+    ) -> "pd.DataFrame":
+        """The strongest contexts of a latent, or of several: each from another document, with f at every token.
+
+        Args:
+            rows: of this crosscoder's pair and layer.
+            latent: index or indices, below num_latents.
+            num_contexts: at most so many per latent; a latent that never fires has none.
+            window_tokens: tokens before and after the strongest one.
+            tokenizer: for rows that were loaded; rows of a pair in memory know theirs.
+
+        Returns:
+            One row per context, columns of schema.EXAMPLE_COLUMNS.
+        """
+        from pipeline.library.dashboard import find_examples
+
+        latents = [latent] if isinstance(latent, int) else list(latent)
+        sizes = {"num_contexts": num_contexts, "window_tokens": window_tokens}
+        return find_examples(self, rows, latents, **sizes, tokenizer=tokenizer)
+
+    def dashboard(
+        self, latent: int, rows: "Rows", *, latents: "pd.DataFrame | None" = None, tokenizer: Any = None
+    ) -> "Dashboard":
+        """A page of one latent, which a notebook shows: verdict, numbers with intervals, examples.
+
+        Args:
+            latent: index below num_latents.
+            rows: what the examples are taken from.
+            latents: the latent table of `crossray.latents`; made from these rows if left out.
+            tokenizer: as in `examples`.
+        """
+        from pipeline.library.dashboard import Dashboard
+        from pipeline.library.tables import latents as latent_table
+        from pipeline.report.data import CrosscoderReport
+
+        examples = self.examples(rows, latent, tokenizer=tokenizer)
+        table = latent_table(self, rows) if latents is None else latents
+        if len(table) != self.num_latents:
+            raise InputError(f"latents: expected a table of {self.num_latents} latents, got one of {len(table)}")
+        return Dashboard(CrosscoderReport(name="crosscoder", kind="", latents=table, examples=examples), latent)
 
     def to_checkpoint(self) -> "PublishedCrosscoder":
         """What goes into a file, the origin included."""

@@ -114,7 +114,8 @@ class Pair:
         if len(rows.x_BMD) == 0:
             raise InputError("texts: expected tokens that become rows, got none; see drop_first_tokens of load_pair")
         dialogues = tuple(index for index, name in enumerate(corpora) if name == DIALOGUES)
-        return Rows.of(rows, corpus_B, corpora=corpora, origin=self.origin, dialogue_corpora=dialogues)
+        about = {"corpora": corpora, "origin": self.origin, "dialogue_corpora": dialogues}
+        return Rows.of(rows, corpus_B, **about, tokenizer=self.tokenizer)
 
     def difference(self, texts: Sequence[Text]) -> Difference:
         """Whether the two models can be told apart on these texts, and how different they are.

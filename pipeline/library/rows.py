@@ -47,6 +47,8 @@ class Rows:
     """Rows of each shard."""
     dialogue_corpora: tuple[int, ...] = ()
     """Indices of the corpora that hold dialogues."""
+    tokenizer: Any = None
+    """Of the pair, for the texts of examples; None for rows that were loaded."""
     known_moments: StoredMoments | None = None
     """As the store gives them that the rows were read from: a run's, to the last bit."""
 
@@ -187,7 +189,7 @@ class Rows:
             Origin.from_json(storage.read_json(key)) if storage.exists(key) else None,
             tuple(shard.num_rows for shard in found),
             store.manifest.dialogue_corpora,
-            store.manifest.moments[split],
+            known_moments=store.manifest.moments[split],
         )
 
     def store(self) -> "MemoryStore":

@@ -11,13 +11,17 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 
+from pipeline.analyses.latent_sets import require_latents
 from pipeline.config.presets import with_preset
 from pipeline.config.run_file import RunConfig, load, validated
 from pipeline.errors import ArtifactError, InputError
 from pipeline.library.crosscoder import Crosscoder
+from pipeline.library.dashboard import Dashboard
 from pipeline.library.fitting import reporting
 from pipeline.library.origin import ModelOrigin, Origin
 from pipeline.library.rows import Rows
+from pipeline.library.summary import CrosscoderSummary, Summary, crosscoder_summary
+from pipeline.report.data import CrosscoderReport
 from pipeline.schema import TABLE_METADATA, Split
 from pipeline.stages.finished_crosscoder import open_crosscoder, read_curve
 from pipeline.storage.artifacts import RECORD_NAME, Record, parse_record
@@ -83,6 +87,10 @@ class Run:
         """Of the run."""
         self.crosscoders: tuple[str, ...] = tuple(report.identity["section"]["crosscoders"])
         """Names of its crosscoders."""
+        self.created = str(report.provenance.get("created", ""))
+        """When its report was written, ISO 8601."""
+        self.labels: tuple[str, str] = (str(report.counts.get("base", "")), str(report.counts.get("chat", "")))
+        """The base and the chat model, as the report names them; empty in reports of version 0.1."""
         self._folder = f"{report.stage}/{report.fingerprint}"
         self._inputs: dict[str, str] = report.identity["inputs"]
 
@@ -149,6 +157,65 @@ class Run:
         frame: pd.DataFrame = read_table(self.storage, f"{folder}/{wanted}").to_pandas()
         return frame
 
+    def dashboard(self, name: str, latent: int) -> Dashboard:
+        """A page of one latent of a crosscoder, which a notebook shows: what the report has of it."""
+        table = self.latents(name)
+        require_latents([latent], len(table), "latent")
+        examples, steering, planted = (self._optional(stage, name) for stage in ("examples", "steering", "planted"))
+        samples = None if steering is None else self.table("steering", name, file="samples")
+        report = CrosscoderReport(
+            name=name,
+            kind="",
+            latents=table,
+            examples=examples,
+            steering=steering,
+            steering_samples=samples,
+            planted=planted,
+        )
+        return Dashboard(report, latent)
+
+    def has(self, stage: str, name: str = "") -> bool:
+        """Whether the run has an artifact of this stage, for one crosscoder where it has one."""
+        return f"{stage} {name}".rstrip() in self._inputs
+
+    def settings(self) -> dict[str, Mapping[str, Any]]:
+        """What was asked of each step, by stage and crosscoder: the sections that its fingerprint covers."""
+        return {
+            role: self._record(f"{role.partition(' ')[0]}/{own}").identity["section"]
+            for role, own in self._inputs.items()
+        }
+
+    def summary(self, *, num_latents: int = 10) -> Summary:
+        """Verdict, strongest latents, examples, causality and steering as plain values; `.model_dump()` is a dict.
+
+        num_latents: at most so many per crosscoder.
+        """
+        if num_latents < 0:
+            raise InputError(f"expected a number of latents of at least 0, got {num_latents}")
+        return Summary(
+            name=self.name,
+            created=self.created,
+            root=self.storage.root,
+            report=self.report(),
+            base=self.labels[0],
+            chat=self.labels[1],
+            layer=self.origin.layer,
+            is_distinguishable=self.is_distinguishable,
+            crosscoders=tuple(self._summary_of(name, num_latents) for name in self.crosscoders),
+        )
+
+    def _summary_of(self, name: str, num_latents: int) -> CrosscoderSummary:
+        stages = ("examples", "causality", "steering")
+        tables = {stage: self._optional(stage, name) for stage in stages}
+        return crosscoder_summary(name, self.latents(name), **tables, num_latents=num_latents)
+
+    @property
+    def is_distinguishable(self) -> bool | None:
+        """Whether the two models can be told apart at all; None where that was not measured."""
+        if not self.has("evidence"):
+            return None
+        return bool(self._record(self._folder_of("evidence", "")).counts["is_distinguishable"])
+
     def rows(self, split: str = Split.VALIDATION) -> Rows:
         """The run's rows of one split, in memory; validation by default, which latents are judged on."""
         folder = self.storage.url(self._folder_of("activations", ""))
@@ -160,6 +227,10 @@ class Run:
         section = self._record(self._folder_of("activations", "")).identity["section"]
         base, chat = (_named(section["models"][name]) for name in ("base", "chat"))
         return Origin(base, chat, int(section["layer"]))
+
+    def _optional(self, stage: str, name: str) -> pd.DataFrame | None:
+        """A table; None where its analysis was off."""
+        return self.table(stage, name) if self.has(stage, name) else None
 
     def _folder_of(self, stage: str, name: str) -> str:
         """The artifact of a step; InputError for a name that is not there."""
@@ -188,6 +259,6 @@ def _reports(storage: Storage) -> list[_Found]:
 
 
 def _named(identity: Mapping[str, Any]) -> ModelOrigin:
-    source = str(identity.get("source", ""))
-    is_content = source.startswith("sha256:") or "adapter" in identity
-    return ModelOrigin("" if is_content else source)
+    """A model of the hub by its id; one that is known by its content, or with an adapter, has no name."""
+    source = identity.get("source")
+    return ModelOrigin(source if isinstance(source, str) and "adapter" not in identity else "")

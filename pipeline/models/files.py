@@ -11,8 +11,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import InputError
+
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+GGUF_SUFFIX = ".gguf"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", GGUF_SUFFIX)
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _CONFIG = ("config.json", "generation_config.json")
 _TOKENIZER = (
@@ -28,6 +31,21 @@ def existing_path(source: str) -> Path | None:
         return path if path.exists() else None
     except (OSError, RuntimeError, ValueError):  # too long, of an unknown user, with a NUL
         return None
+
+
+def gguf_file(source: str) -> Path | None:
+    """The GGUF file that a source names: itself, or the only one in a folder that holds no other model.
+
+    None where it names none; InputError for a folder with several.
+    """
+    path = existing_path(source)
+    if path is None or path.is_file():
+        return path if path is not None and path.suffix == GGUF_SUFFIX else None
+    found = [] if (path / "config.json").exists() else sorted(path.glob(f"*{GGUF_SUFFIX}"))
+    if len(found) > 1:
+        names = ", ".join(one.name for one in found)
+        raise InputError(f"model {source!r}: expected a folder with one GGUF file, got {names}; name one of them")
+    return found[0] if found else None
 
 
 def loaded_files(folder: Path, *, with_code: bool = False) -> dict[str, list[Path]]:

@@ -19,6 +19,8 @@ from pipeline.errors import InputError
 from pipeline.models.adapters import attach_adapter, check_adapter, merge_adapter, require_all_keys
 from pipeline.models.decoder import SplitDecoder, check_layer
 from pipeline.models.failures import is_out_of_memory
+from pipeline.models.files import GGUF_SUFFIX, gguf_file, read_config
+from pipeline.models.known import known_config
 from pipeline.models.noise import add_weight_noise
 from pipeline.models.placement import Placement, put
 from pipeline.models.shared_layers import count_unadapted_layers, share_equal_prefix
@@ -34,7 +36,7 @@ class ModelSpec(NamedTuple):
     """Where one model comes from."""
 
     source: str
-    """Folder with config.json and weights, or a hub id."""
+    """Folder with config.json and weights, a GGUF file or its folder, or a hub id."""
     revision: str | None = None
     """Commit, tag or branch on the hub; None takes the default branch."""
     adapter: str | None = None
@@ -162,7 +164,7 @@ def check_pair(base: ModelSpec, chat: ModelSpec, *, layer: int) -> PairShape:
     InputError where a model is missing, the layer is out of range (names the number of layers), or widths disagree.
     Vocabularies may: `check_used_ids` asks about the ids in use.
     """
-    configs = [_load_config(spec) for spec in (base, chat)]
+    configs = [load_config(spec) for spec in (base, chat)]
     for name, spec, config in zip(MODEL_NAMES, (base, chat), configs, strict=True):
         check_layer(layer, config.num_hidden_layers, f"the {name} model {spec.source!r}")
     base_width, chat_width = (config.hidden_size for config in configs)
@@ -185,7 +187,7 @@ def check_used_ids(specs: Sequence[ModelSpec], tokenizers: Sequence[Any], used_i
     """
     for name, spec, tokenizer in zip(MODEL_NAMES, specs, tokenizers, strict=True):
         replaced = {old for old, _ in spec.token_replacements}
-        num_rows = _load_config(spec).vocab_size
+        num_rows = load_config(spec).vocab_size
         asked = sorted({int(index) for index in used_ids} - replaced)
         tokens = tokenizer.convert_ids_to_tokens(asked)
         lacking = [index for index, token in zip(asked, tokens, strict=True) if index >= num_rows or token is None]
@@ -211,6 +213,8 @@ def check_model(spec: ModelSpec, *, attn_implementation: str | None = None, is_u
     folder = Path(spec.source).expanduser()
     what = f"model {spec.source!r}"
     config = _load(AutoConfig, spec, "a model")
+    if gguf_file(spec.source) is not None:  # one file, which the library turns into plain weights when it loads it
+        return
     quantisation = getattr(config, "quantization_config", None)
     is_quantised = check_quantisation(quantisation, what, is_used_here=is_used_here)
     if is_quantised or find_spec("accelerate") is None:  # without it, the library builds nothing on the meta device
@@ -224,15 +228,22 @@ def check_model(spec: ModelSpec, *, attn_implementation: str | None = None, is_u
 
 
 def is_local(spec: ModelSpec) -> bool:
-    """Whether a model lies in a folder of this machine."""
-    return Path(spec.source).expanduser().is_dir()
+    """Whether a model lies in a folder of this machine, or is a GGUF file there."""
+    return Path(spec.source).expanduser().is_dir() or gguf_file(spec.source) is not None
+
+
+def is_here(spec: ModelSpec) -> bool:
+    """Whether a model is on this machine, in a folder or in the hub's cache."""
+    return is_local(spec) or bool(read_config(spec.source, spec.revision))
 
 
 def is_config_alone(spec: ModelSpec) -> bool:
     """Whether a folder holds a configuration and nothing else of a model: enough to plan with, not to run."""
     folder = Path(spec.source).expanduser()
-    suffixes = (".safetensors", ".bin", ".index.json")
-    return not any(path.name.endswith(suffixes) or "token" in path.name for path in folder.iterdir())
+    suffixes = (".safetensors", ".bin", ".index.json", GGUF_SUFFIX)
+    return folder.is_dir() and not any(
+        path.name.endswith(suffixes) or "token" in path.name for path in folder.iterdir()
+    )
 
 
 def load_tokenizer(spec: ModelSpec) -> Any:
@@ -254,8 +265,13 @@ def load_tokenizer(spec: ModelSpec) -> Any:
     return tokenizer
 
 
-def _load_config(spec: ModelSpec) -> Any:
-    config = _load(AutoConfig, spec, "a model").get_text_config()
+def load_config(spec: ModelSpec) -> Any:
+    """The text model's configuration; of a known model that is not on this machine, without a network.
+
+    InputError where there is none, or where it does not name the model's size.
+    """
+    known = None if is_here(spec) or spec.revision else known_config(spec.source)
+    config = known or _load(AutoConfig, spec, "a model").get_text_config()
     for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
         value = getattr(config, name, None)
         if not isinstance(value, int) or value < 1:
@@ -322,11 +338,15 @@ def _commit(model: Any) -> str | None:
 
 def _load(loader: Any, spec: ModelSpec, what: str, **options: Any) -> Any:
     """from_pretrained; its errors become one line."""
+    packed = gguf_file(spec.source)
     looks_like_path = spec.source.startswith((".", "/", "~")) or spec.source.count("/") > 1
     source = str(Path(spec.source).expanduser()) if looks_like_path else spec.source
-    if looks_like_path and not Path(source).is_dir():
+    if packed is not None:
+        _require_gguf(spec.source)
+        source, options = str(packed.parent), options | {"gguf_file": packed.name}
+    elif (looks_like_path or source.endswith(GGUF_SUFFIX)) and not Path(source).is_dir():
         raise InputError(f"expected {what} at {spec.source!r}, but there is no such folder; correct the path or hub id")
-    if looks_like_path:
+    elif looks_like_path:
         check_folder(Path(source), f"model {spec.source!r}")
     try:
         with _without_progress_bars():
@@ -340,6 +360,11 @@ def _load(loader: Any, spec: ModelSpec, what: str, **options: Any) -> Any:
             raise
         said = " ".join(str(error).split())[:400] or type(error).__name__
         raise InputError(f"expected {what} at {spec.source!r}, it cannot be loaded: {said}") from error
+
+
+def _require_gguf(source: str) -> None:
+    if find_spec("gguf") is None:
+        raise InputError(f"model {source!r}: expected the package gguf to read it; pip install 'crossray[gguf]'")
 
 
 @contextmanager

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.schema import BASE, CHAT
-
+_BASE, _CHAT = 0, 1
 _BITS = 31
 _FIRST, _SECOND = 0x9E3779B97F4A7C1, 0x3F58476D1CE4E5B
 """Odd multipliers that mix the bits of a hash."""
@@ -38,7 +37,7 @@ class Injection:
         """The rows [B, M, D], float32 or bfloat16, with the concepts in the chat model's; the given rows stay."""
         changed_BMD = x_BMD.clone()
         added_BD = self.strengths(x_BMD) @ self.direction_CD.to(x_BMD.device)
-        changed_BMD[:, CHAT] += added_BD.to(x_BMD.dtype)
+        changed_BMD[:, _CHAT] += added_BD.to(x_BMD.dtype)
         return changed_BMD
 
     def strengths(self, x_BMD: Tensor) -> Tensor:
@@ -49,7 +48,7 @@ class Injection:
             for count in (x_BMD.shape[2], len(self.direction_CD), len(self.direction_CD))
         )
         # bfloat16 is what stores hold, so the hash is the same before and after a row went through one.
-        bits_BD = x_BMD[:, BASE].contiguous().bfloat16().view(torch.int16).long()
+        bits_BD = x_BMD[:, _BASE].contiguous().bfloat16().view(torch.int16).long()
         hash_BC = _mixed((bits_BD * odd_D).sum(1)[:, None] * odd_C + shift_C)
         is_present_BC = _uniform(hash_BC) < self.frequency
         factor_BC = 1 + _STRENGTH_SPREAD * (2 * _uniform(_mixed(hash_BC + 1)) - 1)

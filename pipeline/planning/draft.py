@@ -7,14 +7,13 @@ The file is loaded once before it is written.
 
 import json
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
-from pipeline.config.run_file import load
+from pipeline.config.json_schema import FILE_NAME, header, schema_text
+from pipeline.config.run_file import RunConfig, load
 from pipeline.errors import InputError, first_line
+from pipeline.models.known import KNOWN
 from pipeline.models.loading import ModelSpec, check_pair
 from pipeline.storage.filesystem import Storage
 
@@ -28,23 +27,6 @@ class Shape(NamedTuple):
     """Family in config/presets.py; None where it has none."""
 
 
-KNOWN: Mapping[str, Shape] = {
-    "google/gemma-2-2b": Shape(26, 2304, "gemma-2"),
-    "google/gemma-2-2b-it": Shape(26, 2304, "gemma-2"),
-    "google/gemma-2-9b": Shape(42, 3584, "gemma-2"),
-    "google/gemma-2-9b-it": Shape(42, 3584, "gemma-2"),
-    "meta-llama/Llama-3.2-1B": Shape(16, 2048, "llama-3.2"),
-    "meta-llama/Llama-3.2-1B-Instruct": Shape(16, 2048, "llama-3.2"),
-    "meta-llama/Llama-3.1-8B": Shape(32, 4096, "llama-3.1"),
-    "meta-llama/Llama-3.1-8B-Instruct": Shape(32, 4096, "llama-3.1"),
-    "meta-llama/Llama-3.1-70B": Shape(80, 8192, "llama-3.1"),
-    "meta-llama/Llama-3.1-70B-Instruct": Shape(80, 8192, "llama-3.1"),
-    "Qwen/Qwen2.5-1.5B": Shape(28, 1536, "qwen-2.5"),
-    "Qwen/Qwen2.5-1.5B-Instruct": Shape(28, 1536, "qwen-2.5"),
-    "Qwen/Qwen3-8B-Base": Shape(36, 4096, "qwen-3"),
-    "Qwen/Qwen3-8B": Shape(36, 4096, "qwen-3"),
-}
-"""Models of the ready pairs in workloads/, by hub id."""
 _PRESET_OF_TYPE = {
     "gemma2": "gemma-2",
     "gemma3_text": "gemma-3",
@@ -103,7 +85,8 @@ def draft(base: str, chat: str, corpora: Corpora, machine: Machine, *, name: str
 def shape_of(source: str, argument: str) -> Shape:
     """The shape of a model from the table or from a local folder; nothing is downloaded."""
     if source in KNOWN:
-        return KNOWN[source]
+        known = KNOWN[source]
+        return Shape(known.num_layers, known.width, known.preset)
     path = Path(source).expanduser() / "config.json"
     if not path.is_file():
         raise InputError(
@@ -125,19 +108,23 @@ def machine_here(root: str) -> Machine:
     return Machine(torch.cuda.device_count(), Storage(root).free_bytes())
 
 
-def write_draft(text: str, output: str | None) -> str:
-    """Writes the file, under the run's name unless `output` names it; InputError where a file is there already."""
-    path = Path(output or f"{yaml.safe_load(text)['name']}.yaml")
+def draft_path(chat: str, *, name: str | None, output: str | None) -> Path:
+    """Where the run file of a fine-tuned model goes: under the run's name, unless `output` names it."""
+    return Path(output or f"{name or _name_of(chat)}.yaml")
+
+
+def write_draft(text: str, path: Path) -> None:
+    """Writes the file, and beside it the schema that its first line names; InputError where it is there already."""
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
+        path.with_name(FILE_NAME).write_text(schema_text(RunConfig), encoding="utf-8")
     except FileExistsError as error:
         raise InputError(f"--output: expected a new file, got {str(path)!r}, which exists; name another") from error
     except OSError as error:
         raise InputError(
             f"--output: expected a file that can be written, got {str(path)!r}: {first_line(error)}"
         ) from error
-    return str(path)
 
 
 def _name_of(chat: str) -> str:
@@ -161,6 +148,7 @@ def _text(
     expansion, gpus = (32, 1) if machine.num_gpus else (8, 0)
     precision = ", precision: bfloat16" if machine.num_gpus else ""
     lines = [
+        header(FILE_NAME),
         "# Written by `crossray init`. Every key is documented below its field in pipeline/config/.",
         "# Look at it with `crossray plan`, then give it to `crossray run`.",
         f"name: {_quoted(name)}",

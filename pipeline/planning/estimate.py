@@ -116,7 +116,7 @@ def estimate_text(config: RunConfig, states: "Sequence[StepState]", storage: "St
     unknown = "" if is_complete else " + what depends on the number of tokens"
     lines.append(f"  total        {format_seconds(sum(result.seconds.values()))}{unknown}")
     lines += [f"  {'this machine':<13}{remark}" for remark in _remarks(config, states, result.data)]
-    if result.seconds and shapes.assumed_decoder(config) is not None:
+    if result.seconds and shapes.is_assumed(config):
         lines.append("  assumed      the models' shape from a table, since they are not on this machine")
     if named := _named_nodes(config):
         lines.append(f"  nodes        {named}")

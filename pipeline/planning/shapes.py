@@ -5,7 +5,6 @@ torch and transformers are imported where a model is looked at, so that a finish
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.config.data import HubModel
@@ -19,29 +18,6 @@ if TYPE_CHECKING:
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _NUM_CHOSEN = ("num_experts_per_tok", "moe_top_k", "top_k")
 
-
-class Decoder(NamedTuple):
-    """A gated decoder with grouped attention."""
-
-    num_layers: int
-    width: int
-    mlp_width: int
-    num_heads: int
-    num_key_heads: int
-    head_dim: int
-    vocab_size: int
-
-
-_DECODERS = {
-    "google/gemma-2-2b": Decoder(26, 2304, 9216, 8, 4, 256, 256_000),
-    "google/gemma-2-9b": Decoder(42, 3584, 14_336, 16, 8, 256, 256_000),
-    "meta-llama/Llama-3.2-1B": Decoder(16, 2048, 8192, 32, 8, 64, 128_256),
-    "meta-llama/Llama-3.1-8B": Decoder(32, 4096, 14_336, 32, 8, 128, 128_256),
-    "meta-llama/Llama-3.1-70B": Decoder(80, 8192, 28_672, 64, 8, 128, 128_256),
-    "Qwen/Qwen2.5-1.5B": Decoder(28, 1536, 8960, 12, 2, 128, 151_936),
-    "Qwen/Qwen3-8B": Decoder(36, 4096, 12_288, 32, 8, 128, 151_936),
-}
-"""Of the ready pairs in workloads/, by the hub id without the mark of its tuned version."""
 
 _log = logging.getLogger(__name__)
 
@@ -67,26 +43,18 @@ class ModelShape(NamedTuple):
         return self.active_frac * sum(self.layer_parameters) / self.num_layers
 
 
-def assumed_decoder(config: RunConfig) -> Decoder | None:
-    """The chat model's decoder from a table, where the model is one of the hub that is not on this machine."""
+def is_assumed(config: RunConfig) -> bool:
+    """Whether the chat model's size is taken from a table, since the model is one of the hub that is not here."""
     from pipeline.models.files import read_config
+    from pipeline.models.known import KNOWN
 
     chat = config.models.chat
-    is_here = not isinstance(chat, HubModel) or bool(read_config(chat.source, chat.revision))
-    return None if is_here else _DECODERS.get(_source(config).removesuffix("-it").removesuffix("-Instruct"))
-
-
-def _source(config: RunConfig) -> str:
-    chat = config.models.chat
-    return chat.source if isinstance(chat, HubModel) else ""
+    return isinstance(chat, HubModel) and chat.source in KNOWN and not read_config(chat.source, chat.revision)
 
 
 def model_config(config: RunConfig, data: "DataSteps", records: "Mapping[str, Record]", storage: "Storage") -> Any:
     """The chat model's transformers configuration; of a generated pair that is not built, what it will be."""
-    from transformers import AutoConfig, LlamaConfig
-
-    from pipeline.models.decoder import check_layer
-    from pipeline.models.loading import check_pair
+    from pipeline.models.loading import check_pair, load_config
     from pipeline.stages.models import local_specs
 
     models = data.tokens.inputs.models
@@ -96,23 +64,9 @@ def model_config(config: RunConfig, data: "DataSteps", records: "Mapping[str, Re
 
         assert config.organism is not None
         return organism_model(organism_of(config.organism.size).model, vocab_size=500)
-    if (known := assumed_decoder(config)) is not None:
-        check_layer(config.activations.layer_number, known.num_layers, f"the chat model {_source(config)!r}")
-        return LlamaConfig(
-            hidden_size=known.width,
-            num_hidden_layers=known.num_layers,
-            intermediate_size=known.mlp_width,
-            num_attention_heads=known.num_heads,
-            num_key_value_heads=known.num_key_heads,
-            head_dim=known.head_dim,
-            vocab_size=known.vocab_size,
-        )
     with local_specs(storage, *models) as (base, chat):
         check_pair(base, chat, layer=config.activations.layer_number)
-        folder = Path(chat.source).expanduser()
-        source = str(folder) if folder.exists() else chat.source
-        loaded = AutoConfig.from_pretrained(source, revision=chat.revision, trust_remote_code=chat.trust_remote_code)
-        return loaded.get_text_config()
+        return load_config(chat)
 
 
 def shape_of(model_config: Any) -> ModelShape:

@@ -8,7 +8,6 @@ transformers are imported where a model or a table is read, so that a finished r
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.config.data import HubModel
 from pipeline.config.run_file import RunConfig
 from pipeline.errors import InputError
 from pipeline.planning.rates import CHARACTERS_PER_TOKEN, LOSSLESS_SHARE
@@ -138,19 +137,15 @@ def _texts(
 
 def local_tokenizer(data: "DataSteps", records: "Mapping[str, Record]", storage: "Storage") -> Any:
     """The chat model's tokenizer where it is on this machine, else None."""
-    from pipeline.models.files import read_config
-    from pipeline.models.loading import load_tokenizer
+    from pipeline.models.loading import is_here, load_tokenizer
     from pipeline.stages.models import local_specs
 
     location = data.tokens.inputs.models.chat
-    model, is_here = location.model, "organism" in records
-    if isinstance(model, HubModel):
-        is_here = bool(read_config(model.source, model.revision))
-    if not is_here:
+    if location.folder and "organism" not in records:
         return None
     try:
         with local_specs(storage, location) as (spec,):
-            return load_tokenizer(spec)
+            return load_tokenizer(spec) if is_here(spec) else None
     except InputError:  # the plan goes on without it; the run itself will say what is wrong
         return None
 

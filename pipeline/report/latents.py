@@ -149,6 +149,13 @@ def other_cards(crosscoder: CrosscoderReport, sources: CardSources, shown: Colle
     return [_card(row, sources) for row in by_verdict(rows).head(MAX_OTHER_CARDS).to_dict("records")]
 
 
+def card_of(crosscoder: CrosscoderReport, latent: int) -> LatentCard:
+    """The card of one latent of the latent table, whatever its verdict."""
+    assert crosscoder.latents is not None
+    (row,) = crosscoder.latents[crosscoder.latents["latent"] == latent].to_dict("records")
+    return _card(row, card_sources(crosscoder, 0))
+
+
 def by_verdict(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of a latent table in the order of schema.Verdict, otherwise as they stand."""
     order = rows["verdict"].map({verdict: number for number, verdict in enumerate(Verdict.ALL)})

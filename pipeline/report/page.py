@@ -111,12 +111,12 @@ class Outcome(NamedTuple):
 
 def render(data: ReportData) -> str:
     """The whole page as HTML text; no part of it is fetched from anywhere."""
-    scripts, style = [vega_runtime(), _asset("report.js")], _asset("report.css")
+    scripts, style = [vega_runtime(), asset("report.js")], asset("report.css")
     found = figure_list(data)
     views = [_view(crosscoder, index, data) for index, crosscoder in enumerate(data.crosscoders)]
     table = latent_table(data, [(view.sources, [*view.cards, *view.other_cards]) for view in views])
     page = (
-        _environment()
+        environment()
         .get_template("report.html")
         .render(
             data=data,
@@ -126,7 +126,7 @@ def render(data: ReportData) -> str:
             script_hashes=" ".join(f"'{_hash(script)}'" for script in scripts),
             style=Markup(f":root{{{css_variables()}}}\n{style}"),
             lead=lead(data),
-            verdict_rows=verdict_table(data),
+            verdict_rows=verdict_table(data.crosscoders),
             outcomes=_outcomes(views),
             samples=[group for view in views for group in view.sources.groups],
             figures={section: [one for one in found if one.section == section] for section, _ in SECTIONS},
@@ -143,11 +143,16 @@ def render(data: ReportData) -> str:
             controlled=[one for one in views if one.report.controls is not None and len(one.report.controls)],
         )
     )
-    # Lone surrogates and NUL may come from a corpus; neither can stand in an HTML file.
+    return printable_html(page)
+
+
+def printable_html(page: str) -> str:
+    """Without lone surrogates and NUL, which may come from a corpus; neither can stand in an HTML file."""
     return page.encode("utf-8", "replace").decode().replace("\x00", "\ufffd")
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """The text of a file beside the templates."""
     return resources.files("pipeline.report").joinpath("templates", name).read_text(encoding="utf-8")
 
 
@@ -163,7 +168,8 @@ def _ownership_classes() -> list[tuple[str, str]]:
 
 
 @functools.cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """The templates, with the functions that they use."""
     environment = Environment(
         loader=PackageLoader("pipeline.report", "templates"),
         autoescape=True,

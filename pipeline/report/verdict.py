@@ -4,6 +4,8 @@ The same numbers as the report's first page, in plain ASCII, about twelve lines,
 returns text and prints nothing.
 """
 
+from collections.abc import Sequence
+
 from pipeline.report import formatting as fmt
 from pipeline.report.data import CrosscoderReport, ReportData
 from pipeline.report.headlines import cannot_tell, no_verdict
@@ -40,10 +42,10 @@ _OPTIONAL = (Verdict.WITHHELD, _REPLICATED)
 """Rows that are left out where no crosscoder has anything there."""
 
 
-def verdict_table(data: ReportData) -> list[list[str]]:
+def verdict_table(crosscoders: Sequence[CrosscoderReport]) -> list[list[str]]:
     """Rows of strings, header first: ["", crosscoder...], then one row per entry of VERDICT_ROWS."""
-    columns = [_column(crosscoder) for crosscoder in data.crosscoders]
-    rows = [["", *(crosscoder.name for crosscoder in data.crosscoders)]]
+    columns = [_column(crosscoder) for crosscoder in crosscoders]
+    rows = [["", *(crosscoder.name for crosscoder in crosscoders)]]
     rows.extend(
         [label, *(column[key] for column in columns)]
         for label, key in VERDICT_ROWS
@@ -67,7 +69,7 @@ def verdict_text(data: ReportData) -> str:
     if data.layer_note:
         lines.append(data.layer_note)
     lines += [f"{one.name}: {no_verdict(one)}" for one in data.crosscoders if one.shortcomings]
-    header, *rows = verdict_table(data)
+    header, *rows = verdict_table(data.crosscoders)
     lines += ["", text_table(header, map(_ascii, rows))]
     header, *rows = _planted_table(data)
     if rows:

@@ -6,20 +6,20 @@ The cluster is started where a missing step needs it. Whatever can be refused is
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from pipeline.cluster.connect import connected
 from pipeline.config.resources import ResourcesSection
 from pipeline.config.run_file import RunConfig
-from pipeline.errors import CrossrayError
+from pipeline.errors import CrossrayError, InputError
 from pipeline.planning.sizes import check_space
 from pipeline.run.checks import check_halves, check_local_resources, check_models, check_resources
 from pipeline.run.flow import AnyStep, Flow, Group, LayersFlow
 from pipeline.stages.autointerp import endpoint_options
 from pipeline.stages.step import StageContext
-from pipeline.storage.artifacts import read_record
+from pipeline.storage.artifacts import Record, read_record
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.locks import locked
 from pipeline.terminal import Reporter, format_seconds
@@ -53,6 +53,37 @@ def execute(config: RunConfig, flow: Flow, storage: Storage, reporter: Reporter,
             raise
         log.close(succeeded=True)
     return log.link
+
+
+def track(config: RunConfig, flow: Flow, storage: Storage, reporter: Reporter, tracker: Tracker | None) -> str:
+    """Log a finished run, all of its steps as reused; where the tracker shows it. InputError where a step is missing.
+
+    With MLflow this makes a further run of the same name: what was logged before is left as it is.
+    """
+    found = {step.name: read_record(storage, step.key) for step in flow.steps}
+    missing = [name for name, record in found.items() if record is None]
+    if missing:
+        raise InputError(
+            f"{config.name}: expected a finished run, {len(missing)} of {len(found)} steps are missing, the first is "
+            f"{missing[0]!r}; finish it with `crossray run`, which logs it too"
+        )
+    if tracker is None and config.tracking.kind == "none":
+        raise InputError("tracking.kind: expected a tracker to log to, got none; add --set tracking.kind=mlflow")
+    log = RunLog(tracker or make_tracker(config.tracking, storage, reporter.message), config, storage, flow)
+    try:
+        _log_finished(log, flow.steps, found)
+    except BaseException:
+        log.close(succeeded=False)
+        raise
+    log.close(succeeded=True)
+    return log.link
+
+
+def _log_finished(log: RunLog, steps: Sequence[AnyStep], found: Mapping[str, Record | None]) -> None:
+    for step in steps:
+        record = found[step.name]
+        assert record is not None
+        log.finished(step, record, reused=True)
 
 
 def measure_layers(flow: LayersFlow, context: StageContext) -> None:

@@ -14,7 +14,7 @@ from pipeline.config.analyses import SteeringSection
 from pipeline.config.crosscoder import AdoptedCrosscoderSection
 from pipeline.config.data import CorpusSection, HubModel, OrganismModel
 from pipeline.errors import InputError, short
-from pipeline.models.files import existing_path, loaded_files
+from pipeline.models.files import GGUF_SUFFIX, existing_path, gguf_file, loaded_files
 from pipeline.storage.content import DIGEST_LENGTH, content_digests
 from pipeline.text.files import as_input_error, expand_paths, read_json
 
@@ -69,7 +69,7 @@ def model_identity(model: HubModel | OrganismModel, where: str) -> Identity:
         path = existing_path(source)
         if path is not None:
             identity[field] = _folder_identity(path, model, field, f"{where}.{field}")
-        elif source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        elif source.startswith(("/", ".", "~")) or source.count("/") > 1 or source.endswith(GGUF_SUFFIX):
             raise InputError(
                 f"{where}.{field}: expected a hub id or an existing folder, got {short(source)}; correct the path"
             )
@@ -83,6 +83,10 @@ def model_identity(model: HubModel | OrganismModel, where: str) -> Identity:
 
 def _folder_identity(folder: Path, model: HubModel, field: str, where: str) -> Identity:
     """The content of what is loaded from a folder, by kind: weights, config, tokenizer, adapter, code."""
+    packed = gguf_file(str(folder)) if field == "source" else None
+    if packed is not None:  # weights, config and tokenizer in one
+        with as_input_error(f"{where}: {packed}"):
+            return {"gguf": f"sha256:{content_digests().of_file(packed)}"}
     if not folder.is_dir():
         raise InputError(f"{where}: expected a hub id or a folder, got the file {str(folder)!r}; name its folder")
     digests = content_digests()

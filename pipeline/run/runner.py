@@ -106,6 +106,14 @@ def render(config: RunConfig, reporter: Reporter) -> Outcome:
     return _outcome(storage, flow.report, None, 1, started)
 
 
+def track(config: RunConfig, reporter: Reporter, tracker: Tracker | None = None) -> str:
+    """Log a finished run to its tracker; where that shows it. InputError where a step is missing."""
+    from pipeline.run.execution import track as log_all
+
+    storage = Storage(config.storage.root)
+    return log_all(config, build_flow(with_measured_layer(config, storage)), storage, reporter, tracker)
+
+
 class LayerCurve(NamedTuple):
     """What `crossray layers` prints."""
 

@@ -21,7 +21,7 @@ from pipeline.schema import Split
 from pipeline.stages.extractor import read_rejected
 from pipeline.stages.tokens import INDEX_NAME
 from pipeline.storage.activation_store import ActivationStore, Shard
-from pipeline.storage.artifacts import FINGERPRINT_LENGTH, RECORD_NAME, Record, fingerprint_of, parse_record
+from pipeline.storage.artifacts import RECORD_NAME, Record, fingerprint_of, parse_record
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.shards import Rows
 from pipeline.storage.tables import read_table
@@ -60,20 +60,6 @@ class _Document(NamedTuple):
     """Of their positions and ids."""
     last_position: int
     """-1 where nothing is kept."""
-
-
-def all_folders(storage: Storage) -> list[str]:
-    """The folders of all artifacts on a storage root, finished or not; an InputError where there is no such root."""
-    if not storage.exists(""):
-        raise InputError(f"{storage.root}: expected a storage root with artifacts, found nothing; correct the path")
-    found = []
-    for stage in storage.folders(""):
-        found += [
-            f"{stage}/{name}"
-            for name in storage.folders(stage)
-            if len(name) == FINGERPRINT_LENGTH and all(letter in "0123456789abcdef" for letter in name)
-        ]
-    return found
 
 
 def verify(storage: Storage, folders: Sequence[str], reporter: Reporter) -> Verified:

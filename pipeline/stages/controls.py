@@ -13,12 +13,12 @@ from pipeline.analyses import controls
 from pipeline.analyses.latent_scaling import LatentScaling
 from pipeline.analyses.latent_tables import latent_scaling, limits_of
 from pipeline.analyses.ownership import delta_norm
-from pipeline.analyses.power import power_rows, power_table, strengths_of
+from pipeline.analyses.power import POWER_COLUMNS, power_rows, power_table, strengths_of
 from pipeline.analyses.rows import RowAnalysis, Sums
 from pipeline.analyses.units import judged_decoder
 from pipeline.analyses.verdict import SHARED_HIGH
 from pipeline.config.crosscoder import InjectedCrosscoderSection
-from pipeline.schema import CHAT, CONTROL_COLUMNS, POWER_COLUMNS, SEED_COLUMNS, Verdict
+from pipeline.schema import CHAT, CONTROL_COLUMNS, SEED_COLUMNS, Verdict
 from pipeline.stages.catalogue import ControlsInputs, LatentsInputs
 from pipeline.stages.finished_crosscoder import open_crosscoder, read_injection
 from pipeline.stages.latents import read_latents

@@ -55,7 +55,8 @@ def run(steps: Sequence[Step[ReportInputs]], context: StageContext) -> None:
     storage.write_bytes(f"{folder}/verdict.txt", verdict_text(data).encode())
     for name, content in figures(data).items():
         storage.write_bytes(f"{folder}/figures/{name}", content)
-    context.finish(step, {"num_crosscoders": len(data.crosscoders)}, time.monotonic() - started)
+    counts = {"num_crosscoders": len(data.crosscoders), "base": data.models.base, "chat": data.models.chat}
+    context.finish(step, counts, time.monotonic() - started)
 
 
 def _report_data(inputs: ReportInputs, context: StageContext) -> ReportData:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, InputError
 from pipeline.schema import SCHEMA_VERSION
 from pipeline.storage.filesystem import Storage
 
@@ -110,6 +110,20 @@ def read_record(storage: Storage, key: ArtifactKey) -> Record | None:
             f"{record.stage}/{record.fingerprint}; remove the folder to make it again"
         )
     return record
+
+
+def all_folders(storage: Storage) -> list[str]:
+    """The folders of all artifacts on a storage root, finished or not; an InputError where there is no such root."""
+    if not storage.exists(""):
+        raise InputError(f"{storage.root}: expected a storage root with artifacts, found nothing; correct the path")
+    found = []
+    for stage in storage.folders(""):
+        found += [
+            f"{stage}/{name}"
+            for name in storage.folders(stage)
+            if len(name) == FINGERPRINT_LENGTH and all(letter in "0123456789abcdef" for letter in name)
+        ]
+    return found
 
 
 def parse_record(value: Any, where: str) -> Record:

@@ -4,8 +4,8 @@ import pandas as pd
 import pytest
 import torch
 
-from pipeline.analyses.power import power_rows, power_table, strengths_of
-from pipeline.schema import CONTROL_COLUMNS, POWER_COLUMNS, Verdict
+from pipeline.analyses.power import POWER_COLUMNS, power_rows, power_table, strengths_of
+from pipeline.schema import CONTROL_COLUMNS, Verdict
 
 
 def test_a_concept_is_found_by_a_chat_specific_latent_along_it():

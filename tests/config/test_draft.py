@@ -10,7 +10,9 @@ from pipeline.cli import main
 from pipeline.config.presets import PRESETS
 from pipeline.config.run_file import load
 from pipeline.errors import InputError
-from pipeline.planning.draft import KNOWN, Corpora, Machine, draft
+from pipeline.models.known import KNOWN
+from pipeline.planning.draft import Corpora, Machine, draft
+from pipeline.planning.estimate import estimate
 from pipeline.run.runner import inspect
 from pipeline.storage.filesystem import Storage
 
@@ -31,7 +33,13 @@ def test_known_pairs_are_planned(base: str, chat: str, machine: Machine, tmp_pat
     path = tmp_path / "run.yaml"
     path.write_text(draft(base, chat, Corpora(), machine))
     config = load(path, [f"storage.root={tmp_path / 'runs'}"])
-    assert all(state.state == "missing" for state in inspect(config, Storage(config.storage.root)))
+    storage = Storage(config.storage.root)
+    states = inspect(config, storage)
+    assert all(state.state == "missing" for state in states)
+    if machine is GPU:  # from data sheets; without one this machine would be timed for a minute
+        predicted = estimate(config, states, storage, gpu="H100")
+        assert predicted.data is not None and predicted.data.num_tokens == config.tokens.num_tokens
+        assert predicted.training_bytes_per_rank and predicted.seconds["activations"] > 0
     assert config.activations.layer == KNOWN[chat].num_layers // 2
     assert config.preset == KNOWN[chat].preset and config.preset in PRESETS
     on_disk = (config.tokens.num_tokens or 0) * 2 * 2 * KNOWN[chat].width * 2 / 3
@@ -60,7 +68,9 @@ def test_local_folders_and_own_texts(
     config = load(tmp_path / "my-chat--model.yaml")
     assert config.activations.layer == kind.num_hidden_layers // 2 and config.preset == preset
     if preset is None:  # one is enough: it measures this machine
-        assert main(["plan", "my-chat--model.yaml"]) == 0
+        written = (tmp_path / "my-chat--model.yaml").read_text()
+        assert main(["diff", *command[1:]]) == 0  # goes on with the file, and asks before it runs; nobody answers
+        assert (tmp_path / "my-chat--model.yaml").read_text() == written and not (tmp_path / "runs").exists()
 
 
 def test_an_adapter_stands_for_the_base_model_with_it(tmp_path: Path) -> None:

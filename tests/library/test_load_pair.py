@@ -1,15 +1,20 @@
 """The ways to a pair: folders, an adapter, modules; they agree."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from pipeline.config.data import HubModel
 from pipeline.library.loading import load_pair
+from pipeline.library.origin import ModelOrigin
 from pipeline.library.pair import Pair
+from pipeline.library.runs import _named
 from pipeline.models.loading import ModelSpec
 from pipeline.numerics.crosscoder import Crosscoder
+from pipeline.run.identities import model_identity
 
 TEXTS = ["hello world, hello again", "What is the capital of Norland?"]
 
@@ -79,3 +84,12 @@ def test_an_adapter_on_one_copy_is_switched_and_spliced(folders: tuple[str, str]
                     found.append(logits(pair, ids))
             torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
             assert (found[0] - logits(shared, ids)).abs().max() > 0.01
+
+
+def test_a_local_model_of_a_run_has_no_name_that_could_differ(saved_pairs: Callable[[str], tuple[str, str]]) -> None:
+    """Its identity holds contents: rows of the same folder must not be refused for another name."""
+    folder, _ = saved_pairs("llama")
+    identity = model_identity(HubModel(source=folder), "models.base")
+    assert _named(identity) == ModelOrigin("")
+    assert _named({"source": "google/gemma-2-2b", "source_revision": None}) == ModelOrigin("google/gemma-2-2b")
+    assert _named({"source": "google/gemma-2-2b", "adapter": "someone/adapter"}) == ModelOrigin("")

@@ -139,9 +139,9 @@ def test_verdict_text_holds_counts_shares_scores_and_effects(report: ReportData)
 
 
 def test_verdict_table_has_one_column_per_crosscoder(report: ReportData, bare_report: ReportData) -> None:
-    assert {len(row) for row in verdict_table(report)} == {3}
-    assert verdict_table(report)[0] == ["", "l1", "batchtopk"]
-    assert {cell for row in verdict_table(bare_report)[1:] for cell in row[1:]} == {fmt.DASH}
+    assert {len(row) for row in verdict_table(report.crosscoders)} == {3}
+    assert verdict_table(report.crosscoders)[0] == ["", "l1", "batchtopk"]
+    assert {cell for row in verdict_table(bare_report.crosscoders)[1:] for cell in row[1:]} == {fmt.DASH}
 
 
 def test_verdict_text_of_a_run_without_crosscoders_is_only_a_header(report: ReportData) -> None:
@@ -258,10 +258,10 @@ def test_the_table_says_how_many_latents_other_seeds_find_again(report: ReportDa
     assert found is not None
     assert (found.num_replicated, found.num_others) == (4, 1)
     assert sorted(found.num_finding.values()) == [0] * 4 + [1] * 4
-    (row,) = [row for row in verdict_table(report) if "other seeds" in row[0]]
+    (row,) = [row for row in verdict_table(report.crosscoders) if "other seeds" in row[0]]
     assert row[1].startswith("4 ")
     alone = [dataclasses.replace(one, seeds=None) for one in report.crosscoders]
-    assert not any("other seeds" in row[0] for row in verdict_table(dataclasses.replace(report, crosscoders=alone)))
+    assert not any("other seeds" in row[0] for row in verdict_table(alone))
 
 
 def test_shared_latents_that_do_the_same_are_counted(report: ReportData) -> None:

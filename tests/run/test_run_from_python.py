@@ -1,12 +1,24 @@
 """A finished run through the library: what it opens, fits and judges is what the stages made."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
+from jsonschema import Draft202012Validator
 from runs import Finished, contents
 
 import crossray
-from pipeline.schema import DELTA_NORM_ORIENTATION
+from pipeline.cli import main
+from pipeline.config.resources import StorageSection, TrackingSection
+from pipeline.library.comparison import compare
+from pipeline.library.summary import _latents
+from pipeline.run import runner
+from pipeline.schema import DELTA_NORM_ORIENTATION, Verdict
+from pipeline.terminal import SilentReporter
+from pipeline.tracking.tracker import RecordingTracker
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +83,80 @@ def test_running_it_again_from_python_opens_it(finished: Finished) -> None:
     for config in (finished.config, finished.path, finished.config.model_dump(mode="json")):
         assert crossray.run(config, progress=False).name == "tiny"
     assert contents(finished.root) == before
+
+
+@pytest.mark.ray
+def test_what_show_prints_for_programs_follows_its_schema(
+    run: crossray.Run, finished: Finished, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["show", "tiny", "--root", str(finished.root), "--json", "--latents", "4"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    schema = json.loads((Path(__file__).parent.parent.parent / "docs" / "schema" / "show.json").read_text())
+    assert list(Draft202012Validator(schema).iter_errors(shown)) == []
+    assert (shown["name"], shown["layer"], shown["chat"]) == ("tiny", 1, "organism chat")
+    for told, name in zip(shown["crosscoders"], run.crosscoders, strict=True):
+        table, causality = run.latents(name), run.causality(name)
+        assert told["verdicts"] == {verdict: int((table["verdict"] == verdict).sum()) for verdict in Verdict.ALL}
+        assert told["fidelity"]["fve_base"] == pytest.approx(table.attrs["fidelity"]["fve_base"])
+        assert [row["kl"] for row in told["causality"]] == pytest.approx(list(causality["kl"]))
+        assert len(told["steering"]) == len(run.steering(name))
+
+
+@pytest.mark.ray
+def test_a_summary_tells_the_strongest_latents_with_their_examples(run: crossray.Run) -> None:
+    """With a verdict that the tiny pair does not give."""
+    table, examples = run.latents("l1"), run.examples("l1")
+    table.loc[table["latent"] == 2, "verdict"] = Verdict.CHAT_SPECIFIC
+    (latent,) = _latents(table, examples, 5)
+    own = examples[examples["latent"] == 2].sort_values("rank")
+    assert latent.latent == 2 and latent.numbers["nu_eps"] == pytest.approx(table["nu_eps"][2])
+    assert [one.activation for one in latent.examples] == pytest.approx(list(own["activation"][:3]))
+    assert latent.examples[0].tokens == tuple(own["tokens"].iloc[0])
+
+
+@pytest.mark.ray
+def test_two_runs_are_compared_with_what_differs_in_their_settings(
+    run: crossray.Run, finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished.root, tmp_path / "runs")
+    for path in (tmp_path / "runs").glob("*/*/record.json"):
+        record = json.loads(path.read_text())
+        section = record["identity"]["section"]
+        if record["stage"] == "report":
+            section["name"] = "other"
+        if record["stage"] == "crosscoder" and section["sparsity"]["kind"] == "l1":
+            section["sparsity"]["mu"] = 0.5
+        path.write_text(json.dumps(record))
+    compared = compare(run, crossray.open(tmp_path / "runs", "other"))
+    assert compared.table[0][1:] == ["tiny: l1", "tiny: batch_topk", "other: l1", "other: batch_topk"]
+    assert all(row[1:3] == row[3:] for row in compared.table[1:])
+    assert "crosscoder l1.sparsity.mu: 0.01 -> 0.5" in compared.differences
+    assert main(["compare", "tiny", "tiny", "--root", str(finished.root)]) == 2
+
+
+@pytest.mark.ray
+def test_a_finished_run_is_logged_later_as_it_was_logged_then(finished: Finished, tmp_path: Path) -> None:
+    tracker = RecordingTracker()
+    runner.track(finished.config, SilentReporter(), tracker)
+    then = {run.name: run for run in finished.tracker.runs.values()}
+    later = {run.name: run for run in tracker.runs.values()}
+    assert set(later) == set(then) and all(run.ended == [True] for run in later.values())
+    for name, run in later.items():
+        assert run.files.keys() == then[name].files.keys() and len(run.models) == len(then[name].models)
+        assert {point[:3] for point in run.points} == {point[:3] for point in then[name].points}, name
+    missing = finished.config.model_copy(update={"storage": StorageSection(root=str(tmp_path))})
+    with pytest.raises(crossray.InputError, match="steps are missing"):
+        runner.track(missing, SilentReporter(), tracker)
+    silent = finished.config.model_copy(update={"tracking": TrackingSection(kind="none")})
+    with pytest.raises(crossray.InputError, match=r"tracking\.kind"):
+        runner.track(silent, SilentReporter())
+
+
+@pytest.mark.ray
+def test_a_latent_of_a_run_has_its_page(run: crossray.Run) -> None:
+    (latent, *_) = run.examples("l1")["latent"]
+    page = run.dashboard("l1", latent)
+    assert f"{run.latents('l1')['delta_norm'][latent]:.3f}" in page.html and "<mark" in page.html
+    for call, what in ((lambda: run.dashboard("l1", 128), "127.*128"), (lambda: run.dashboard("l2", 0), "batch_topk")):
+        with pytest.raises(crossray.InputError, match=what):
+            call()

@@ -13,8 +13,8 @@ from runs import contents
 
 from pipeline.cli import main
 from pipeline.errors import InputError
-from pipeline.run.verify import all_folders
 from pipeline.storage.activation_store import MANIFEST_NAME, ActivationStore
+from pipeline.storage.artifacts import all_folders
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.shards import Rows
 

@@ -6,7 +6,8 @@ import pytest
 from runs import Finished, copied, make, run_file
 
 from pipeline.config.run_file import load
-from pipeline.run.verify import all_folders, verify
+from pipeline.run.verify import verify
+from pipeline.storage.artifacts import all_folders
 from pipeline.storage.filesystem import Storage
 from pipeline.terminal import SilentReporter
 
