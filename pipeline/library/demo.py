@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from pipeline.errors import InputError
 from pipeline.library.fitting import reporting
-from pipeline.organisms.build import build, spec_of
 from pipeline.terminal import Progress, Reporter
 
 _SIZES = ("demo", "tiny")
@@ -45,6 +44,8 @@ def demo_pair(folder: str | Path = "demo-pair", *, size: str = "demo", progress:
     if not (own / _COMPLETE).is_file():
         if own.is_file():
             raise InputError(f"{folder}: expected a folder for the demo pair, got the file {str(own)!r}; name another")
+        from pipeline.organisms.build import build, spec_of  # loads the architecture, which other calls can do without
+
         meters: dict[str, Progress] = {}
         with reporting(progress) as reporter:
             build(

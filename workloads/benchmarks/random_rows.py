@@ -3,7 +3,7 @@
     python -m workloads.benchmarks.random_rows
 
 Both models' rows are Gaussian noise, drawn anew at every step: independent of each other, as in the published control
-(random_crosscoder.py of arXiv 2504.02922's code), or equal but for a tenth of noise. The table says what Delta_norm,
+(the code of arXiv 2504.02922), or equal but for a tenth of noise. The table says what Delta_norm,
 the ratios and the verdict make of the fitted latents. With independent noise the chat model's rows are news to the base
 model: what is called chat-specific there is noise that the model really has alone, and no ratio can tell it from a
 concept. It takes minutes on one core; the readings are in docs/how-right.md.
