@@ -1,5 +1,6 @@
 """What is published: a wheel with the package, its types and templates, and nothing else; and its version."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -60,11 +61,12 @@ def test_it_imports_in_an_environment_without_anything_else(built: Path, tmp_pat
     (wheel,) = built.glob("*.whl")
     command = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
     subprocess.run(command, check=True, cwd=tmp_path)
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     code = "import crossray; print(len(crossray.SURFACE), crossray.__file__)"
-    done = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path, env=own)
     assert str(tmp_path) in done.stdout
     script = [str(tmp_path / "env" / "bin" / "crossray"), "--version"]
-    done = subprocess.run(script, check=True, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(script, check=True, capture_output=True, text=True, cwd=tmp_path, env=own)
     assert done.stdout.strip() == f"crossray {PROJECT['version']}"
 
 

@@ -117,7 +117,8 @@ def verify(
 def require_finite(pair: ModelPair) -> None:
     """InputError where a weight of either model is NaN or Inf: every answer of the model would rest on it."""
     for name, decoder in zip(MODEL_NAMES, pair.decoders, strict=True):
-        for key, tensor in decoder.model.named_parameters():
+        kept = decoder.base if decoder.model is None else decoder.model  # without its upper half there is no head
+        for key, tensor in kept.named_parameters():
             if tensor.dtype in _FLOATS and not torch.isfinite(tensor).all():
                 raise InputError(
                     f"models.{name}: expected finite weights, got NaN or Inf in {key}; save the model anew, or choose "

@@ -25,7 +25,7 @@ from pipeline.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 COUNTS = {
-    "tokens": {"num_tokens": 12_345, "num_documents": 300},
+    "tokens": {"num_tokens": 12_345, "num_documents": 300, "tokens": {"a/train": 12_345}, "dialogue_corpora": []},
     "activations": {"num_rows": 12_000, "num_bytes": 7_000_000},
 }
 
