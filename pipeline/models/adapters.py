@@ -97,6 +97,7 @@ def _attached(model: Any, adapter: str, revision: str | None) -> Any:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below, with the numbers
             warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # nothing is to be copied
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft asks; nothing is trained
             adapted = PeftModel.from_pretrained(model, adapter, revision=revision)
             keys = adapted.load_adapter(adapter, "default", revision=revision)  # from_pretrained keeps its keys secret
     except Exception as error:  # what settings and files of others can raise has no bound

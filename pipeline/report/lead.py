@@ -70,7 +70,7 @@ def lead(data: ReportData) -> Lead | None:
     if crosscoder.shortcomings:
         new = f"{data.layer_note} {no_verdict(crosscoder)}".strip()
         return Lead(place, crosscoder.name, why, new, [NOT_YET], _effects_and_words(crosscoder))
-    new = f"{data.layer_note} {_new_sentence(counts)}".strip()
+    new = f"{data.layer_note} {_unseen_difference(data, counts) or _new_sentence(counts)}".strip()
     return Lead(place, crosscoder.name, why, new, sure, _effects_and_words(crosscoder))
 
 
@@ -84,6 +84,14 @@ def _fve(crosscoder: CrosscoderReport) -> float:
     """Attention sinks aside; 0 where it was not measured."""
     fve = 0.0 if crosscoder.fidelity is None else crosscoder.fidelity["fve_without_sinks"]
     return 0.0 if fmt.is_missing(fve) else fve
+
+
+def _unseen_difference(data: ReportData, counts: VerdictSummary) -> str:
+    """Where the models differ and no latent is new: the difference comes first, for "nothing" would be wrong."""
+    if data.evidence is None or not data.evidence.is_distinguishable or counts.num_chat_only:
+        return ""
+    alive = fmt.plural(counts.num_alive, "live latent")
+    return f"{data.evidence.reason} No latent shows that difference: none of {alive} belongs to the chat model alone."
 
 
 def _new_sentence(counts: VerdictSummary) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,14 @@ def test_an_adapter_that_does_not_fit_whole_is_refused(
         load(base, adapter)
     assert str(adapter) in str(refused.value)
     assert all(word in str(refused.value) for word in named)
+
+
+def test_an_adapter_that_fits_is_loaded_without_a_warning(saved_pairs: Pairs, tmp_path: Path) -> None:
+    base, _ = saved_pairs("llama")
+    adapter = saved_adapter(base, tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(base, adapter)
 
 
 def test_an_adapter_that_adds_nothing_is_refused(saved_pairs: Pairs, tmp_path: Path) -> None:

@@ -314,6 +314,15 @@ def test_without_a_verdict_nothing_is_said_in_short(bare_report: ReportData, nul
     assert len(silent.sure) == 1 and "power" in silent.sure[0]  # nothing found says what was not measured
 
 
+def test_a_difference_that_no_latent_shows_stands_before_nothing(null_report: ReportData) -> None:
+    evidence = EvidenceReport(
+        is_distinguishable=True, reason="They differ by 1 nat.", distance=pd.DataFrame(), streams=pd.DataFrame()
+    )
+    found = lead(dataclasses.replace(null_report, evidence=evidence))
+    assert found is not None
+    assert found.new.startswith("They differ by 1 nat. No latent shows that difference: none of ")
+
+
 def test_a_poor_crosscoder_says_what_it_lacks_in_place_of_an_answer(report: ReportData) -> None:
     poor = dataclasses.replace(report.crosscoders[1], shortcomings=("it explains 0.31 of the variance",))
     first, none = (
