@@ -38,7 +38,8 @@ def latents(
         settings: those of a run file's analyses.latent_scaling: rule, false_discovery_rate, nu_eps_threshold ...
 
     Returns:
-        One row per latent, columns of schema.LATENT_COLUMNS and two per corpus. `attrs` holds the fidelity (FVE, L0)
+        One row per latent, columns of schema.LATENT_COLUMNS and two per corpus; `control_token` holds token ids, since
+        rows in memory bring no tokenizer. `attrs` holds the fidelity (FVE, L0)
         under "fidelity", the settings under "settings", and the model order.
 
     Raises InputError for rows of another width, layer or pair.

@@ -22,7 +22,10 @@ def test_a_finished_run_is_scored_by_the_labels_of_its_answers(finished: Finishe
     text = pair.run(load(run_file(tmp_path, str(root))))
     table = pd.read_parquet(root / "planted_results" / "tiny" / "scores.parquet")
     assert list(table.columns) == [column.name for column in SCORE_COLUMNS]
-    assert table["recipe"].tolist() == ["l1"] * len(RULES) + ["batch_topk"] * len(RULES) and "batch_topk" in text
+    assert (
+        table["recipe"].tolist() == [name for name in ("l1", "batch_topk") for _ in list(RULES)[:-1]]
+        and "batch_topk" in text
+    )
     latents = finished.table("latents l1", "latents.parquet")
     is_called = (latents["ownership"] == Ownership.CHAT_ONLY) & (latents["frequency"] > 0)
     assert table["num_called"][0] == is_called.sum()

@@ -155,14 +155,14 @@ def test_scatter_of_many_latents_stays_small(report: ReportData) -> None:
 def test_kl_of_whole_edits_starts_at_0_and_leaves_sanity_checks_to_the_table(drawn: dict[str, Figure]) -> None:
     spec = drawn["kl_all"].spec
     labels = list(dict.fromkeys(row["label"] for row in rows(spec)))
-    edits = ["no edit", "template tokens", "mean difference", "mean difference, projected", "all latents", "error"]
+    edits = list(causality.WHOLE_EDITS.values())
     assert labels == edits
     assert layers(spec, "point")[0]["encoding"]["y"]["sort"] == edits
     assert layers(spec, "point")[0]["encoding"]["x"]["scale"] == {"domainMin": 0}
     assert layers(spec, "point")[0]["encoding"]["x"]["title"] == "KL to the chat model, nats per token"
     plain = [row for row in rows(spec) if row["crosscoder"] == causality.NO_CROSSCODER]
-    assert len(plain) == 4, "interventions without a crosscoder are drawn once"
-    assert len(rows(spec)) == 4 + 2 * 2
+    assert len(plain) == 8, "interventions without a crosscoder are drawn once"
+    assert len(rows(spec)) == 8 + 2 * 2
 
 
 def test_kl_of_halves_has_an_axis_of_its_own_and_the_unedited_kl_as_a_line(drawn: dict[str, Figure]) -> None:
