@@ -50,7 +50,7 @@ def test_an_empty_chat_only_set_goes_through_every_analysis(finished: Finished, 
     planted = pd.read_parquet(folders["controls batch_topk"] / "power.parquet")
     seen = pd.read_parquet(folders["latents batch_topk.power"] / "latents.parquet").set_index("latent")
     assert planted["verdict"].tolist() == seen["verdict"][planted["latent"]].tolist()
-    shares = planted.groupby("strength")["is_found"].mean()  # fifty steps find little; how much is told is what was found
+    shares = planted.groupby("strength")["is_found"].mean()  # fifty steps find little; it is told as it is
     assert shares.tolist() == [controls.loc[f"{Control.POWER} {strength:g}", "value"] for strength in shares.index]
     assert "batch_topk" in outcome.verdict and "cannot be told apart" in outcome.verdict
     assert Path(outcome.report_path).stat().st_size > 10_000
