@@ -27,7 +27,7 @@ from pipeline.storage.tables import arrow_schema, read_table, write_frame
 from pipeline.terminal import Progress, Reporter
 
 WORLD_STAGE, TRIAL_STAGE = "planted_activations", "planted_trial"
-WORLD_VERSION, TRIAL_VERSION = 2, 2
+WORLD_VERSION, TRIAL_VERSION = 1, 3
 RESULTS = "planted_results"
 SCORES_NAME, SCORES_JSON, SCORES_TEXT = "scores.parquet", "scores.json", "scores.txt"
 _DATA = "planted activations"
