@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaCo
 from pipeline.models.decoder import SplitDecoder
 from pipeline.models.pair import ModelPair
 from pipeline.schema import Flag
+from workloads.benchmarks import same_function
 
 WIDTH, VOCAB, NUM_LAYERS = 32, 61, 6
 _SIZES = {
@@ -58,19 +59,14 @@ def rescaled(original: Any, factor: float, *, with_eps: bool = True) -> Any:
 
     with_eps scales the norms' epsilon as well: without it, they undo it only where epsilon is far below the stream.
     """
-    made = copy.deepcopy(original)
-    body, is_gemma = made.model, hasattr(made.model.layers[0], "pre_feedforward_layernorm")
-    body.embed_tokens.weight.mul_(factor)
-    reading = [body.norm]
-    for layer in body.layers:
-        if is_gemma:  # what a block writes is the output of its post-norm, whose weight is stored as w with 1 + w
-            for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
-                norm.weight.copy_(factor * (1 + norm.weight) - 1)
-            reading += [layer.input_layernorm, layer.pre_feedforward_layernorm]
-        else:
-            layer.self_attn.o_proj.weight.mul_(factor)
-            layer.mlp.down_proj.weight.mul_(factor)
-            reading += [layer.input_layernorm, layer.post_attention_layernorm]
+    made = same_function.rescaled(original, factor)
+    reading = [made.model.norm]
+    for layer in made.model.layers:
+        is_gemma = hasattr(layer, "pre_feedforward_layernorm")
+        reading += [
+            layer.input_layernorm,
+            layer.pre_feedforward_layernorm if is_gemma else layer.post_attention_layernorm,
+        ]
     if with_eps:
         for norm in reading:
             name = "eps" if hasattr(norm, "eps") else "variance_epsilon"

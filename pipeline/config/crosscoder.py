@@ -163,15 +163,24 @@ class CrosscoderSection(_FittedCrosscoder):
         """What decides the weights, as JSON values; to rename a crosscoder or to ask more of it fits nothing anew."""
         return self.model_dump(mode="json", exclude={"name", "kind", "seeds", "power"})
 
-    def replicas(self) -> tuple["CrosscoderSection", ...]:
-        """The further fits that `seeds` and `power` ask for, each as a crosscoder of its own."""
+    def further_seeds(self) -> tuple["CrosscoderSection", ...]:
+        """The further fits that `seeds` asks for, each as a crosscoder of its own."""
         seeds = range(self.seed + 1, self.seed + self.seeds)
         alone: dict[str, Any] = {"seeds": 1, "power": None}
-        found = [self.model_copy(update={"name": f"{self.name}.seed{seed}", "seed": seed} | alone) for seed in seeds]
-        if self.power is not None:
-            values = dict(self) | {"name": f"{self.name}.power", "seeds": 1}
-            found.append(InjectedCrosscoderSection.model_construct(**values))
-        return tuple(found)
+        return tuple(
+            self.model_copy(update={"name": f"{self.name}.seed{seed}", "seed": seed} | alone) for seed in seeds
+        )
+
+    def injected(self) -> "InjectedCrosscoderSection | None":
+        """The further fit that `power` asks for, as a crosscoder of its own."""
+        if self.power is None:
+            return None
+        return InjectedCrosscoderSection.model_construct(**dict(self) | {"name": f"{self.name}.power", "seeds": 1})
+
+    def replicas(self) -> tuple["CrosscoderSection", ...]:
+        """All further fits."""
+        injected = self.injected()
+        return self.further_seeds() if injected is None else (*self.further_seeds(), injected)
 
     def differs_in_seed_alone(self, other: "CrosscoderSection | AdoptedCrosscoderSection") -> bool:
         """Whether the two would be the same fit with one seed."""

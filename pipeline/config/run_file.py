@@ -104,8 +104,9 @@ class RunConfig(Section):
         """Two fits with the same settings are one artifact under two names."""
         known: list[tuple[dict[str, Any], str]] = []
         for fit in self.fitted:
-            first = next((name for identity, name in known if identity == fit.identity()), fit.name)
-            known.append((fit.identity(), fit.name))
+            own = fit.identity()
+            first = next((name for identity, name in known if identity == own), fit.name)
+            known.append((own, fit.name))
             if first != fit.name:
                 raise ValueError(f"crosscoders.{fit.name}: expected other settings than those of {first}, got the same")
 

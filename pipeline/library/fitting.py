@@ -124,7 +124,7 @@ def _plan(settings: Mapping[str, Any], sparsity: Mapping[str, Any], *, training:
     section = validated(CrosscoderSection, {"name": "fit", "sparsity": own, **beside}, "fit")
     if section.power is not None:
         raise InputError("fit: expected no power, which the controls of a run measure, got one; use crossray.run")
-    return _Plan((section, *section.replicas()), read)
+    return _Plan((section, *section.further_seeds()), read)
 
 
 def _trainers(plan: _Plan, rows: Rows, device: str | torch.device | None) -> list[CrosscoderTrainer]:

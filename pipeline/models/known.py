@@ -51,12 +51,10 @@ KNOWN: Mapping[str, KnownModel] = {
 
 
 def known_config(source: str) -> Any:
-    """A transformers configuration with a known model's numbers; None for another source."""
-    model = KNOWN.get(source)
-    if model is None:
-        return None
+    """A transformers configuration with the numbers of a model of KNOWN."""
     from transformers import AutoConfig
 
+    model = KNOWN[source]
     return AutoConfig.for_model(
         model.model_type,
         hidden_size=model.width,

@@ -20,7 +20,7 @@ from pipeline.models.adapters import attach_adapter, check_adapter, merge_adapte
 from pipeline.models.decoder import SplitDecoder, check_layer
 from pipeline.models.failures import is_out_of_memory
 from pipeline.models.files import GGUF_SUFFIX, gguf_file, read_config
-from pipeline.models.known import known_config
+from pipeline.models.known import KNOWN, known_config
 from pipeline.models.noise import add_weight_noise
 from pipeline.models.placement import Placement, put
 from pipeline.models.shared_layers import count_unadapted_layers, share_equal_prefix
@@ -237,6 +237,11 @@ def is_here(spec: ModelSpec) -> bool:
     return is_local(spec) or bool(read_config(spec.source, spec.revision))
 
 
+def is_from_table(spec: ModelSpec) -> bool:
+    """Whether a model's configuration is taken from models/known.py: of the hub, not here, and of no named revision."""
+    return spec.source in KNOWN and not spec.revision and not is_here(spec)
+
+
 def is_config_alone(spec: ModelSpec) -> bool:
     """Whether a folder holds a configuration and nothing else of a model: enough to plan with, not to run."""
     folder = Path(spec.source).expanduser()
@@ -270,8 +275,7 @@ def load_config(spec: ModelSpec) -> Any:
 
     InputError where there is none, or where it does not name the model's size.
     """
-    known = None if is_here(spec) or spec.revision else known_config(spec.source)
-    config = known or _load(AutoConfig, spec, "a model").get_text_config()
+    config = known_config(spec.source) if is_from_table(spec) else _load(AutoConfig, spec, "a model").get_text_config()
     for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
         value = getattr(config, name, None)
         if not isinstance(value, int) or value < 1:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _NUM_CHOSEN = ("num_experts_per_tok", "moe_top_k", "top_k")
 
-
 _log = logging.getLogger(__name__)
 
 
@@ -45,11 +44,10 @@ class ModelShape(NamedTuple):
 
 def is_assumed(config: RunConfig) -> bool:
     """Whether the chat model's size is taken from a table, since the model is one of the hub that is not here."""
-    from pipeline.models.files import read_config
-    from pipeline.models.known import KNOWN
+    from pipeline.models.loading import ModelSpec, is_from_table
 
     chat = config.models.chat
-    return isinstance(chat, HubModel) and chat.source in KNOWN and not read_config(chat.source, chat.revision)
+    return isinstance(chat, HubModel) and is_from_table(ModelSpec(chat.source, revision=chat.revision))
 
 
 def model_config(config: RunConfig, data: "DataSteps", records: "Mapping[str, Record]", storage: "Storage") -> Any:

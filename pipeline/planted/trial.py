@@ -156,7 +156,7 @@ class Trial:
         """The recipe's crosscoder, and those of its further seeds, from one read of the rows."""
         shape = {"num_models": store.manifest.num_models, "activation_dim": store.manifest.activation_dim}
         trainers = []
-        for section in (recipe, *recipe.replicas()):
+        for section in (recipe, *recipe.further_seeds()):
             spec = spec_of(section, self.training, TrainingResources(), **shape)
             normalisation = normalisation_of(section, store.manifest)
             trainers.append(

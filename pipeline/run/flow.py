@@ -289,12 +289,8 @@ def _other_seeds(own: Step[LatentsInputs], every: Sequence[Step[LatentsInputs]])
 def _injected(own: Step[LatentsInputs], replicas: Sequence[Step[LatentsInputs]]) -> Step[LatentsInputs] | None:
     """The latent table of the fit on rows with planted concepts that belongs to a crosscoder."""
     section = own.inputs.crosscoder.inputs.section
-    names = [one.name for one in section.replicas()] if isinstance(section, CrosscoderSection) else []
-    for other in replicas:
-        is_injected = isinstance(other.inputs.crosscoder.inputs.section, InjectedCrosscoderSection)
-        if is_injected and other.crosscoder_name in names:
-            return other
-    return None
+    injected = section.injected() if isinstance(section, CrosscoderSection) else None
+    return next((other for other in replicas if other.inputs.crosscoder.inputs.section == injected), None)
 
 
 def _analysis_steps(

@@ -59,8 +59,12 @@ def kept_runs(storage: Storage) -> list[KeptRun]:
 
     Raises InputError where there is no such root.
     """
+    return _runs_of(_records(storage), storage)
+
+
+def _runs_of(records: Mapping[str, Record], storage: Storage) -> list[KeptRun]:
     by_name: dict[str, list[tuple[str, Record]]] = {}
-    for folder, record in _records(storage).items():
+    for folder, record in records.items():
         by_name.setdefault(record.run_name, []).append((folder, record))
     runs = [_run(storage, name, own) for name, own in by_name.items()]
     return sorted(runs, key=lambda run: (-run.changed.timestamp(), run.name))
@@ -86,7 +90,8 @@ def removal(
     """
     if not names and older_than_days is None:
         raise InputError("rm: expected names of runs or --older-than DAYS, got neither; `crossray runs` lists the runs")
-    runs = {run.name: run for run in kept_runs(storage)}
+    records = _records(storage)
+    runs = {run.name: run for run in _runs_of(records, storage)}
     unknown = [name for name in names if name not in runs]
     if unknown:
         raise InputError(
@@ -96,7 +101,6 @@ def removal(
     if older_than_days is not None:
         before = (now or datetime.now(UTC)) - timedelta(days=older_than_days)
         going |= {run.name for run in runs.values() if run.changed < before}
-    records = _records(storage)
     stay = _reached(records, [folder for folder, record in records.items() if record.run_name not in going])
     own = [folder for folder, record in records.items() if record.run_name in going]
     folders = [folder for folder in own if folder not in stay]

@@ -2,11 +2,10 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import pyarrow as pa
-from safetensors import safe_open
-from safetensors.torch import save
+import torch
+from safetensors.torch import load, save
 
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.numerics.injection import Injection
@@ -27,8 +26,12 @@ def open_crosscoder(storage: Storage, folder: str) -> Iterator[Crosscoder]:
 
 def write_injection(storage: Storage, folder: str, injection: Injection) -> None:
     """Keeps beside a crosscoder what was put into its rows."""
-    about = {"frequency": repr(injection.frequency), "seed": str(injection.seed)}
-    storage.write_bytes(f"{folder}/{INJECTION_NAME}", save({"direction_CD": injection.direction_CD}, metadata=about))
+    tensors = {
+        "direction_CD": injection.direction_CD,
+        "frequency": torch.tensor(injection.frequency, dtype=torch.float64),
+        "seed": torch.tensor(injection.seed, dtype=torch.int64),
+    }
+    storage.write_bytes(f"{folder}/{INJECTION_NAME}", save(tensors))
 
 
 def read_injection(storage: Storage, folder: str) -> Injection | None:
@@ -36,9 +39,8 @@ def read_injection(storage: Storage, folder: str) -> Injection | None:
     key = f"{folder}/{INJECTION_NAME}"
     if not storage.exists(key):
         return None
-    with storage.local_folder(folder) as path, safe_open(Path(path) / INJECTION_NAME, framework="pt") as file:
-        about = file.metadata()
-        return Injection(file.get_tensor("direction_CD"), float(about["frequency"]), int(about["seed"]))
+    tensors = load(storage.read_bytes(key))
+    return Injection(tensors["direction_CD"], tensors["frequency"].item(), int(tensors["seed"]))
 
 
 def read_curve(storage: Storage, folder: str) -> pa.Table | None:
