@@ -31,6 +31,7 @@ from pipeline.stages.models import model_spec
 if TYPE_CHECKING:
     from pipeline.run.flow import AnyStep
     from pipeline.storage.filesystem import Storage
+    from pipeline.terminal import Reporter
 
 _SECTIONS = {
     "tokens": "tokens",
@@ -70,7 +71,9 @@ def check_models(
             read_checkpoint(step.inputs.section, pair.activation_dim)
 
 
-def check_halves(missing: "Sequence[AnyStep]", storage: "Storage", resources: ResourcesSection) -> None:
+def check_halves(
+    missing: "Sequence[AnyStep]", storage: "Storage", resources: ResourcesSection, reporter: "Reporter"
+) -> None:
     """InputError where a half of a model is not what the missing steps need of it; a cluster must be there."""
     asked: dict[Part, Loading] = {}
     for inputs in (step.inputs for step in missing):
@@ -89,6 +92,7 @@ def check_halves(missing: "Sequence[AnyStep]", storage: "Storage", resources: Re
     is_of_every_layer = any(isinstance(step.inputs, LayersInputs) for step in missing)
     parts: tuple[Part, ...] = ("rows", *(part for part in ("logits", "answers") if part in asked))
     loading = asked["logits" if needs_whole else "rows"]
+    reporter.message("models: loading both and comparing their halves with the library's own forward on a few tokens")
     halves.check(storage, loading, halves.Asked(parts, is_of_every_layer), name=name, section=section)
 
 

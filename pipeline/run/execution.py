@@ -41,7 +41,7 @@ def execute(config: RunConfig, flow: Flow, storage: Storage, reporter: Reporter,
     _check_space(config, flow, storage)
     storage.check_writable()
     with ExitStack() as stack:
-        _connect(stack, flow.groups, missing, storage, config.resources)
+        _connect(stack, flow.groups, missing, storage, config.resources, reporter)
         log = RunLog(tracker or make_tracker(config.tracking, storage, reporter.message), config, storage, flow)
         reporter.message(f"tracking: {log.link}")
         context = StageContext(storage, config.resources, reporter, log, config.name, config.tracking.log_every_steps)
@@ -94,7 +94,7 @@ def measure_layers(flow: LayersFlow, context: StageContext) -> None:
     check_models(flow.layers.inputs.loading, address=resources.cluster.address)
     storage.check_writable()
     with ExitStack() as stack:
-        _connect(stack, flow.groups, missing, storage, resources)
+        _connect(stack, flow.groups, missing, storage, resources, context.reporter)
         for group in flow.groups:
             own = [step for step in group.steps if step in missing]
             if not own:
@@ -106,13 +106,19 @@ def measure_layers(flow: LayersFlow, context: StageContext) -> None:
 
 
 def _connect(
-    stack: ExitStack, groups: Sequence[Group], missing: Sequence[AnyStep], storage: Storage, resources: ResourcesSection
+    stack: ExitStack,
+    groups: Sequence[Group],
+    missing: Sequence[AnyStep],
+    storage: Storage,
+    resources: ResourcesSection,
+    reporter: Reporter,
 ) -> None:
     """Join the cluster where a missing step needs it, and check there what can be checked before anything is made."""
     if any(group.needs_cluster and any(step in missing for step in group.steps) for group in groups):
+        reporter.message("cluster: connecting to Ray")
         stack.enter_context(connected(resources.cluster, _log_path(storage)))
         check_resources(missing, resources)
-        check_halves(missing, storage, resources)
+        check_halves(missing, storage, resources, reporter)
 
 
 def _check_space(config: RunConfig, flow: Flow, storage: Storage) -> None:

@@ -80,7 +80,7 @@ def test_an_upper_half_is_checked_where_an_analysis_needs_it(
     source = {"name": "a", "kind": "jsonl", "paths": [str(tmp_path / "text.jsonl")], "messages_column": "messages"}
     config = load(run_file(WRONG_UPPER, analyses=analyses, corpus={"sources": [source]}))
     with pytest.raises(InputError, match=r"logits continued from layer 1 .* Zamba2ForCausalLM"):
-        check_halves(_missing(config), Storage(config.storage.root), config.resources)
+        check_halves(_missing(config), Storage(config.storage.root), config.resources, SilentReporter())
 
 
 def test_an_upper_half_that_nobody_needs_may_be_wrong(
@@ -88,7 +88,7 @@ def test_an_upper_half_that_nobody_needs_may_be_wrong(
 ) -> None:
     _in_this_process(monkeypatch)
     config = load(run_file(WRONG_UPPER, analyses=OFF))
-    check_halves(_missing(config), Storage(config.storage.root), config.resources)
+    check_halves(_missing(config), Storage(config.storage.root), config.resources, SilentReporter())
 
 
 def test_nothing_is_asked_about_models_where_no_step_needs_them(
@@ -97,7 +97,7 @@ def test_nothing_is_asked_about_models_where_no_step_needs_them(
     monkeypatch.setattr(halves, "run_pool", lambda *_: pytest.fail("the models were run"))
     config = load(run_file(WRONG_UPPER))
     done = [step for step in _missing(config) if step.key.stage not in ("activations", "evidence")]
-    check_halves(done, Storage(config.storage.root), config.resources)
+    check_halves(done, Storage(config.storage.root), config.resources, SilentReporter())
 
 
 @pytest.mark.ray
