@@ -20,6 +20,7 @@ from pipeline.stages.catalogue import AutointerpInputs, DataSteps, ReportInputs
 from pipeline.terminal import format_seconds
 
 if TYPE_CHECKING:
+    from pipeline.run.flow import AnyStep
     from pipeline.run.runner import StepState
     from pipeline.storage.filesystem import Storage
 
@@ -130,7 +131,6 @@ def _remarks(config: RunConfig, states: "Sequence[StepState]", data: DataSize | 
     missing = [state.step for state in states if state.record is None]
     if not missing or config.resources.cluster.address != "local":
         return []
-    from pipeline.planning.calibration import matmul_flops
     from pipeline.run.checks import check_local_resources
 
     remarks = []
@@ -138,18 +138,28 @@ def _remarks(config: RunConfig, states: "Sequence[StepState]", data: DataSize | 
         check_local_resources(missing, config.resources)
     except InputError as error:  # the run may be meant for another machine: said, not refused
         remarks.append(f"cannot hold this run: {error}")
-    reads_models = any(stage in ("activations", "evidence") for stage in (step.key.stage for step in missing))
-    dtype = config.models.dtype
-    if reads_models and dtype != "float32" and config.resources.extraction.gpus == 0:
-        slowdown = matmul_flops(1, dtype="float32") / matmul_flops(1, dtype=dtype)
-        if slowdown > _NOTICEABLE_SLOWDOWN:
-            remarks.append(
-                f"models.dtype: {dtype} takes {slowdown:.1f} times as long as float32 on its CPU, which has no "
-                f"instructions for it; float32 gives finer numbers for twice the memory"
-            )
+    if slow := slow_dtype(config, missing):
+        remarks.append(slow)
     if data is not None and "activations" in (step.key.stage for step in missing):
         remarks += _too_few_shards(config, data.stored_rows)
     return remarks
+
+
+def slow_dtype(config: RunConfig, missing: "Sequence[AnyStep]") -> str | None:
+    """Said where models are to run on this machine's CPU in a format for which it has no instructions."""
+    reads_models = any(step.key.stage in ("activations", "evidence") for step in missing)
+    dtype, on_cpu = config.models.dtype, config.resources.extraction.gpus == 0
+    if not reads_models or not on_cpu or dtype == "float32" or config.resources.cluster.address != "local":
+        return None
+    from pipeline.planning.calibration import matmul_flops
+
+    slowdown = matmul_flops(1, dtype="float32") / matmul_flops(1, dtype=dtype)
+    if slowdown <= _NOTICEABLE_SLOWDOWN:
+        return None
+    return (
+        f"models.dtype: {dtype} takes {slowdown:.1f} times as long as float32 on this machine's CPU, which has no "
+        f"instructions for it; float32 gives finer numbers for twice the memory"
+    )
 
 
 def _too_few_shards(config: RunConfig, num_rows: int) -> list[str]:

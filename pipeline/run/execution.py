@@ -14,6 +14,7 @@ from pipeline.cluster.connect import connected
 from pipeline.config.resources import ResourcesSection
 from pipeline.config.run_file import RunConfig
 from pipeline.errors import CrossrayError, InputError
+from pipeline.planning.estimate import slow_dtype
 from pipeline.planning.sizes import check_space
 from pipeline.run.checks import check_halves, check_local_resources, check_models, check_resources
 from pipeline.run.flow import AnyStep, Flow, Group, LayersFlow
@@ -40,6 +41,8 @@ def execute(config: RunConfig, flow: Flow, storage: Storage, reporter: Reporter,
         endpoint_options(config.resources.autointerp)
     _check_space(config, flow, storage)
     storage.check_writable()
+    if slow := slow_dtype(config, missing):
+        reporter.message(slow)
     with ExitStack() as stack:
         _connect(stack, flow.groups, missing, storage, config.resources, reporter)
         log = RunLog(tracker or make_tracker(config.tracking, storage, reporter.message), config, storage, flow)

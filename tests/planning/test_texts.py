@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from pipeline.config.run_file import load
-from pipeline.planning import sizes
-from pipeline.planning.estimate import estimate, estimate_text
+from pipeline.planning import calibration, sizes
+from pipeline.planning.estimate import estimate, estimate_text, slow_dtype
 from pipeline.planning.shapes import model_config, shape_of
 from pipeline.run.flow import build_flow
 from pipeline.run.runner import inspect
@@ -139,6 +139,34 @@ def test_every_stage_of_a_fresh_run_has_its_time_and_idle_workers_are_told(tmp_p
     ]
     assert "what depends on the number of tokens" not in text
     assert "activations.rows_per_shard: 50,000 makes 1 of about 11,700 rows, but 2 workers" in text
+
+
+@pytest.mark.parametrize(
+    ("flops", "asked", "is_told"),
+    [
+        ({"float32": 6e10, "bfloat16": 1e10}, {}, True),
+        ({"float32": 6e10, "bfloat16": 5e10}, {}, False),
+        ({"float32": 6e10, "bfloat16": 1e10}, {"resources": {"extraction": {"gpus": 1}}}, False),
+    ],
+    ids=["slow", "as fast", "on a GPU"],
+)
+def test_a_format_that_this_cpu_has_no_instructions_for_is_told(
+    tmp_path: Path,
+    tree: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    flops: dict[str, float],
+    asked: dict[str, Any],
+    is_told: bool,
+) -> None:
+    monkeypatch.setattr(calibration, "matmul_flops", lambda num_threads, dtype: flops[dtype])
+    write(tmp_path / "web.jsonl", [{"text": "w1"}])
+    source = {"name": "web", "kind": "jsonl", "paths": [str(tmp_path / "web.jsonl")], "text_column": "text"}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree(source, **asked)))
+    config = load(path)
+    told = slow_dtype(config, build_flow(config).steps)
+    assert (told is not None) == is_told
+    assert told is None or told.startswith("models.dtype: bfloat16 takes 6.0 times")
 
 
 def test_a_known_pair_of_the_hub_is_planned_without_a_network(
