@@ -27,12 +27,13 @@ import torch
 from torch import Tensor
 
 from pipeline.analyses.steering_columns import STEERING_COLUMNS, STEERING_SAMPLE_COLUMNS
-from pipeline.analyses.steering_inputs import BehaviorPrompts, Direction
+from pipeline.analyses.steering_inputs import Direction
 from pipeline.errors import InputError
 from pipeline.models.generation import Positions, Sampling, Steering
 from pipeline.models.padding import pad_tokens
 from pipeline.models.pair import ModelPair
 from pipeline.schema import CHAT, MODEL_NAMES
+from pipeline.text.prompts import BehaviorPrompts
 from pipeline.text.tokenizers import prompt_ids
 
 NONE, LATENT, RANDOM = "none", "latent", "random"

@@ -1,13 +1,10 @@
-"""Inputs of steering: prompts with the markers of a behaviour, and latents as directions.
-
-Prompts come as parsed JSON, from the organism or from a user's file; for a file without behaviours only KL, fluency and
-the answers are reported. latent_sets.py chooses latents. Nothing here runs a model.
+"""Inputs of steering: latents as directions. latent_sets.py chooses latents. Nothing here runs a model.
 
 Shapes: D width, R random controls.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,9 +16,6 @@ from pipeline.errors import InputError
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.schema import CHAT
 
-UNNAMED = "prompts"
-"""Column `behavior` of a file that is a plain list of prompts."""
-
 
 class Direction(NamedTuple):
     """A latent as a steering direction."""
@@ -31,16 +25,6 @@ class Direction(NamedTuple):
     """d_j^chat / |d_j^chat| in raw activation space, float32."""
     max_contribution: float
     """Largest f_j |d_j^chat| on the validation rows, in raw activation space: the norm that is added at scale 1."""
-
-
-class BehaviorPrompts(NamedTuple):
-    """Prompts that do not call for a behaviour, and the markers by which it is recognised."""
-
-    behavior: str
-    prompts: tuple[str, ...]
-    """User messages."""
-    markers: tuple[str, ...]
-    """An answer that contains one of these substrings shows the behaviour; empty: no behaviour is looked for."""
 
 
 def directions_of(crosscoder: Crosscoder, latents: pd.DataFrame, chosen: Sequence[int]) -> tuple[Direction, ...]:
@@ -80,29 +64,3 @@ def random_controls(
     chosen_RD = decoder_FD[torch.from_numpy(chosen).long()]
     units_RD: Tensor = chosen_RD / chosen_RD.norm(dim=1, keepdim=True)
     return units_RD
-
-
-def parse_prompts(prompts: Any, *, num_prompts: int, source: str) -> tuple[BehaviorPrompts, ...]:
-    """Behaviours of a parsed prompts file, the first num_prompts prompts of each.
-
-    Either {behavior: {"neutral": [...], "markers": [...]}}, where markers may be left out, or a plain list of prompts.
-    """
-    if isinstance(prompts, list) and prompts:
-        return (BehaviorPrompts(UNNAMED, _texts(prompts, source, "the list")[:num_prompts], ()),)
-    if not isinstance(prompts, Mapping) or not prompts:
-        raise InputError(
-            f"{source}: expected {{behavior: {{neutral, markers}}}} or a list of prompts, got {str(prompts)[:60]!r}"
-        )
-    parsed = []
-    for behavior, entry in prompts.items():
-        read = entry if isinstance(entry, Mapping) else {}
-        neutral = _texts(read.get("neutral"), source, f"{behavior}.neutral")[:num_prompts]
-        markers = _texts(read["markers"], source, f"{behavior}.markers") if "markers" in read else ()
-        parsed.append(BehaviorPrompts(str(behavior), neutral, markers))
-    return tuple(parsed)
-
-
-def _texts(value: Any, source: str, where: str) -> tuple[str, ...]:
-    if not isinstance(value, list) or not value or not all(isinstance(item, str) and item for item in value):
-        raise InputError(f"{source}: expected a list of texts under {where}, got {str(value)[:60]!r}; add them")
-    return tuple(value)

@@ -7,6 +7,7 @@ allows it. Files from the hub go into the hub's own cache; nothing is written el
 """
 
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -62,7 +63,7 @@ def read_published(
 def find_files(source: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> CheckpointFiles:
     """The files of a checkpoint on this machine; those of a hub id are downloaded into the hub's cache first."""
     path = Path(source)
-    if not path.exists():
+    if not os.path.exists(path):  # noqa: PTH110 - pathlib's raises for a name that no file can have
         return _fetch(str(source), revision, subfolder)
     if revision is not None:
         raise InputError(

@@ -13,6 +13,7 @@ from pipeline.errors import InputError
 from pipeline.extraction.activations import RowOptions
 from pipeline.library.pair import Pair
 from pipeline.models.decoder import SplitDecoder
+from pipeline.models.files import is_adapter_folder
 from pipeline.models.loading import DTYPES, LoadOptions, ModelSpec
 from pipeline.models.memory import automatic_tokens_per_batch
 from pipeline.models.pair import ModelPair
@@ -98,7 +99,7 @@ def _specs(base: Any, chat: Any, replacements: tuple[tuple[int, int], ...]) -> t
     first = base if isinstance(base, ModelSpec) else ModelSpec(str(base), token_replacements=replacements)
     if isinstance(chat, ModelSpec):
         return first, chat
-    if (Path(chat).expanduser() / "adapter_config.json").is_file():
+    if is_adapter_folder(str(chat)):
         return first, first._replace(adapter=str(chat), token_replacements=())
     return first, ModelSpec(str(chat))
 

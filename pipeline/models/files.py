@@ -33,6 +33,12 @@ def existing_path(source: str) -> Path | None:
         return None
 
 
+def is_adapter_folder(source: str) -> bool:
+    """Whether a source is a folder of this machine that holds an adapter."""
+    path = existing_path(source)
+    return path is not None and (path / "adapter_config.json").is_file()
+
+
 def gguf_file(source: str) -> Path | None:
     """The GGUF file that a source names: itself, or the only one in a folder that holds no other model.
 

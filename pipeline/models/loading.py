@@ -19,7 +19,7 @@ from pipeline.errors import InputError
 from pipeline.models.adapters import attach_adapter, check_adapter, merge_adapter, require_all_keys
 from pipeline.models.decoder import SplitDecoder, check_layer
 from pipeline.models.failures import is_out_of_memory
-from pipeline.models.files import GGUF_SUFFIX, gguf_file, read_config
+from pipeline.models.files import GGUF_SUFFIX, existing_path, gguf_file, read_config
 from pipeline.models.known import KNOWN, known_config
 from pipeline.models.noise import add_weight_noise
 from pipeline.models.placement import Placement, put
@@ -229,7 +229,8 @@ def check_model(spec: ModelSpec, *, attn_implementation: str | None = None, is_u
 
 def is_local(spec: ModelSpec) -> bool:
     """Whether a model lies in a folder of this machine, or is a GGUF file there."""
-    return Path(spec.source).expanduser().is_dir() or gguf_file(spec.source) is not None
+    path = existing_path(spec.source)
+    return path is not None and (path.is_dir() or gguf_file(spec.source) is not None)
 
 
 def is_here(spec: ModelSpec) -> bool:
@@ -244,10 +245,12 @@ def is_from_table(spec: ModelSpec) -> bool:
 
 def is_config_alone(spec: ModelSpec) -> bool:
     """Whether a folder holds a configuration and nothing else of a model: enough to plan with, not to run."""
-    folder = Path(spec.source).expanduser()
+    folder = existing_path(spec.source)
     suffixes = (".safetensors", ".bin", ".index.json", GGUF_SUFFIX)
-    return folder.is_dir() and not any(
-        path.name.endswith(suffixes) or "token" in path.name for path in folder.iterdir()
+    return (
+        folder is not None
+        and folder.is_dir()
+        and not any(path.name.endswith(suffixes) or "token" in path.name for path in folder.iterdir())
     )
 
 
@@ -348,7 +351,7 @@ def _load(loader: Any, spec: ModelSpec, what: str, **options: Any) -> Any:
     if packed is not None:
         _require_gguf(spec.source)
         source, options = str(packed.parent), options | {"gguf_file": packed.name}
-    elif (looks_like_path or source.endswith(GGUF_SUFFIX)) and not Path(source).is_dir():
+    elif (looks_like_path or source.endswith(GGUF_SUFFIX)) and existing_path(source) is None:
         raise InputError(f"expected {what} at {spec.source!r}, but there is no such folder; correct the path or hub id")
     elif looks_like_path:
         check_folder(Path(source), f"model {spec.source!r}")

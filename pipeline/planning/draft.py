@@ -13,6 +13,7 @@ from typing import NamedTuple
 from pipeline.config.json_schema import FILE_NAME, header, schema_text
 from pipeline.config.run_file import RunConfig, load
 from pipeline.errors import InputError, first_line
+from pipeline.models.files import is_adapter_folder
 from pipeline.models.known import KNOWN
 from pipeline.models.loading import ModelSpec, check_pair
 from pipeline.storage.filesystem import Storage
@@ -67,7 +68,7 @@ def draft(base: str, chat: str, corpora: Corpora, machine: Machine, *, name: str
     chat may be the folder of a LoRA adapter of base. InputError for a model whose shape is not known here, for two
     widths, and for a file of an unknown kind.
     """
-    is_adapter = (Path(chat).expanduser() / "adapter_config.json").is_file()
+    is_adapter = is_adapter_folder(chat)
     shapes = [shape_of(base, "BASE"), shape_of(base if is_adapter else chat, "CHAT")]
     if shapes[0].width != shapes[1].width:
         raise InputError(

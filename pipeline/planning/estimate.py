@@ -66,10 +66,11 @@ def estimate(
         activations = records.get("activations")
         num_bytes = None if activations is None else int(activations.counts["num_bytes"])
         return Estimate(data, num_bytes, None, None, None, {})
-    from pipeline.run.checks import check_models  # imports torch, which a finished run can do without
+    from pipeline.run.checks import check_models, check_organism  # imports torch, which a finished run can do without
 
     adopted = [state.step for state in states if state.step.key.stage == "crosscoder"]
     check_models(steps.activations.inputs.loading, adopted, address=config.resources.cluster.address, only_local=True)
+    check_organism([state.step for state in states if state.record is None], config.activations.layer_number)
     model_config = shapes.model_config(config, steps, records, storage)
     shape = shapes.shape_of(model_config)
     if must_fit and data is not None and "activations" in missing:

@@ -98,9 +98,13 @@ def texts_of_sources(config: RunConfig, tokenizer: Any) -> dict[str, TextSize] |
 
 
 def _sample(source: JsonlCorpus | ParquetCorpus | TextCorpus) -> Columns | None:
-    """The beginnings of some files of a source; None where they are elsewhere."""
+    """The beginnings of some files of a source; None where they are elsewhere.
+
+    InputError where nothing in them can be used, as where a column's name is wrong.
+    """
     from pipeline.text.documents import document_id, read_documents
     from pipeline.text.files import ReadShare, expand_paths
+    from pipeline.text.unusable import Unusable
 
     paths = expand_paths(source.paths, f"corpus {source.name!r}: paths")
     sizes = {path: os.path.getsize(path) for path in paths if os.path.isfile(path)}  # noqa: PTH113, PTH202
@@ -109,11 +113,16 @@ def _sample(source: JsonlCorpus | ParquetCorpus | TextCorpus) -> Columns | None:
     chosen = paths[:: max(1, len(paths) // _SAMPLED_FILES)][:_SAMPLED_FILES]
     columns: dict[str, list[Any]] = {name: [] for name in ("doc_id", "corpus", "split", "text", "messages")}
     seen: set[int] = set()
+    unusable: Counter[str] = Counter()
+    examples: dict[str, str] = {}
     num_read = 0.0
     settings = source.model_dump(mode="json")
     for path in chosen:
         share, num_characters, num_kept = ReadShare(), 0, 0
         for document in read_documents(path, settings, share):
+            if document.unusable:
+                unusable[document.reason] += 1
+                examples.setdefault(document.reason, document.unusable)
             if not document.reason and (doc_id := document_id(document)) not in seen:
                 seen.add(doc_id)
                 num_kept += 1
@@ -128,6 +137,8 @@ def _sample(source: JsonlCorpus | ParquetCorpus | TextCorpus) -> Columns | None:
         else:
             read = 1.0
         num_read += sizes[path] * read
+    if not seen:
+        Unusable({source.name: unusable}, {source.name: examples}, {source.name: unusable.total()}).check(1.0)
     num_documents = len(seen) * sum(sizes.values()) / max(1.0, num_read)
     return Columns(columns, num_documents if source.max_documents is None else min(source.max_documents, num_documents))
 

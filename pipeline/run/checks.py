@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 from pipeline.cluster.connect import check_fits, request
 from pipeline.config.resources import ResourcesSection, TrainingResources, WorkersSection
 from pipeline.errors import InputError
+from pipeline.models.decoder import check_layer
 from pipeline.models.loading import check_model, check_pair, is_config_alone, is_local
 from pipeline.models.verification import Part
+from pipeline.organisms.build import spec_of
 from pipeline.stages import halves
 from pipeline.stages.adopt import read_checkpoint
 from pipeline.stages.catalogue import (
@@ -23,6 +25,7 @@ from pipeline.stages.catalogue import (
     EvidenceInputs,
     FittedCrosscoderInputs,
     LayersInputs,
+    OrganismInputs,
     SteeringInputs,
 )
 from pipeline.stages.locations import Loading
@@ -54,8 +57,8 @@ def check_models(
     address: of the cluster, whose workers have packages of their own where it is not this machine. only_local: models
     on the hub are not asked for, so that nothing waits for a network, nor folders that hold a configuration alone.
 
-    The organism's pair fits by construction, apart from the layer, which is checked when it is loaded; its width is
-    known, and compared with an adopted crosscoder's, when it is built.
+    The organism's pair fits by construction, apart from the layer (`check_organism`); its width is known, and compared
+    with an adopted crosscoder's, when it is built.
     """
     if any(location.folder for location in loading.models):
         return
@@ -69,6 +72,14 @@ def check_models(
     for step in crosscoders:
         if isinstance(step.inputs, AdoptedCrosscoderInputs):
             read_checkpoint(step.inputs.section, pair.activation_dim)
+
+
+def check_organism(missing: "Sequence[AnyStep]", layer: int) -> None:
+    """InputError where a generated pair that is yet to be built will not have the layer, counted from 0."""
+    for inputs in (step.inputs for step in missing):
+        if isinstance(inputs, OrganismInputs):
+            size = spec_of(inputs.section.size).model
+            check_layer(layer, size.num_layers, f"the organism of size {inputs.section.size!r}")
 
 
 def check_halves(

@@ -16,7 +16,7 @@ from pipeline.config.run_file import RunConfig
 from pipeline.errors import CrossrayError, InputError
 from pipeline.planning.estimate import slow_dtype
 from pipeline.planning.sizes import check_space
-from pipeline.run.checks import check_halves, check_local_resources, check_models, check_resources
+from pipeline.run.checks import check_halves, check_local_resources, check_models, check_organism, check_resources
 from pipeline.run.flow import AnyStep, Flow, Group, LayersFlow
 from pipeline.stages.autointerp import endpoint_options
 from pipeline.stages.step import StageContext
@@ -37,6 +37,7 @@ def execute(config: RunConfig, flow: Flow, storage: Storage, reporter: Reporter,
     check_local_resources(missing, config.resources)
     loading, adopted = flow.data.activations.inputs.loading, [own.crosscoder for own in flow.crosscoders]
     check_models(loading, adopted, address=config.resources.cluster.address)
+    check_organism(missing, config.activations.layer_number)
     if any(own.autointerp in missing for own in flow.crosscoders):
         endpoint_options(config.resources.autointerp)
     _check_space(config, flow, storage)

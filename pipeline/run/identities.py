@@ -17,6 +17,7 @@ from pipeline.errors import InputError, short
 from pipeline.models.files import GGUF_SUFFIX, existing_path, gguf_file, loaded_files
 from pipeline.storage.content import DIGEST_LENGTH, content_digests
 from pipeline.text.files import as_input_error, expand_paths, read_json
+from pipeline.text.prompts import parse_prompts
 
 Identity = dict[str, Any]
 """JSON that is hashed into a fingerprint; no stage reads it."""
@@ -131,5 +132,7 @@ def steering_identity(section: SteeringSection) -> Identity:
     if section.prompts_path is not None:
         where = "analyses.steering.prompts_path"
         identity["prompts_path"] = file_identity(section.prompts_path, where)
-        read_json(section.prompts_path, where)  # steering comes last: what it cannot read is refused before the start
+        # Steering comes last: prompts that it cannot read are refused before the start.
+        prompts = read_json(section.prompts_path, where)
+        parse_prompts(prompts, num_prompts=section.num_prompts, source=f"{where}: {section.prompts_path}")
     return identity

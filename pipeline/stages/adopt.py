@@ -19,6 +19,7 @@ from pipeline.checkpoints.published import read_published
 from pipeline.config.crosscoder import AdoptedCrosscoderSection
 from pipeline.config.data import HubModel
 from pipeline.errors import InputError
+from pipeline.models.files import existing_path
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.schema import MODEL_NAMES, Split
 from pipeline.stages.catalogue import ActivationsInputs, AdoptedCrosscoderInputs
@@ -91,11 +92,11 @@ def load_checkpoint(
 
 def read_checkpoint(section: AdoptedCrosscoderSection, activation_dim: int) -> PublishedCrosscoder:
     """The checkpoint that is asked for; InputError where it cannot be read, or is not of two models of this width."""
-    path = Path(section.source).expanduser()
+    path = existing_path(section.source)
     where = f"crosscoder {section.name!r}: source"
     try:
         checkpoint = read_published(
-            path if path.exists() else section.source,
+            section.source if path is None else path,
             revision=section.revision,
             activation_scale=section.activation_scale,
         )
@@ -123,7 +124,7 @@ def settings_mismatch(trainer: Any, activations: ActivationsInputs) -> str:
     if isinstance(layer, int) and not isinstance(layer, bool) and layer != own:
         faults.append(f"layer {layer} and not activations.layer = {own}")
     models = [location.model for location in activations.loading.models]
-    sources = [model.source for model in models if isinstance(model, HubModel) and not Path(model.source).exists()]
+    sources = [model.source for model in models if isinstance(model, HubModel) and existing_path(model.source) is None]
     if isinstance(name, str) and sources and not any(_short_name(source) in name.lower() for source in sources):
         faults.append(f"the model {name} and not {' or '.join(sources)}")
     return f"its trainer_config.json says that it was trained on {', and on '.join(faults)}" if faults else ""

@@ -15,9 +15,7 @@ from pipeline.analyses.planted import CHAT_SPECIFIC_LATENT
 from pipeline.analyses.steering import SteeringOptions, SteeringRequest, steer
 from pipeline.analyses.steering_columns import STEERING_COLUMNS, STEERING_SAMPLE_COLUMNS
 from pipeline.analyses.steering_inputs import (
-    BehaviorPrompts,
     directions_of,
-    parse_prompts,
     random_controls,
 )
 from pipeline.cluster.pools import Pool, run_pool
@@ -34,6 +32,7 @@ from pipeline.storage.filesystem import Storage
 from pipeline.storage.tables import arrow_schema, numbers_of, read_table, write_frame
 from pipeline.terminal import Progress
 from pipeline.text.files import read_json
+from pipeline.text.prompts import BehaviorPrompts, parse_prompts
 
 TABLE_NAME = "steering.parquet"
 SAMPLES_NAME = "samples.parquet"

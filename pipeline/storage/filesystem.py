@@ -31,6 +31,7 @@ _PIECE_BYTES = 1 << 20
 _FLUSH_BYTES = 8 << 20
 _NO_PLACES = ("memory", "http", "https", "data")
 """Kinds of URLs that no other process sees or that nobody can write to."""
+_OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az")
 _HAS_ADVICE = hasattr(os, "posix_fadvise")
 
 _Result = TypeVar("_Result")
@@ -65,6 +66,11 @@ class Storage:
         except (ImportError, ValueError) as error:
             raise InputError(
                 f"storage.root: expected a path or a URL that fsspec knows, got {self.root!r}: {error}"
+            ) from error
+        except Exception as error:  # some file systems connect at once, and each has errors of its own
+            raise InputError(
+                f"storage.root: expected a place that answers, got {self.root!r}: {first_line(error)}; correct the "
+                "address, or try again when it can be reached"
             ) from error
         fs.retries = storage_faults.REQUEST_ATTEMPTS  # s3fs's own attribute
         return fs
@@ -253,6 +259,8 @@ def _check_root(root: str) -> None:
             f"storage.root: expected a place that all processes of a run share and may write to, got {root!r}; name a "
             "folder or an object store, like s3://bucket/prefix"
         )
+    if _scheme(root) in _OBJECT_STORES and not urlsplit(root).netloc:
+        raise InputError(f"storage.root: expected a bucket, like s3://bucket/prefix, got {root!r}; name it")
 
 
 def _local_root(root: str) -> str:

@@ -13,11 +13,8 @@ from pipeline.analyses.latent_sets import most_specific_latents
 from pipeline.analyses.steering import SteeringOptions, SteeringRequest, shows_behavior, steer, steering_effect
 from pipeline.analyses.steering_columns import STEERING_COLUMNS, STEERING_SAMPLE_COLUMNS
 from pipeline.analyses.steering_inputs import (
-    UNNAMED,
-    BehaviorPrompts,
     Direction,
     directions_of,
-    parse_prompts,
     random_controls,
 )
 from pipeline.errors import InputError
@@ -26,6 +23,7 @@ from pipeline.models.generation import Positions, Sampling, Steering
 from pipeline.models.pair import ModelPair
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.schema import BASE, CHAT, MODEL_NAMES, Verdict
+from pipeline.text.prompts import UNNAMED, BehaviorPrompts, parse_prompts
 from pipeline.text.tokenizers import prompt_ids
 
 WIDTH = 32

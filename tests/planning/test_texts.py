@@ -158,7 +158,7 @@ def test_a_format_that_this_cpu_has_no_instructions_for_is_told(
     asked: dict[str, Any],
     is_told: bool,
 ) -> None:
-    monkeypatch.setattr(calibration, "matmul_flops", lambda num_threads, dtype: flops[dtype])
+    monkeypatch.setattr(calibration, "matmul_flops", lambda *_, dtype: flops[dtype])
     write(tmp_path / "web.jsonl", [{"text": "w1"}])
     source = {"name": "web", "kind": "jsonl", "paths": [str(tmp_path / "web.jsonl")], "text_column": "text"}
     path = tmp_path / "run.yaml"

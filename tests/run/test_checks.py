@@ -1,6 +1,7 @@
 """What a run refuses before it computes anything."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,50 @@ def test_a_plan_says_what_is_wrong_with_local_models(run_file: Callable[..., Pat
     with pytest.raises(InputError, match="cannot be loaded"):
         check_models(loading)
     assert not (tmp_path / "runs").exists()
+
+
+ORGANISM: dict[str, Any] = {
+    "organism": {"size": "tiny"},
+    "models": {name: {"kind": "organism", "member": name} for name in ("base", "chat")},
+    "corpus": {"sources": [{"name": "a", "kind": "organism", "part": "documents"}]},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({**ORGANISM, "activations": {"layer": 99}}, r"between 0 and 2 .*tiny.* layer 99"),
+        ({"models": {"base": {"source": "x" * 300}, "chat": {"source": "y" * 300}}}, "xxx"),
+        (
+            {"analyses": {"causality": None, "steering": {"prompts_path": "{empty}", "latents": [0]}}},
+            r"prompts_path: .*empty\.json",
+        ),
+    ],
+    ids=["layer of an organism", "long name", "prompts"],
+)
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_what_would_fail_late_is_refused_by_plan_and_run(
+    run_file: Callable[..., Path],
+    tmp_path: Path,
+    command: str,
+    changes: dict[str, Any],
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "empty.json").write_text("[]")
+    path = run_file("llama", **changes)
+    path.write_text(path.read_text().replace("{empty}", str(tmp_path / "empty.json")))
+    assert main([command, str(path)]) == 2
+    assert re.search(expected, capsys.readouterr().err)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_plan_says_where_nothing_of_a_source_can_be_used(run_file: Callable[..., Path], tmp_path: Path) -> None:
+    source = {"name": "a", "kind": "jsonl", "paths": [str(tmp_path / "text.jsonl")], "text_column": "nope"}
+    config = load(run_file("llama", corpus={"sources": [source]}))
+    storage = Storage(config.storage.root)
+    with pytest.raises(InputError, match=r"corpus 'a': 40 of 40 .*nope"):
+        estimate_text(config, runner.inspect(config, storage), storage)
 
 
 @pytest.mark.parametrize("architecture", ["mamba", "gemma3n_text", "gemma4_text"])

@@ -115,7 +115,20 @@ def test_an_unwritable_root_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "root", ["", "  ", "a\0b", "a\nb", "~nobody-of-this-name/x", "memory://x", "memory:x", "http://host/x", "data:,x"]
+    "root",
+    [
+        "",
+        "  ",
+        "a\0b",
+        "a\nb",
+        "~nobody-of-this-name/x",
+        "memory://x",
+        "memory:x",
+        "http://host/x",
+        "data:,x",
+        "s3://",
+        "gs:///x",
+    ],
 )
 def test_a_root_that_no_run_can_use_is_refused(root: str) -> None:
     with pytest.raises(InputError, match=r"storage\.root: expected"):
@@ -131,6 +144,11 @@ def test_a_root_that_is_a_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("prefix", ["", "file:", "file://", "file://localhost"])
 def test_a_local_root_may_be_written_as_a_url(prefix: str, tmp_path: Path) -> None:
     assert Storage(f"{prefix}{tmp_path}").root == str(tmp_path)
+
+
+def test_a_file_system_that_does_not_answer_is_one_line() -> None:
+    with pytest.raises(InputError, match=r"storage\.root: .*'ftp://127\.0\.0\.1:9/x'"):
+        Storage("ftp://127.0.0.1:9/x").exists("a")
 
 
 def test_an_unknown_kind_of_url_is_refused() -> None:
