@@ -4,6 +4,7 @@ Every sentence is made from numbers of summary.py and says what is missing where
 Plain text; the page escapes and places it.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import pandas as pd
@@ -12,6 +13,7 @@ from pipeline.report import formatting as fmt
 from pipeline.report.data import CrosscoderReport, ReportData
 from pipeline.report.summary import (
     AGREES,
+    PlantedScore,
     VerdictSummary,
     causal_summary,
     difference_of,
@@ -186,14 +188,24 @@ def _planted_sentences(crosscoder: CrosscoderReport) -> list[str]:
     rows = planted_rows(crosscoder.planted)
     if not rows:
         return []
-    found, decided = (
-        sum(score.exists and score.auroc >= GOOD_AUROC for score in scores)
-        for scores in ([row.specific for row in rows], [row.deciding for row in rows])
-    )
-    return [
+    found, decided = (_num_found(row.specific for row in rows), _num_found(row.deciding for row in rows))
+    sentences = [
         f"A chat-specific latent finds {found} of {fmt.plural(len(rows), 'planted behaviour')} in held-out answers "
         f"(AUROC of {GOOD_AUROC:g} or more), and {decided} already at the token that decides the answer."
     ]
+    missed = [row for row in rows if not _num_found([row.specific])]
+    if missed:
+        others = [
+            f"a latent of another verdict finds {_num_found(row.any_latent for row in missed)}",
+            f"the mean difference {_num_found(row.mean_difference for row in missed)}",
+            f"a linear probe of the chat model {_num_found(row.probe for row in missed)}",
+        ]
+        sentences.append(f"Of the {len(missed)} that none finds, {others[0]}, {others[1]} and {others[2]}.")
+    return sentences
+
+
+def _num_found(scores: Iterable[PlantedScore]) -> int:
+    return sum(score.exists and score.auroc >= GOOD_AUROC for score in scores)
 
 
 def _steering_sentences(crosscoder: CrosscoderReport) -> list[str]:

@@ -11,7 +11,7 @@ from pipeline import schema
 from pipeline.errors import ArtifactError
 from pipeline.report import formatting as fmt
 from pipeline.report.data import CrosscoderReport, ReportData
-from pipeline.report.headlines import control_sentences, headline
+from pipeline.report.headlines import control_sentences, does_sentences, headline
 from pipeline.report.summary import (
     causal_summary,
     corpora_of,
@@ -117,6 +117,19 @@ def test_planted_rows_join_the_three_candidates(report: ReportData) -> None:
     assert [row.behavior for row in rows] == ["refusal_harm", "refusal_secret", "correction", "personal"]
     assert rows[0].specific.auroc == pytest.approx(0.985)
     assert rows[0].mean_difference.auroc == pytest.approx(0.78)
+
+
+def test_behaviours_that_no_chat_specific_latent_finds_are_said_with_what_does(report: ReportData) -> None:
+    crosscoder = report.crosscoders[1]
+    assert crosscoder.planted is not None
+    table = crosscoder.planted.copy()
+    is_missed = table["behavior"].isin(["correction", "personal"])
+    table.loc[is_missed & (table["candidate"] == "chat-specific latent"), "auroc"] = 0.5
+    table.loc[is_missed & (table["candidate"] == "any latent"), "auroc"] = [0.95] * 3 + [0.7] * 3
+    said = " ".join(does_sentences(dataclasses.replace(crosscoder, planted=table)))
+    assert "finds 2 of 4" in said
+    assert "Of the 2 that none finds, a latent of another verdict finds 1, the mean difference 0" in said
+    assert "a linear probe of the chat model 2." in said
 
 
 def test_verdict_text_holds_counts_shares_scores_and_effects(report: ReportData) -> None:
