@@ -197,6 +197,17 @@ def test_missing_analyses_are_stated_and_leave_no_broken_section(bare_report: Re
     assert not {"svg", "figure"} & set(Outline(page).tags)
 
 
+def test_a_run_without_a_latent_to_steer_with_says_so(report: ReportData) -> None:
+    first = report.crosscoders[0]
+    assert first.steering is not None
+    unsteered = first.steering[first.steering["latent"] < 0]
+    changed = dataclasses.replace(
+        report, crosscoders=(dataclasses.replace(first, steering=unsteered), *report.crosscoders[1:])
+    )
+    assert f"Nothing was steered for {first.name}" in text_of(render(changed))
+    assert "Nothing was steered for" not in text_of(render(report))
+
+
 SILENT = ("curves", "twins", "seeds", "causality_curve", "causality_differences")
 """Tables whose lack is said elsewhere, or that belong to another table's analysis."""
 
