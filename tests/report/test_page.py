@@ -197,7 +197,7 @@ def test_missing_analyses_are_stated_and_leave_no_broken_section(bare_report: Re
     assert not {"svg", "figure"} & set(Outline(page).tags)
 
 
-SILENT = ("curves", "twins", "seeds", "causality_curve", "causality_differences")
+SILENT = ("logit_lens", "first_tokens", "curves", "twins", "seeds", "causality_curve", "causality_differences")
 """Tables whose lack is said elsewhere, or that belong to another table's analysis."""
 
 
@@ -226,6 +226,17 @@ def test_cards_put_planted_finders_first_and_scale_opacity_by_the_strongest(repo
     shares = [token.share for card in cards for context in card.contexts for token in context.tokens]
     assert max(shares) == 1
     assert min(shares) == 0
+
+
+def test_a_card_names_the_tokens_of_its_own_latent(report: ReportData, page: str) -> None:
+    for card in cards_of(report.crosscoders[1], 1):
+        assert [one.member for one in card.tokens] == ["In the chat model", "More than in the base model"]
+        assert all(one.promoted[0] == f" refuse{card.latent}" for one in card.tokens)
+        assert all(one.suppressed == [" sure", " yes"] for one in card.tokens)
+    text = text_of(page)
+    assert "In the chat model it promotes" in text
+    assert text.count("refuse91") == 1  # the first tokens' table stands once, whatever the number of crosscoders
+    assert "0.250" in text
 
 
 def test_cards_fall_back_to_other_chat_only_latents(report: ReportData) -> None:
