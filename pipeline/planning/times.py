@@ -166,7 +166,8 @@ def _data_seconds(inputs: PlanInputs, speeds: Speeds) -> dict[str, float]:
     """organism, corpus and tokens."""
     config, seconds = inputs.config, {}
     if "organism" in inputs.missing and config.organism is not None:
-        seconds["organism"] = rates.ORGANISM_SECONDS[config.organism.size] * speeds.slowness
+        doses = (1 + 2 * config.organism.dose) / 3  # the chat training takes two thirds
+        seconds["organism"] = rates.ORGANISM_SECONDS[config.organism.size] * doses * speeds.slowness
     num_tokens = 0 if inputs.data is None else inputs.data.num_tokens
     if "corpus" in inputs.missing:
         work = rates.CHARACTERS_PER_TOKEN.value * num_tokens / rates.CHARACTERS_PER_SECOND.value
