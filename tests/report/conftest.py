@@ -269,7 +269,7 @@ def logit_lens_table(latents: list[int], hostile: bool) -> pd.DataFrame:
 
 def first_token_table() -> pd.DataFrame:
     """Two positions of one corpus, the second with a token of its own."""
-    rows = [("chat", position, 200, 0.5, 2.0, *token_lists(90 + position)) for position in (1, 2)]
+    rows = [("chat", position, 200, 0.5, 2.0, *token_lists(90_000 + position)) for position in (1, 2)]
     return table_of(rows, FIRST_TOKEN_COLUMNS)
 
 

@@ -235,7 +235,7 @@ def test_a_card_names_the_tokens_of_its_own_latent(report: ReportData, page: str
         assert all(one.suppressed == [" sure", " yes"] for one in card.tokens)
     text = text_of(page)
     assert "In the chat model it promotes" in text
-    assert text.count("refuse91") == 1  # the first tokens' table stands once, whatever the number of crosscoders
+    assert text.count("refuse90001") == 1  # the first tokens' table stands once, whatever the number of crosscoders
     assert "0.250" in text
 
 
