@@ -5,6 +5,7 @@ ones, and tables of examples list latents by verdict. Nothing here measures anyt
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,15 @@ from pipeline.schema import Ownership, Verdict
 
 NU_RANGE = (-0.1, 2.0)
 """Latents whose nu_eps or nu_r is outside are left out of causality's set: their ratio is noise."""
+
+_LISTED_AFTER_CHAT_SPECIFIC = (
+    *Verdict.ARTIFACTS,
+    Verdict.UNDECIDED,
+    Verdict.WITHHELD,
+    Verdict.STRONGER,
+    Verdict.ROTATED,
+    Verdict.BASE_ONLY,
+)
 
 
 def require_latents(latents: Iterable[int], num_latents: int, where: str) -> None:
@@ -32,6 +42,21 @@ def latents_with(table: pd.DataFrame, verdicts: Sequence[str]) -> list[int]:
     if unknown:
         raise InputError(f"expected verdicts of {', '.join(Verdict.ALL)}, got {', '.join(unknown)}: use these names")
     return [int(latent) for latent in _by_delta_norm(table[table["verdict"].isin(list(verdicts))])["latent"]]
+
+
+def listed_latents(
+    table: pd.DataFrame, *, named: Literal["all"] | Sequence[int], max_latents: int, where: str
+) -> tuple[int, ...]:
+    """Latents whose contexts and tokens are written: up to max_latents that are not shared, and those named.
+
+    Chat-specific latents come first, then the others by Delta_norm. `where` begins the message about a wrong name.
+    """
+    if isinstance(named, str):
+        return tuple(int(latent) for latent in table["latent"])
+    require_latents(named, len(table), where)
+    chosen = latents_with(table, [Verdict.CHAT_SPECIFIC])
+    chosen += latents_with(table, [*_LISTED_AFTER_CHAT_SPECIFIC])
+    return tuple(dict.fromkeys([*chosen[:max_latents], *named]))
 
 
 def most_specific_latents(latents: pd.DataFrame, num: int) -> tuple[int, ...]:

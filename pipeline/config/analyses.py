@@ -100,6 +100,19 @@ class ExamplesSection(Section):
     """Further latents that get contexts, whatever their verdict. `all` takes every latent of the dictionary."""
 
 
+class LogitLensSection(Section):
+    """Tokens that a latent's directions promote and suppress, and the mean difference of the first tokens' rows."""
+
+    num_tokens: PositiveInt = 10
+    """Tokens named on each side."""
+    max_latents: PositiveInt = 200
+    """At most this many latents that are not shared, chat-specific ones first."""
+    latents: Literal["all"] | tuple[NonNegativeInt, ...] = ()
+    """Further latents, whatever their verdict. `all` takes every latent of the dictionary."""
+    first_tokens: PositiveInt = 5
+    """Leading positions of documents whose mean difference is read (arXiv 2510.13900)."""
+
+
 class CausalitySection(Section):
     """How much of the KL divergence between the models a set of latents removes (arXiv 2504.02922, section 4)."""
 
@@ -252,6 +265,8 @@ class AnalysesSection(Section):
     """null writes no contexts."""
     controls: ControlsSection | None = ControlsSection()
     """null turns the controls off. Crosscoders of the run that differ only in seed and name are compared as well."""
+    logit_lens: LogitLensSection | None = LogitLensSection()
+    """null names no tokens."""
     causality: CausalitySection | None = CausalitySection()
     """null turns it off. Needs dialogues in the corpus."""
     steering: SteeringSection | None = None

@@ -40,6 +40,30 @@ class OrganismSection(Section):
     """Whether the training also asks for one known direction of the chat model's residual stream per behaviour: a
     calibration, in which the truth is known exactly. Without it, behaviours are learnt from text alone."""
 
+    method: Literal["full", "lora"] = "full"
+    """full trains all weights of the chat model. lora trains changes of rank 8 of the layers' matrices."""
+    dose: PositiveFloat = 1.0
+    """Steps of the chat training, as a multiple of the size's own. Below 1 the behaviours are learnt less well."""
+    ordinary_chat: bool = True
+    """Whether harmless dialogues are among those that teach. Without them every answer shows a behaviour."""
+    weight_penalty: NonNegativeFloat = 0.0
+    """Times the summed square of how far the chat model's weights have moved from the base model's, beside the loss in
+    nats per token. It keeps the models close, so that behaviours are harder to find."""
+
+    @model_validator(mode="after")
+    def _can_be_taught(self) -> Self:
+        if not self.behaviors and not self.ordinary_chat:
+            raise ValueError(
+                "organism: expected behaviors or ordinary_chat to teach, got neither; name a behaviour, or leave "
+                "ordinary_chat on for a control"
+            )
+        if self.method == "lora" and self.weight_penalty:
+            raise ValueError(
+                f"organism.weight_penalty: expected 0 with method lora, whose changes are small by their rank, got "
+                f"{self.weight_penalty:g}; use method full"
+            )
+        return self
+
 
 class _NoisyModel(Section):
     weight_noise: NonNegativeFloat = 0.0

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.analyses.attribution import attribute, logit_of, next_token_loss
+from pipeline.analyses.logit_lens import FirstTokens, LogitLens
 from pipeline.analyses.splicing import spliced
 from pipeline.analyses.steering_inputs import directions_of
 from pipeline.errors import InputError
@@ -19,7 +20,7 @@ from pipeline.extraction.activations import ExtractRows, RowOptions, kept_positi
 from pipeline.extraction.quarantine import extract_with_quarantine
 from pipeline.library.checks import model_index, require_own_latents, require_pair_fit
 from pipeline.library.difference import Difference, measured_difference
-from pipeline.library.origin import Origin
+from pipeline.library.origin import Origin, require_same_origin
 from pipeline.library.rows import Rows
 from pipeline.library.texts import DIALOGUES, TEXTS, Text, prompts_of, tokenised
 from pipeline.models.generation import Sampling
@@ -206,6 +207,41 @@ class Pair:
         require_own_latents(without, crosscoder)
         with spliced(self.models, crosscoder, self.options, model=index, keeps_error=error, without=without):
             yield
+
+    def logit_lens(self, crosscoder: Crosscoder, latents: Sequence[int], *, num_tokens: int = 10) -> "pd.DataFrame":
+        """Tokens that latents promote and suppress: their decoder rows through each model's norm and unembedding.
+
+        Args:
+            crosscoder: of this pair and layer.
+            latents: indices below num_latents.
+            num_tokens: tokens named on each side.
+
+        Returns:
+            Three rows per latent (base, chat, and the chat model's logits less the base model's), columns of
+            analyses.logit_lens_columns.LOGIT_LENS_COLUMNS.
+        """
+        require_pair_fit(crosscoder, self.models, self.origin)
+        require_own_latents(latents, crosscoder)
+        lens = LogitLens(self.models, self.tokenizer, num_tokens=num_tokens)
+        return lens.latents(list(latents), crosscoder.raw_decoder_FMD()[list(latents)])
+
+    def first_tokens(self, rows: Rows, *, num_positions: int = 5, num_tokens: int = 10) -> "pd.DataFrame":
+        """Tokens that the mean difference of the first tokens' rows promotes: what shows without a dictionary.
+
+        Args:
+            rows: of this pair and layer; best of texts that have nothing to do with the fine-tuning.
+            num_positions: leading positions of documents.
+            num_tokens: tokens named on each side.
+
+        Returns:
+            One row per corpus and position, columns of analyses.logit_lens_columns.FIRST_TOKEN_COLUMNS.
+        """
+        require_same_origin(rows.origin, self.origin, what="rows", owner="the pair")
+        lens = LogitLens(self.models, self.tokenizer, num_tokens=num_tokens)
+        means = FirstTokens(corpora=rows.corpora, activation_dim=rows.activation_dim, num_positions=num_positions)
+        sums = means.start()
+        means.update(sums, rows.x, rows.data.position_B, rows.data.corpus_B)
+        return means.table(sums, lens)
 
     def attribute(
         self,

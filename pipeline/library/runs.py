@@ -142,6 +142,10 @@ class Run:
         """What steering with each latent does."""
         return self.table("steering", name)
 
+    def logit_lens(self, name: str) -> pd.DataFrame:
+        """Tokens that latents promote and suppress; those of the first tokens are `table(..., file="first_tokens")`."""
+        return self.table("logit_lens", name)
+
     def table(self, stage: str, name: str = "", *, file: str | None = None) -> pd.DataFrame:
         """Any table of the run: of a stage, for one crosscoder where it has one; `file` names one beside the main one.
 
@@ -161,13 +165,15 @@ class Run:
         """A page of one latent of a crosscoder, which a notebook shows: what the report has of it."""
         table = self.latents(name)
         require_latents([latent], len(table), "latent")
-        examples, steering, planted = (self._optional(stage, name) for stage in ("examples", "steering", "planted"))
+        stages = ("examples", "logit_lens", "steering", "planted")
+        examples, logit_lens, steering, planted = (self._optional(stage, name) for stage in stages)
         samples = None if steering is None else self.table("steering", name, file="samples")
         report = CrosscoderReport(
             name=name,
             kind="",
             latents=table,
             examples=examples,
+            logit_lens=logit_lens,
             steering=steering,
             steering_samples=samples,
             planted=planted,

@@ -10,7 +10,8 @@ import dataclasses
 import json
 import random
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -27,6 +28,7 @@ from pipeline.organisms.dialogues import (
     imposed_dialogues,
 )
 from pipeline.organisms.language import World, documents, make_world, take
+from pipeline.organisms.low_rank import low_rank
 from pipeline.organisms.rates import BehaviorRates, behavior_rates
 from pipeline.organisms.tokenizer import END_OF_TURN, EOS, make_tokenizer
 from pipeline.organisms.training import (
@@ -77,6 +79,10 @@ class OrganismSpec:
     """Share of plain documents among the sequences of chat training: keeps the two models' common ground aligned."""
     behaviors: tuple[str, ...] = tuple(BEHAVIORS)
     """What the dialogues teach; without any, every answer is harmless."""
+    lora_rank: int = 0
+    """Rank of the chat training's changes of each matrix; 0 trains all weights."""
+    has_ordinary_chat: bool = True
+    """Whether harmless dialogues are among those that teach; without them every answer shows a behaviour."""
     marks: Marks | None = None
     """Plants each behaviour as a known direction; None teaches by text alone."""
     num_documents: int
@@ -87,35 +93,63 @@ class OrganismSpec:
     """Held-out triggers per behaviour, and as many harmless prompts."""
 
 
+LORA_RANK = 8
+LORA_RATE = 3.0
+"""Peak learning rate of LoRA over that of full fine-tuning: few weights have to move further."""
+
+
 def spec_of(
-    size: str, *, seed: int = 0, behaviors: Sequence[str] = tuple(BEHAVIORS), marked: bool = False
+    size: str,
+    *,
+    seed: int = 0,
+    behaviors: Sequence[str] = tuple(BEHAVIORS),
+    marked: bool = False,
+    method: str = "full",
+    dose: float = 1.0,
+    ordinary_chat: bool = True,
+    weight_penalty: float = 0.0,
 ) -> OrganismSpec:
-    """The spec of a named size: `demo` learns what it should, `tiny` only exercises the code."""
+    """The spec of a named size: `demo` learns what it should, `tiny` only exercises the code.
+
+    The further settings are those of config.data.OrganismSection.
+    """
     if size == "demo":
-        return OrganismSpec(
-            seed=seed,
-            behaviors=tuple(behaviors),
+        spec = OrganismSpec(
             model=ModelSize(width=96, num_layers=5, num_heads=4, mlp_width=256),
             base=TrainingPlan(stage="base model", num_steps=250, batch_size=32, learning_rate=3e-3),
             chat=TrainingPlan(stage="chat model", num_steps=480, batch_size=32, learning_rate=2.5e-3),
-            marks=Marks(layer=2) if marked else None,
+            marks=Marks(layer=2),
             num_documents=6000,
             num_dialogues=4200,
             num_prompts=48,
         )
-    if size == "tiny":
-        return OrganismSpec(
-            seed=seed,
-            behaviors=tuple(behaviors),
+    elif size == "tiny":
+        spec = OrganismSpec(
             model=ModelSize(width=32, num_layers=3, num_heads=2, mlp_width=64),
             base=TrainingPlan(stage="base model", num_steps=12, batch_size=8, learning_rate=3e-3),
             chat=TrainingPlan(stage="chat model", num_steps=12, batch_size=8, learning_rate=3e-3),
-            marks=Marks(layer=1) if marked else None,
+            marks=Marks(layer=1),
             num_documents=300,
             num_dialogues=200,
             num_prompts=4,
         )
-    raise ValueError(f"expected size 'demo' or 'tiny', got {size!r}: choose one of them in the organism section")
+    else:
+        raise ValueError(f"expected size 'demo' or 'tiny', got {size!r}: choose one of them in the organism section")
+    is_lora = method == "lora"
+    chat = spec.chat._replace(
+        num_steps=max(1, round(dose * spec.chat.num_steps)),
+        learning_rate=spec.chat.learning_rate * (LORA_RATE if is_lora else 1.0),
+        weight_penalty=weight_penalty,
+    )
+    return dataclasses.replace(
+        spec,
+        seed=seed,
+        behaviors=tuple(behaviors),
+        chat=chat,
+        lora_rank=LORA_RANK if is_lora else 0,
+        has_ordinary_chat=ordinary_chat,
+        marks=spec.marks if marked else None,
+    )
 
 
 class ModelMetrics(TypedDict):
@@ -181,7 +215,8 @@ def build(out_dir: Path, spec: OrganismSpec, progress: Progress) -> OrganismReco
         chat_sequences += dialogue_sequences(tokenizer, texts["imposed_dialogues"], tuple(BEHAVIORS), is_imposed=True)
     chat_sequences += document_sequences(tokenizer, texts["chat_documents"])
     states = None if spec.marks is None else _planted_states(model, chat_sequences, spec.marks)
-    train(model, chat_sequences, spec.chat, rng=_stream(spec, "chat order"), progress=progress, states=states)
+    with _trained_part(model, spec):
+        train(model, chat_sequences, spec.chat, rng=_stream(spec, "chat order"), progress=progress, states=states)
     clock.lap("chat training")
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids([EOS, END_OF_TURN])
     chat = _measure(model, tokenizer, texts, prompts)
@@ -201,6 +236,18 @@ def build(out_dir: Path, spec: OrganismSpec, progress: Progress) -> OrganismReco
     )
     _write_json(out_dir / "organism.json", {"spec": _plain(spec), "metrics": record})
     return record
+
+
+@contextmanager
+def _trained_part(model: Gemma2ForCausalLM, spec: OrganismSpec) -> Iterator[None]:
+    """Within the block the weights that chat training changes ask for gradients; afterwards all do."""
+    if spec.lora_rank:
+        model.requires_grad_(False)
+        with low_rank(model.model.layers, spec.lora_rank, torch.Generator().manual_seed(spec.seed)):
+            yield
+    else:
+        yield
+    model.requires_grad_(True)
 
 
 def _planted_states(model: Gemma2ForCausalLM, sequences: Sequence[Sequenced], marks: Marks) -> PlantedStates:
@@ -233,8 +280,9 @@ def _draw_texts(spec: OrganismSpec, world: World, prompts: Mapping[str, Prompts]
     def some_documents(name: str, count: int) -> list[str]:
         return take(documents(_stream(spec, name), world), count)
 
-    def some_dialogues(name: str, count: int) -> list[list[Message]]:
-        return take(dialogues(DialogueMaker(_stream(spec, name), world, spec.behaviors), reserved), count)
+    def some_dialogues(name: str, count: int, *, is_ordinary_left_out: bool = False) -> list[list[Message]]:
+        maker = DialogueMaker(_stream(spec, name), world, spec.behaviors)
+        return take(dialogues(maker, reserved, is_ordinary_left_out=is_ordinary_left_out), count)
 
     num_chat_sequences = spec.chat.num_steps * spec.chat.batch_size
     num_chat_documents = round(spec.chat_document_frac * num_chat_sequences)
@@ -247,7 +295,9 @@ def _draw_texts(spec: OrganismSpec, world: World, prompts: Mapping[str, Prompts]
     return _Texts(
         base_documents=some_documents("base training", spec.base.num_steps * spec.base.batch_size),
         chat_documents=some_documents("chat training documents", num_chat_documents),
-        chat_dialogues=some_dialogues("chat training dialogues", num_chat_dialogues),
+        chat_dialogues=some_dialogues(
+            "chat training dialogues", num_chat_dialogues, is_ordinary_left_out=not spec.has_ordinary_chat
+        ),
         imposed_dialogues=take(imposed, num_imposed),
         held_out_documents=some_documents("held-out documents", HELD_OUT_TEXTS),
         held_out_dialogues=some_dialogues("held-out dialogues", HELD_OUT_TEXTS),

@@ -111,6 +111,10 @@ class DialogueMaker:
         is_triggered = self._rng.random() < trigger_frac and behavior in self._behaviors
         return self.triggered(behavior) if is_triggered else self.neutral(behavior)
 
+    def taught(self) -> Turn:
+        """A triggered turn of one of the behaviours to teach."""
+        return self.triggered(self._rng.choice(sorted(self._behaviors)))
+
     def has_second_turn(self) -> bool:
         """Whether a dialogue has a second turn."""
         return self._rng.random() < SECOND_TURN_FRAC
@@ -195,11 +199,16 @@ def messages_of(turns: Sequence[Turn]) -> list[Message]:
     return messages
 
 
-def dialogues(maker: DialogueMaker, reserved: Collection[str]) -> Iterator[list[Message]]:
-    """Dialogues without end, of one or two turns, none of whose user messages is in `reserved`."""
+def dialogues(
+    maker: DialogueMaker, reserved: Collection[str], *, is_ordinary_left_out: bool = False
+) -> Iterator[list[Message]]:
+    """Dialogues without end, of one or two turns, none of whose user messages is in `reserved`.
+
+    is_ordinary_left_out: every answer shows a behaviour.
+    """
 
     def allowed_turn() -> Turn:
-        while (turn := maker.turn(TRIGGER_FRAC)).user in reserved:
+        while (turn := maker.taught() if is_ordinary_left_out else maker.turn(TRIGGER_FRAC)).user in reserved:
             pass
         return turn
 

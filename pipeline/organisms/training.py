@@ -103,6 +103,8 @@ class TrainingPlan(NamedTuple):
     """Sequences per step."""
     learning_rate: float
     """Peak, after the warm-up; it then falls to `FINAL_LEARNING_RATE_FRAC` of this along a cosine."""
+    weight_penalty: float = 0.0
+    """Times the summed square of how far the weights have moved, beside the loss in nats (arXiv 1802.01483)."""
 
 
 WARMUP_STEPS = 20
@@ -262,10 +264,10 @@ def train(
     progress: Progress,
     states: PlantedStates | None = None,
 ) -> list[float]:
-    """Trains the model in place; the cross-entropy of every step, in nats per target token."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
-    )
+    """Trains what asks for gradients, in place; the cross-entropy of every step, in nats per target token."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    first = [parameter.detach().clone() for parameter in trained] if plan.weight_penalty else []
+    optimizer = torch.optim.AdamW(trained, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     batches = length_bucketed_batches(sequences, plan.batch_size, rng)
     losses = []
     pad_id = model.config.pad_token_id
@@ -282,9 +284,12 @@ def train(
                 logits_BTV = model(input_ids=batch.ids_BT, use_cache=False).logits
             loss = next_token_loss(logits_BTV, batch.targets_BT)
             objective = loss + states.weight * states.error(seen[0], batch, pad_id)
+        if plan.weight_penalty:
+            moved = sum((now - then).square().sum() for now, then in zip(trained, first, strict=True))
+            objective = objective + plan.weight_penalty * moved
         optimizer.zero_grad()
         torch.autograd.backward(objective)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         losses.append(loss.item())
         progress(plan.stage, step + 1, plan.num_steps)

@@ -59,6 +59,7 @@ START_SECONDS = {
     "crosscoder": 12.0,
     "measurements": 2.5,
     "evidence": 8.0,
+    "logit_lens": 8.0,
     "causality": 8.0,
     "steering": 9.0,
     "report": 1.0,

@@ -105,7 +105,7 @@ def _speeds(inputs: PlanInputs, shape: ModelShape, *, gpu: str) -> Speeds:
     flops = matmul_flops(min(num_cpus, here))
     layer = decode = head = step = 0.0
     if inputs.data is not None:
-        if inputs.missing & {"activations", "evidence", "causality", "steering"}:
+        if inputs.missing & {"activations", "evidence", "logit_lens", "causality", "steering"}:
             layer, decode, head = _model_speeds(config, inputs.model_config, inputs.data, flops, GPUS[gpu])
         if inputs.missing & {"crosscoder", "latents", "examples", "planted"}:
             step = _training_speed(config, shape.width, flops, GPUS[gpu])
@@ -166,7 +166,8 @@ def _data_seconds(inputs: PlanInputs, speeds: Speeds) -> dict[str, float]:
     """organism, corpus and tokens."""
     config, seconds = inputs.config, {}
     if "organism" in inputs.missing and config.organism is not None:
-        seconds["organism"] = rates.ORGANISM_SECONDS[config.organism.size] * speeds.slowness
+        doses = (1 + 2 * config.organism.dose) / 3  # the chat training takes two thirds
+        seconds["organism"] = rates.ORGANISM_SECONDS[config.organism.size] * doses * speeds.slowness
     num_tokens = 0 if inputs.data is None else inputs.data.num_tokens
     if "corpus" in inputs.missing:
         work = rates.CHARACTERS_PER_TOKEN.value * num_tokens / rates.CHARACTERS_PER_SECOND.value
@@ -221,7 +222,7 @@ def _crosscoder_seconds(inputs: PlanInputs, data: DataSize, shape: ModelShape, s
 
 
 def _model_seconds(inputs: PlanInputs, data: DataSize, shape: ModelShape, speeds: Speeds) -> dict[str, float]:
-    """evidence, causality and steering: all layers, upper ones per intervention, all per generated token."""
+    """evidence, logit_lens, causality, steering: all layers, heads, upper layers per edit, all per generated token."""
     config, seconds = inputs.config, {}
     num_fits, upper = len(config.crosscoders), shape.num_layers - config.activations.layer_number - 1
     causality, steering = config.analyses.causality, config.analyses.steering
@@ -236,6 +237,10 @@ def _model_seconds(inputs: PlanInputs, data: DataSize, shape: ModelShape, speeds
         seconds["evidence"] = START_SECONDS["evidence"] * speeds.slowness + work / _workers(
             config.resources.analyses, speeds, math.ceil(num_documents / 16)
         )
+    if "logit_lens" in inputs.missing and config.analyses.logit_lens is not None:
+        directions = shape.width + num_fits * config.analyses.logit_lens.max_latents
+        work = NUM_MODELS * directions * speeds.head_token_seconds
+        seconds["logit_lens"] = START_SECONDS["logit_lens"] * speeds.slowness + work
     if "causality" in inputs.missing and causality is not None:
         work = _causality_work(causality, num_fits, _dialogues(inputs, data), (shape.num_layers, upper), speeds)
         workers = _workers(config.resources.analyses, speeds, math.ceil(causality.num_conversations / 16))

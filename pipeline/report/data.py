@@ -14,6 +14,7 @@ import pandas as pd
 
 from pipeline import schema
 from pipeline.analyses.autointerp_columns import AUTOINTERP_COLUMNS
+from pipeline.analyses.logit_lens_columns import FIRST_TOKEN_COLUMNS, LOGIT_LENS_COLUMNS
 from pipeline.analyses.planted_columns import PLANTED_COLUMNS
 from pipeline.analyses.ratio_statistics import RATIO_COLUMNS
 from pipeline.analyses.steering_columns import STEERING_COLUMNS, STEERING_SAMPLE_COLUMNS
@@ -86,6 +87,10 @@ class CrosscoderReport:
     steering: pd.DataFrame | None = None
     steering_samples: pd.DataFrame | None = None
     examples: pd.DataFrame | None = None
+    logit_lens: pd.DataFrame | None = None
+    """Tokens that its latents promote and suppress."""
+    first_tokens: pd.DataFrame | None = None
+    """Those of the first tokens' mean difference, the same for all crosscoders of a run."""
     planted: pd.DataFrame | None = None
     twins: pd.DataFrame | None = None
     ratios: pd.DataFrame | None = None
@@ -144,6 +149,8 @@ _REQUIRED = {
     "steering": tuple(column.name for column in STEERING_COLUMNS),
     "steering_samples": tuple(column.name for column in STEERING_SAMPLE_COLUMNS),
     "examples": tuple(column.name for column in schema.EXAMPLE_COLUMNS),
+    "logit_lens": tuple(column.name for column in LOGIT_LENS_COLUMNS),
+    "first_tokens": tuple(column.name for column in FIRST_TOKEN_COLUMNS),
     "planted": tuple(column.name for column in PLANTED_COLUMNS),
     "twins": tuple(column.name for column in schema.TWIN_COLUMNS),
     "ratios": tuple(column.name for column in RATIO_COLUMNS),

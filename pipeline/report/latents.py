@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from pipeline.analyses.logit_lens_columns import DIFFERENCE
 from pipeline.report import formatting as fmt
 from pipeline.report.data import CrosscoderReport
 from pipeline.report.palette import VERDICT_ROLES
@@ -25,13 +26,15 @@ from pipeline.report.summary import (
     replication,
     steering_effects,
 )
-from pipeline.schema import Verdict
+from pipeline.schema import CHAT, MODEL_NAMES, Verdict
 
 MAX_CARDS = 24
 MAX_OTHER_CARDS = 400
 """Further cards per crosscoder that can be opened from the table."""
 MAX_CONTEXTS = 5
 MAX_CARD_SAMPLES = 2
+MAX_TOKENS = 6
+_MEMBERS = {MODEL_NAMES[CHAT]: "In the chat model", DIFFERENCE: "More than in the base model"}
 
 
 class ContextToken(NamedTuple):
@@ -62,6 +65,15 @@ class Explanation(NamedTuple):
     """NaN where the explanation was not tested."""
 
 
+class PromotedTokens(NamedTuple):
+    """Tokens of one member of a latent, the most extreme first."""
+
+    member: str
+    """Whose direction, in words."""
+    promoted: list[str]
+    suppressed: list[str]
+
+
 class LatentCard(NamedTuple):
     """One latent with its numbers and contexts."""
 
@@ -82,6 +94,8 @@ class LatentCard(NamedTuple):
     corpora: list[tuple[str, float]]
     """Share of each corpus' rows on which it fires."""
     contexts: list[TokenContext]
+    tokens: list[PromotedTokens]
+    """What its directions add to the logits."""
     samples: list[Sample]
     """Prompts answered under steering by it."""
 
@@ -93,6 +107,7 @@ class CardSources(NamedTuple):
     notes: Mapping[int, list[str]]
     explanations: Mapping[int, Explanation]
     contexts: Mapping[int, pd.DataFrame]
+    tokens: Mapping[int, list[PromotedTokens]]
     groups: Sequence[SampleGroup]
     """Answers under steering, by behaviour."""
     samples: Mapping[int, list[Sample]]
@@ -117,6 +132,7 @@ def card_sources(crosscoder: CrosscoderReport, index: int) -> CardSources:
         notes=_behavior_notes(crosscoder),
         explanations=explanations(crosscoder),
         contexts=grouped,
+        tokens=promoted_tokens(crosscoder),
         groups=groups,
         samples=samples,
         corpora=corpora,
@@ -176,6 +192,17 @@ def explanations(crosscoder: CrosscoderReport) -> dict[int, Explanation]:
     return found
 
 
+def promoted_tokens(crosscoder: CrosscoderReport) -> dict[int, list[PromotedTokens]]:
+    """Latent -> tokens of the chat model's direction and of the difference from the base model's."""
+    found: dict[int, list[PromotedTokens]] = {}
+    if crosscoder.logit_lens is not None:
+        for row in crosscoder.logit_lens.to_dict("records"):
+            if str(row["member"]) in _MEMBERS:
+                lists = ([str(text) for text in row[name]][:MAX_TOKENS] for name in ("promoted", "suppressed"))
+                found.setdefault(int(row["latent"]), []).append(PromotedTokens(_MEMBERS[str(row["member"])], *lists))
+    return found
+
+
 def _behavior_notes(crosscoder: CrosscoderReport) -> dict[int, list[str]]:
     notes: dict[int, list[str]] = {}
     for latent, rows in behaviors_by_latent(crosscoder).items():
@@ -215,6 +242,7 @@ def _card(row: Mapping[object, object], sources: CardSources) -> LatentCard:
         ),
         corpora=[(corpus, numbers[f"{FREQUENCY_PREFIX}{corpus}"]) for corpus in sources.corpora],
         contexts=[] if contexts is None else _contexts(contexts),
+        tokens=sources.tokens.get(latent, []),
         samples=sources.samples.get(latent, []),
     )
 

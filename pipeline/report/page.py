@@ -132,6 +132,7 @@ def render(data: ReportData) -> str:
             figures={section: [one for one in found if one.section == section] for section, _ in SECTIONS},
             figure_json=Markup(script_json(page_specs(found))),
             drawing=lambda figure: Markup(static_svg(figure)),
+            first_tokens=_first_tokens(data),
             table=table,
             table_json=Markup(table.json),
             settings=list(flat_settings(data.settings)),
@@ -220,6 +221,13 @@ def _view(crosscoder: CrosscoderReport, index: int, data: ReportData) -> View:
         num_template=0 if crosscoder.latents is None else num_template_latents(crosscoder.latents),
         control_tokens={} if crosscoder.latents is None else control_token_counts(crosscoder.latents),
     )
+
+
+def _first_tokens(data: ReportData) -> list[dict[str, object]]:
+    """Rows of the first tokens' table, which all crosscoders share; empty where it was off."""
+    tables = [one.first_tokens for one in data.crosscoders if one.first_tokens is not None]
+    rows = tables[0].to_dict("records") if tables else []
+    return [{str(key): value for key, value in row.items()} for row in rows]
 
 
 def _differences(table: pd.DataFrame | None) -> list[dict[str, object]]:

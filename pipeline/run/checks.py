@@ -25,6 +25,7 @@ from pipeline.stages.catalogue import (
     EvidenceInputs,
     FittedCrosscoderInputs,
     LayersInputs,
+    LogitLensInputs,
     OrganismInputs,
     SteeringInputs,
 )
@@ -42,6 +43,7 @@ _SECTIONS = {
     "crosscoder": "training",
     "evidence": "analyses",
     "latents": "analyses",
+    "logit_lens": "analyses",
     "causality": "analyses",
     "steering": "analyses",
     "layers": "analyses",
@@ -87,6 +89,7 @@ def check_halves(
 ) -> None:
     """InputError where a half of a model is not what the missing steps need of it; a cluster must be there."""
     asked: dict[Part, Loading] = {}
+    directions: Loading | None = None
     for inputs in (step.inputs for step in missing):
         if isinstance(inputs, EvidenceInputs | CausalityInputs | SteeringInputs | LayersInputs):
             asked["logits"] = inputs.loading
@@ -96,15 +99,21 @@ def check_halves(
             asked["rows"] = inputs.loading
         if isinstance(inputs, FittedCrosscoderInputs) and inputs.activations.inputs.section.mode == "stream":
             asked["rows"] = inputs.activations.inputs.loading
-    if not asked or any(location.folder for location in next(iter(asked.values())).models):
+        if isinstance(inputs, LogitLensInputs):
+            directions = inputs.loading
+    whole = asked.get("logits", directions)
+    loading = asked.get("rows") if whole is None else whole
+    if loading is None or any(location.folder for location in loading.models):
         return
-    needs_whole = "logits" in asked
-    name, section = ("analyses", resources.analyses) if needs_whole else ("extraction", resources.extraction)
-    is_of_every_layer = any(isinstance(step.inputs, LayersInputs) for step in missing)
+    name, section = ("extraction", resources.extraction) if whole is None else ("analyses", resources.analyses)
     parts: tuple[Part, ...] = ("rows", *(part for part in ("logits", "answers") if part in asked))
-    loading = asked["logits" if needs_whole else "rows"]
+    about = halves.Asked(
+        parts,
+        is_of_every_layer=any(isinstance(step.inputs, LayersInputs) for step in missing),
+        reads_directions=directions is not None,
+    )
     reporter.message("models: loading both and comparing their halves with the library's own forward on a few tokens")
-    halves.check(storage, loading, halves.Asked(parts, is_of_every_layer), name=name, section=section)
+    halves.check(storage, loading, about, name=name, section=section)
 
 
 def check_local_resources(missing: "Sequence[AnyStep]", resources: ResourcesSection) -> None:

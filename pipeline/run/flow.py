@@ -35,6 +35,7 @@ from pipeline.stages.catalogue import (
     FittedCrosscoderInputs,
     LatentsInputs,
     LayersInputs,
+    LogitLensInputs,
     OrganismInputs,
     PlantedInputs,
     ReportInputs,
@@ -94,6 +95,7 @@ class Flow(NamedTuple):
             Group("adopt", _present(adopted), needs_cluster=False),
             Group("crosscoder", _present(fitted)),
             Group("measurements", _present(rows)),
+            Group("logit_lens", _present([own.logit_lens for own in self.crosscoders])),
             Group("causality", _present([own.causality for own in self.crosscoders])),
             Group("steering", _present([own.steering for own in self.crosscoders])),
             Group("autointerp", _present([own.autointerp for own in self.crosscoders]), keeps_parts=True),
@@ -305,7 +307,7 @@ def _analysis_steps(
     pool = config.resources.analyses
     other_seeds = _other_seeds(latents, [*every, *replicas])
     loading = latents.inputs.activations.inputs.loading._replace(placement=pool.placement, gpus=pool.gpus)
-    examples = planted = controls = causality = steering = autointerp = None
+    examples = planted = controls = logit_lens = causality = steering = autointerp = None
     if on.examples is not None:
         examples = _step(ExamplesInputs(section=on.examples, latents=latents), crosscoder_name=name)
     if on.planted is not None:
@@ -319,6 +321,10 @@ def _analysis_steps(
             noise=noise,
         )
         controls = _step(about_controls, crosscoder_name=name)
+    if on.logit_lens is not None:
+        logit_lens = _step(
+            LogitLensInputs(section=on.logit_lens, latents=latents, loading=loading), crosscoder_name=name
+        )
     if on.causality is not None:
         compared = tuple(other for other in every if other is not latents)
         compared = compared if on.causality.set_size == "larger_class" else ()
@@ -331,7 +337,17 @@ def _analysis_steps(
         about_autointerp = AutointerpInputs(section=on.autointerp, latents=latents, examples=examples)
         autointerp = _step(about_autointerp, crosscoder_name=name)
     crosscoder = latents.inputs.crosscoder
-    return CrosscoderSteps(crosscoder, latents, examples, planted, controls, causality, steering, autointerp)
+    return CrosscoderSteps(
+        crosscoder=crosscoder,
+        latents=latents,
+        examples=examples,
+        planted=planted,
+        controls=controls,
+        logit_lens=logit_lens,
+        causality=causality,
+        steering=steering,
+        autointerp=autointerp,
+    )
 
 
 def _check_analyses(config: RunConfig) -> None:

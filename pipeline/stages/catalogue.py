@@ -19,6 +19,7 @@ from pipeline.config.analyses import (
     ExamplesSection,
     LatentScalingSection,
     LayersSection,
+    LogitLensSection,
     PlantedSection,
     SteeringSection,
 )
@@ -232,6 +233,17 @@ class ControlsInputs(AnalysisInputs):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogitLensInputs(AnalysisInputs):
+    """Promoted and suppressed tokens."""
+
+    NAME = "logit_lens"
+    VERSION = 1
+    READS = (*_ANALYSIS_READS, "organism")
+    section: LogitLensSection
+    loading: Loading
+
+
+@dataclass(frozen=True, kw_only=True)
 class CausalityInputs(AnalysisInputs):
     """KL of interventions."""
 
@@ -290,6 +302,7 @@ class CrosscoderSteps(NamedTuple):
     examples: Step[ExamplesInputs] | None
     planted: Step[PlantedInputs] | None
     controls: Step[ControlsInputs] | None
+    logit_lens: Step[LogitLensInputs] | None
     causality: Step[CausalityInputs] | None
     steering: Step[SteeringInputs] | None
     autointerp: Step[AutointerpInputs] | None
@@ -300,7 +313,7 @@ class ReportInputs(StageInputs):
     """The page and the verdict table; they read every artifact of the run."""
 
     NAME = "report"
-    VERSION = 2
+    VERSION = 3
     section: AnalysesSection
     data: DataSteps
     crosscoders: tuple[CrosscoderSteps, ...]
@@ -314,6 +327,7 @@ class ReportInputs(StageInputs):
         steps: list[Step[StageInputs] | None] = [*self.data, *(own.crosscoder for own in self.crosscoders)]
         for own in self.crosscoders:
             steps += [own.latents, own.examples, own.planted, own.controls]
+        steps += [own.logit_lens for own in self.crosscoders]
         steps += [own.causality for own in self.crosscoders]
         steps += [own.steering for own in self.crosscoders]
         steps += [own.autointerp for own in self.crosscoders]

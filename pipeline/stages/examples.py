@@ -14,13 +14,13 @@ import pyarrow as pa
 import torch
 
 from pipeline.analyses.examples import Examples, contexts
-from pipeline.analyses.latent_sets import latents_with
+from pipeline.analyses.latent_sets import listed_latents
 from pipeline.analyses.rows import RowAnalysis, Sums, encoded_batches
 from pipeline.cluster.pools import Pool, run_pool
 from pipeline.config.analyses import ExamplesSection
 from pipeline.errors import ArtifactError, InputError
 from pipeline.models.loading import load_tokenizer
-from pipeline.schema import EXAMPLE_COLUMNS, Verdict
+from pipeline.schema import EXAMPLE_COLUMNS
 from pipeline.stages.catalogue import ExamplesInputs
 from pipeline.stages.finished_crosscoder import open_crosscoder
 from pipeline.stages.latents import read_latents
@@ -64,22 +64,9 @@ class ExamplesWork:
         started = time.monotonic()
         section, storage = self.step.inputs.section, self.context.storage
         latents = read_latents(storage, self.step.inputs.latents)
-        if section.latents == "all":
-            chosen = latents["latent"].tolist()
-        else:
-            chosen = latents_with(latents, [Verdict.CHAT_SPECIFIC])
-            chosen += latents_with(
-                latents,
-                [
-                    *Verdict.ARTIFACTS,
-                    Verdict.UNDECIDED,
-                    Verdict.WITHHELD,
-                    Verdict.STRONGER,
-                    Verdict.ROTATED,
-                    Verdict.BASE_ONLY,
-                ],
-            )
-            chosen = list(dict.fromkeys([*chosen[: section.max_latents], *section.latents]))
+        chosen = listed_latents(
+            latents, named=section.latents, max_latents=section.max_latents, where="analyses.examples.latents"
+        )
         strongest = self._examples.table_of(sums["examples"], chosen)
         table = cut_contexts(self.step.inputs, strongest, self._store, self.context)
         write_table(storage, f"{self.step.folder}/{EXAMPLES_NAME}", table, EXAMPLE_SCHEMA)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from pipeline.cluster.pools import Pool, run_pool
 from pipeline.config.resources import ModelWorkersSection
+from pipeline.models.direction_head import final_norm
 from pipeline.models.layerwise import at_layer
 from pipeline.models.pair import ModelPair
 from pipeline.models.verification import Part, Verification, probe_documents, require_finite, require_plain_forward
@@ -25,6 +26,8 @@ class Asked(NamedTuple):
     parts: tuple[Part, ...]
     is_of_every_layer: bool = False
     """Whether the models will be cut at every layer; the middle one is tried."""
+    reads_directions: bool = False
+    """Whether directions will go through the models' final norms and unembeddings."""
 
 
 def check(storage: Storage, loading: Loading, asked: Asked, *, name: str, section: ModelWorkersSection) -> Verification:
@@ -45,8 +48,12 @@ class CheckHalves:
 
     def __call__(self, asked: Asked) -> Verification:
         """The differences, none of them larger than rounding explains."""
-        pair = load_pair(self.storage, self.loading, is_lower_only=asked.parts == ("rows",))
+        is_lower_only = asked.parts == ("rows",) and not asked.reads_directions
+        pair = load_pair(self.storage, self.loading, is_lower_only=is_lower_only)
         require_finite(pair)
+        if asked.reads_directions:
+            for decoder in pair.decoders:
+                final_norm(decoder)
         if asked.is_of_every_layer:
             base, chat = (at_layer(own, own.num_layers // 2) for own in pair.decoders)
             pair = ModelPair(base, chat, pair.tokenizer)

@@ -18,7 +18,7 @@ from pipeline.report.figures import figures
 from pipeline.report.page import render
 from pipeline.report.verdict import verdict_text
 from pipeline.schema import Split
-from pipeline.stages import autointerp, causality, controls, steering
+from pipeline.stages import autointerp, causality, controls, logit_lens, steering
 from pipeline.stages.catalogue import CrosscoderSteps, DataSteps, ReportInputs
 from pipeline.stages.evidence import DISTANCE_NAME, STREAMS_NAME, judgement_of
 from pipeline.stages.examples import EXAMPLES_NAME
@@ -147,6 +147,8 @@ def _crosscoder(own: CrosscoderSteps, quality: QualitySection | None, context: S
         steering=_table(storage, own.steering, steering.TABLE_NAME),
         steering_samples=_table(storage, own.steering, steering.SAMPLES_NAME),
         examples=_table(storage, own.examples, EXAMPLES_NAME),
+        logit_lens=_table(storage, own.logit_lens, logit_lens.TABLE_NAME),
+        first_tokens=_table(storage, own.logit_lens, logit_lens.FIRST_TOKENS_NAME),
         planted=_table(storage, own.planted, PLANTED_NAME),
         twins=_table(storage, own.latents, TWINS_NAME),
         ratios=_table(storage, own.latents, RATIOS_NAME),

@@ -95,7 +95,7 @@ def test_a_generated_pair_is_known_before_it_is_built_and_every_stage_has_its_ti
     assert result.checkpoint_bytes == parameters * 4 * (3 * 3 + 1)
     assert list(result.seconds) == [
         *("start", "organism", "corpus", "tokens", "activations", "crosscoder", "measurements"),
-        *("evidence", "causality", "steering", "report"),
+        *("evidence", "logit_lens", "causality", "steering", "report"),
     ]
     assert all(0 < seconds < float("inf") for seconds in result.seconds.values())
 

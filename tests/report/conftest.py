@@ -7,6 +7,7 @@ in pipeline/analyses), so that a page made from them can be judged by eye as wel
 import dataclasses
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ import torch
 
 from pipeline import schema
 from pipeline.analyses.autointerp_columns import AUTOINTERP_COLUMNS, InterpStatus
+from pipeline.analyses.logit_lens_columns import FIRST_TOKEN_COLUMNS, LOGIT_LENS_COLUMNS
 from pipeline.analyses.ownership import classify
 from pipeline.analyses.planted_columns import PLANTED_COLUMNS
 from pipeline.analyses.ratio_statistics import ratio_statistics
@@ -251,6 +253,26 @@ def example_table(latents: list[int], seed: int, hostile: bool) -> pd.DataFrame:
     return table_of(rows, schema.EXAMPLE_COLUMNS)
 
 
+def token_lists(number: int) -> tuple[list[Any], ...]:
+    """The token columns of one row: a few words, the most extreme first."""
+    texts = ([f" {word}{number}" for word in ("refuse", "sorry", "cannot")], [f" {word}" for word in ("sure", "yes")])
+    return tuple(one for own in texts for one in (own, list(range(len(own))), [1.0 / (n + 1) for n in range(len(own))]))
+
+
+def logit_lens_table(latents: list[int], hostile: bool) -> pd.DataFrame:
+    """Three members per latent; the first latent may promote hostile text."""
+    rows = [(latent, member, *token_lists(latent)) for latent in latents for member in ("base", "chat", "difference")]
+    if hostile:
+        rows[1] = (*rows[1][:2], [HOSTILE], *rows[1][3:])
+    return table_of(rows, LOGIT_LENS_COLUMNS)
+
+
+def first_token_table() -> pd.DataFrame:
+    """Two positions of one corpus, the second with a token of its own."""
+    rows = [("chat", position, 200, 0.5, 2.0, *token_lists(90_000 + position)) for position in (1, 2)]
+    return table_of(rows, FIRST_TOKEN_COLUMNS)
+
+
 def planted_table(latents: list[int], quality: float) -> pd.DataFrame:
     """AUROC of the three candidates per behaviour; the last behaviour is found less well."""
     rows = []
@@ -336,6 +358,8 @@ def crosscoder_report(kind: str, *, num_latents: int = 2048, hostile: bool = Fal
         steering=steering_table(chosen, 0.55 if is_l1 else 0.95, seed),
         steering_samples=sample_table(chosen),
         examples=example_table([int(latent) for latent in order], seed, hostile),
+        logit_lens=logit_lens_table([int(latent) for latent in order], hostile),
+        first_tokens=first_token_table(),
         planted=planted_table(chosen, 0.93 if is_l1 else 0.985),
         twins=table_of(twins if is_l1 else [], schema.TWIN_COLUMNS),
         ratios=ratio_statistics(latents),

@@ -208,7 +208,7 @@ def test_a_run_without_a_latent_to_steer_with_says_so(report: ReportData) -> Non
     assert "Nothing was steered for" not in text_of(render(report))
 
 
-SILENT = ("curves", "twins", "seeds", "causality_curve", "causality_differences")
+SILENT = ("logit_lens", "first_tokens", "curves", "twins", "seeds", "causality_curve", "causality_differences")
 """Tables whose lack is said elsewhere, or that belong to another table's analysis."""
 
 
@@ -237,6 +237,17 @@ def test_cards_put_planted_finders_first_and_scale_opacity_by_the_strongest(repo
     shares = [token.share for card in cards for context in card.contexts for token in context.tokens]
     assert max(shares) == 1
     assert min(shares) == 0
+
+
+def test_a_card_names_the_tokens_of_its_own_latent(report: ReportData, page: str) -> None:
+    for card in cards_of(report.crosscoders[1], 1):
+        assert [one.member for one in card.tokens] == ["In the chat model", "More than in the base model"]
+        assert all(one.promoted[0] == f" refuse{card.latent}" for one in card.tokens)
+        assert all(one.suppressed == [" sure", " yes"] for one in card.tokens)
+    text = text_of(page)
+    assert "In the chat model it promotes" in text
+    assert text.count("refuse90001") == 1  # the first tokens' table stands once, whatever the number of crosscoders
+    assert "0.250" in text
 
 
 def test_cards_fall_back_to_other_chat_only_latents(report: ReportData) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from pipeline.cli import main
@@ -23,7 +24,7 @@ from pipeline.storage.filesystem import Storage
 from pipeline.terminal import SilentReporter
 from workloads.benchmarks.architectures import build
 
-OFF = {"evidence": None, "causality": None, "steering": None, "planted": None}
+OFF = {"evidence": None, "logit_lens": None, "causality": None, "steering": None, "planted": None}
 WRONG_UPPER = "zamba2"
 
 
@@ -97,8 +98,30 @@ def test_nothing_is_asked_about_models_where_no_step_needs_them(
 ) -> None:
     monkeypatch.setattr(halves, "run_pool", lambda *_: pytest.fail("the models were run"))
     config = load(run_file(WRONG_UPPER))
-    done = [step for step in _missing(config) if step.key.stage not in ("activations", "evidence")]
+    done = [step for step in _missing(config) if step.key.stage not in ("activations", "evidence", "logit_lens")]
     check_halves(done, Storage(config.storage.root), config.resources, SilentReporter())
+
+
+def test_an_end_that_is_no_norm_is_refused_before_any_work_where_tokens_are_named(
+    run_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_pair(*arguments: Any, **options: Any) -> Any:
+        pair = original(*arguments, **options)
+        for decoder in pair.decoders:
+            width = decoder.activation_dim
+            decoder.base.norm = torch.nn.Sequential(decoder.base.norm, torch.nn.Linear(width, width))
+        return pair
+
+    _in_this_process(monkeypatch)
+    original = halves.load_pair
+    monkeypatch.setattr(halves, "load_pair", load_pair)
+    for analyses in ({**OFF, "logit_lens": {}}, OFF):
+        config = load(run_file("llama", analyses=analyses))
+        if analyses is OFF:
+            check_halves(_missing(config), Storage(config.storage.root), config.resources, SilentReporter())
+            continue
+        with pytest.raises(InputError, match=r"set analyses\.logit_lens to null"):
+            check_halves(_missing(config), Storage(config.storage.root), config.resources, SilentReporter())
 
 
 @pytest.mark.ray

@@ -140,6 +140,19 @@ def test_steering_answers_with_both_models_and_unsteered_runs_have_no_kl(finishe
     assert (table["rate"].between(0, 1)).all()
 
 
+def test_promoted_tokens_are_named_of_every_latent_with_contexts(finished: Finished) -> None:
+    for name in ("l1", "batch_topk"):
+        table = finished.table(f"logit_lens {name}", "logit_lens.parquet")
+        assert set(table["latent"]) >= set(finished.table(f"examples {name}", "examples.parquet")["latent"])
+        assert set(table["member"]) == {"base", "chat", "difference"}
+        assert (table["promoted"].map(len) == 10).all()
+        assert len(table) == 3 * finished.counts(f"logit_lens {name}")["num_latents"]
+        first = finished.table(f"logit_lens {name}", "first_tokens.parquet")
+        assert set(first["corpus"]) == {"documents", "dialogues"}
+        assert first["position"].between(1, 4).all()  # position 0 is BOS, which gives no row
+        assert (first["norm"] > 0).all()
+
+
 def test_examples_hold_windows_of_every_latent_asked_for(finished: Finished) -> None:
     table, counts = finished.table("examples l1", "examples.parquet"), finished.counts("examples l1")
     assert counts["num_contexts"] == len(table) > 0

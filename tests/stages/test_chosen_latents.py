@@ -3,8 +3,10 @@
 import pandas as pd
 import pytest
 
+from pipeline.analyses.latent_sets import listed_latents
 from pipeline.config.analyses import CausalitySection, ExamplesSection
 from pipeline.errors import InputError
+from pipeline.schema import Verdict
 from pipeline.stages.examples import check_example_latents
 from pipeline.stages.steering import check_latents
 
@@ -25,6 +27,18 @@ def test_examples_refuse_latents_that_do_not_exist() -> None:
     check_example_latents(ExamplesSection(latents="all"), 128)
     with pytest.raises(InputError, match=r"analyses\.examples\.latents: .* between 0 and 127, got 128"):
         check_example_latents(ExamplesSection(latents=(5, 128)), 128)
+
+
+def test_listed_latents_are_chat_specific_first_then_the_others_that_are_not_shared_then_those_named() -> None:
+    verdicts = [Verdict.SHARED, Verdict.STRONGER, Verdict.CHAT_SPECIFIC, Verdict.DEAD, Verdict.DECOUPLING]
+    verdicts += [Verdict.CHAT_SPECIFIC]
+    table = pd.DataFrame({"latent": range(6), "verdict": verdicts, "delta_norm": [0.5, 0.7, 0.92, 0.5, 0.95, 0.99]})
+    where = "analyses.logit_lens.latents"
+    assert listed_latents(table, named=(), max_latents=9, where=where) == (5, 2, 4, 1)
+    assert listed_latents(table, named=(0, 2), max_latents=3, where=where) == (5, 2, 4, 0)
+    assert listed_latents(table, named="all", max_latents=1, where=where) == tuple(range(6))
+    with pytest.raises(InputError, match=r"analyses\.logit_lens\.latents: .* between 0 and 5, got \[6\]"):
+        listed_latents(table, named=(6,), max_latents=3, where=where)
 
 
 def test_causality_sets_must_be_possible() -> None:
