@@ -30,7 +30,7 @@ from pipeline.config.section import Fraction, Name, Section
 from pipeline.numerics.settings import Bounds, Precision, Settings, field_types
 from pipeline.numerics.sparsities.base import Sparsity
 from pipeline.numerics.sparsities.registry import SPARSITIES
-from pipeline.numerics.spec import FitSettings
+from pipeline.numerics.spec import FitSettings, check_together
 
 MAX_LATENTS = 100_000_000
 """Beyond any dictionary that was ever fitted: what is larger is a slip of the pen."""
@@ -211,9 +211,10 @@ class CrosscoderSection(_FittedCrosscoder):
     @model_validator(mode="after")
     def _can_be_fitted(self) -> Self:
         try:
-            self.settings()
+            sparsity = self.sparsity.settings()
+            check_together(self.settings(), sparsity)
             if self.num_latents is not None:
-                self.sparsity.settings().check_size(self.num_latents)
+                sparsity.check_size(self.num_latents)
         except ValueError as error:
             raise ValueError(f"crosscoder {self.name!r}: {error}") from error
         return self
