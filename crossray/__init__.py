@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pipeline.library.runs import run as run
     from pipeline.library.summary import Summary as Summary
     from pipeline.library.tables import latents as latents
+    from pipeline.library.training_examples import training_examples as training_examples
     from pipeline.models.loading import ModelSpec as ModelSpec
 
 SURFACE = {
@@ -40,6 +41,7 @@ SURFACE = {
     "demo_pair": "pipeline.library.demo",
     "fit": "pipeline.library.fitting",
     "latents": "pipeline.library.tables",
+    "training_examples": "pipeline.library.training_examples",
     "open": "pipeline.library.runs:open_run",
     "run": "pipeline.library.runs",
     "plot": "pipeline.library.plot:",

@@ -30,7 +30,7 @@ from pipeline.config.section import Fraction, Name, Section
 from pipeline.numerics.settings import Bounds, Precision, Settings, field_types
 from pipeline.numerics.sparsities.base import Sparsity
 from pipeline.numerics.sparsities.registry import SPARSITIES
-from pipeline.numerics.spec import FitSettings
+from pipeline.numerics.spec import FitSettings, check_together
 
 MAX_LATENTS = 100_000_000
 """Beyond any dictionary that was ever fitted: what is larger is a slip of the pen."""
@@ -132,6 +132,13 @@ class _NamedCrosscoder(Section):
     seeds: Annotated[int, Field(ge=1, le=64)] = 1
     """Fits of this crosscoder: with 3, two more are fitted from the same read of the rows, with the seeds that follow.
     Only their latent tables are made. The verdict then says how many of them find each chat-specific latent again."""
+    sweep: dict[str, list[Any]] | None = None
+    """Lists of settings, such as {sparsity.k: [16, 32], seed: [0, 1, 2]}: one crosscoder is fitted for each
+    combination, all from the same read of the rows, named after its values (batch_topk-k16-seed0)."""
+    init_from: str | None = None
+    """Begin with the weights of a published crosscoder (a folder, also of another run, or a hub id) in place of random
+    ones. It must have the same size, activation and inputs; its normalisation is kept, and neither the median of the
+    first batch nor the seed plays a part."""
     power: PowerSection | None = None
     """Where set, one more crosscoder is fitted, on rows with planted concepts, and the controls say how many of them
     the verdict finds at each strength: what "nothing found" is worth. `power: {}` takes the defaults."""
@@ -161,7 +168,8 @@ class CrosscoderSection(_FittedCrosscoder):
 
     def identity(self) -> dict[str, Any]:
         """What decides the weights, as JSON values; to rename a crosscoder or to ask more of it fits nothing anew."""
-        return self.model_dump(mode="json", exclude={"name", "kind", "seeds", "power"})
+        unused = {"init_from"} if self.init_from is None else set()
+        return self.model_dump(mode="json", exclude={"name", "kind", "seeds", "power", "sweep"} | unused)
 
     def further_seeds(self) -> tuple["CrosscoderSection", ...]:
         """The further fits that `seeds` asks for, each as a crosscoder of its own."""
@@ -209,11 +217,23 @@ class CrosscoderSection(_FittedCrosscoder):
         return self
 
     @model_validator(mode="after")
+    def _can_begin(self) -> Self:
+        if self.sweep is not None:
+            raise ValueError(f"crosscoder {self.name!r}: expected a sweep in the list of a file, got one elsewhere")
+        if self.init_from is not None and self.seeds > 1:
+            raise ValueError(
+                f"crosscoder {self.name!r}: expected seeds = 1 with init_from, whose weights no seed changes, got "
+                f"{self.seeds}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _can_be_fitted(self) -> Self:
         try:
-            self.settings()
+            sparsity = self.sparsity.settings()
+            check_together(self.settings(), sparsity)
             if self.num_latents is not None:
-                self.sparsity.settings().check_size(self.num_latents)
+                sparsity.check_size(self.num_latents)
         except ValueError as error:
             raise ValueError(f"crosscoder {self.name!r}: {error}") from error
         return self

@@ -114,6 +114,9 @@ class TrainingResources(Section):
     """GPUs of each rank."""
     custom: CustomResources = Field(default_factory=dict)
     """Custom Ray resources that each rank takes, such as {train: 1}."""
+    fits_at_a_time: PositiveInt | None = None
+    """Crosscoders that are fitted from one read of the rows; the next ones read them again. null fits all together,
+    which takes the memory of all (`crossray plan` tells it)."""
     kernels: Literal["auto", "reference", "cpu", "triton"] = "auto"
     """Implementation of the sparse operations. auto takes the fastest one for the device, and logs which."""
     checkpoint_every_steps: PositiveInt = 500

@@ -25,6 +25,7 @@ from pipeline.config.faults import describe_faults, nearest
 from pipeline.config.presets import PresetName, with_preset
 from pipeline.config.resources import ResourcesSection, StorageSection, TrackingSection
 from pipeline.config.section import Name, Section
+from pipeline.config.sweeps import with_sweeps
 from pipeline.config.yaml_file import YamlError, parse_yaml
 from pipeline.errors import InputError, first_line, short, shortened
 
@@ -167,6 +168,10 @@ def read_tree(path: Path) -> dict[str, Any]:
 
 def validated(kind: type[Config], tree: dict[str, Any], where: str) -> Config:
     """The sections of a tree; raises InputError with one line that names `where` and every fault."""
+    try:
+        tree = with_sweeps(tree)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from error
     try:
         return kind.model_validate(tree)
     except ValidationError as error:

@@ -40,6 +40,17 @@ class Dashboard:
         return f'<iframe srcdoc="{source}" style="width:100%;height:{_HEIGHT}px;border:0" title="latent"></iframe>'
 
 
+def tokenizer_of(rows: Rows, tokenizer: Any) -> Any:
+    """The tokenizer that was given, or that of the rows; InputError where there is none."""
+    tokenizer = rows.tokenizer if tokenizer is None else tokenizer
+    if tokenizer is None:
+        raise InputError(
+            "expected rows of a pair in memory, which know their tokenizer, got rows that were loaded; give "
+            "tokenizer=pair.tokenizer"
+        )
+    return tokenizer
+
+
 def find_examples(
     crosscoder: Crosscoder,
     rows: Rows,
@@ -53,12 +64,7 @@ def find_examples(
     about = {"num_models": rows.num_models, "activation_dim": rows.activation_dim}
     require_fit(crosscoder, **about, origin=rows.origin, owner="the rows")
     require_own_latents(latents, crosscoder)
-    tokenizer = rows.tokenizer if tokenizer is None else tokenizer
-    if tokenizer is None:
-        raise InputError(
-            "expected rows of a pair in memory, which know their tokenizer, got rows that were loaded; give "
-            "tokenizer=pair.tokenizer"
-        )
+    tokenizer = tokenizer_of(rows, tokenizer)
     found = analysis.Examples(num_latents=crosscoder.num_latents, num_contexts=num_contexts, corpora=rows.corpora)
     columns = {name: column.to(crosscoder.W_dec_FMD.device) for name, column in rows.columns().items()}
     sums = analyse({"examples": found}, encoded_batches(crosscoder, columns))

@@ -23,11 +23,12 @@ from pipeline.config.run_file import validated
 from pipeline.errors import InputError, first_line
 from pipeline.library.crosscoder import Crosscoder
 from pipeline.library.rows import Rows
+from pipeline.numerics import crosscoder as numerics
 from pipeline.numerics import fitting
 from pipeline.numerics.sparsities.registry import SPARSITIES
 from pipeline.numerics.spec import FitSettings
 from pipeline.numerics.trainer import CrosscoderTrainer
-from pipeline.stages.crosscoder_spec import normalisation_of, spec_of
+from pipeline.stages.crosscoder_spec import check_start_of, normalisation_of, spec_of, start_of
 from pipeline.storage.artifacts import fingerprint_of
 from pipeline.storage.row_order import TrainingRows
 from pipeline.terminal import Console, Progress, Reporter, SilentReporter
@@ -83,8 +84,8 @@ def fit(
         log_every_steps: between two rows of the result's `curve`.
         checkpoint: folder for the state; a fit that was stopped goes on from there.
         checkpoint_every_steps: how often the state is written.
-        settings: further ones of a run file's crosscoder: lr, code_weight, normalisation, dedicated_frac ... Where a
-            fit is shorter than ten times their default, lr_warmup_steps and threshold_start_step are a tenth of it.
+        settings: further ones of a run file's crosscoder: lr, code_weight, normalisation, init_from ... Where a fit is
+            shorter than ten times their default, lr_warmup_steps and threshold_start_step are a tenth of it.
 
     Raises InputError for settings that make no sense, and where the loss is not finite.
     """
@@ -94,10 +95,11 @@ def fit(
         kind if k is None else kind | {"k": k},
         training={"batch_rows": batch_rows, "num_rows": num_steps * batch_rows, "shuffle_seed": shuffle_seed},
     )
-    trainers = _trainers(plan, rows, device)
+    starts = [start_of(section) for section in plan.sections]
+    trainers = _trainers(plan, rows, device, starts)
     state = _State(checkpoint, checkpoint_every_steps, plan, rows)
     with reporting(progress) as reporter:
-        curves = _train(trainers, plan, rows, reporter=reporter, state=state, log_every_steps=log_every_steps)
+        curves = _train(trainers, plan, rows, starts, reporter=reporter, state=state, log_every_steps=log_every_steps)
     return _published(trainers, rows, curves)
 
 
@@ -127,19 +129,20 @@ def _plan(settings: Mapping[str, Any], sparsity: Mapping[str, Any], *, training:
     return _Plan((section, *section.further_seeds()), read)
 
 
-def _trainers(plan: _Plan, rows: Rows, device: str | torch.device | None) -> list[CrosscoderTrainer]:
+def _trainers(
+    plan: _Plan, rows: Rows, device: str | torch.device | None, starts: Sequence[numerics.Crosscoder | None]
+) -> list[CrosscoderTrainer]:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     manifest = rows.store().manifest
     shape = {"num_models": manifest.num_models, "activation_dim": manifest.activation_dim}
+    specs = [spec_of(section, plan.training, TrainingResources(), **shape) for section in plan.sections]
+    for section, spec, start in zip(plan.sections, specs, starts, strict=True):
+        check_start_of(section, spec, start)
     try:
         return [
-            CrosscoderTrainer(
-                spec_of(section, plan.training, TrainingResources(), **shape),
-                device=device,
-                normalisation=normalisation_of(section, manifest),
-            )
-            for section in plan.sections
+            CrosscoderTrainer(spec, device=device, normalisation=normalisation_of(section, manifest, start))
+            for section, spec, start in zip(plan.sections, specs, starts, strict=True)
         ]
     except (ValueError, RuntimeError, AssertionError) as error:
         raise InputError(f"fit on {str(device)!r}: {first_line(error)}") from error
@@ -149,6 +152,7 @@ def _train(
     trainers: Sequence[CrosscoderTrainer],
     plan: _Plan,
     rows: Rows,
+    starts: Sequence[numerics.Crosscoder | None],
     *,
     reporter: Reporter,
     state: "_State",
@@ -161,7 +165,7 @@ def _train(
     first_step = state.restore(trainers)
     curves = state.curves
     if first_step == 0:
-        fitting.initialise(trainers, next(order.batches(0, 1)))
+        fitting.initialise(trainers, next(order.batches(0, 1)), starts)
     done = first_step
     try:
         for done in fitting.steps(trainers, order.batches(first_step, training.num_steps), first_step=first_step):

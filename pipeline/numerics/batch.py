@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.numerics.code_weight import decoder_norms
-from pipeline.numerics.codes import SparseCodes, concatenate
+from pipeline.numerics.codes import SparseCodes, concatenate, groups_of
 from pipeline.numerics.kernels.base import Kernels
 from pipeline.numerics.parallel import Mesh
 from pipeline.numerics.parameters import Parameters
@@ -43,6 +43,8 @@ class TrainingBatch:
     """Code weights."""
     is_decoupled: bool
     """Whether every model has scores of its own, f_ij |d_j^m|."""
+    group_ends: tuple[int, ...]
+    """Of this rank's latents."""
     kernels: Kernels
     mesh: Mesh
     last_floor: float | None = None
@@ -88,6 +90,11 @@ class TrainingBatch:
     def is_enough(self, score_P: Tensor, num_keep: int, floor: float) -> bool:
         """Whether candidates collected above floor hold the num_keep largest scores of the global batch."""
         return is_enough(score_P, num_keep, floor=floor, mesh=self.mesh)
+
+    def of_groups(self, candidates: SparseCodes, score_P: Tensor) -> list[Tensor]:
+        """Per group of latents, the scores of its pairs, and 0 for all others."""
+        group_P = groups_of(candidates.latents_P, self.group_ends)
+        return [score_P.where(group_P == group, 0.0) for group in range(len(self.group_ends))]
 
     def largest(self, candidates: SparseCodes, score_PM: Tensor, num_keep: int) -> Selection:
         """The num_keep largest scores of the global batch, per model where decoupled, else of the only column."""

@@ -120,6 +120,24 @@ def concatenate(parts: list[SparseCodes]) -> SparseCodes:
     )
 
 
+def groups_of(latents_P: Tensor, group_ends: tuple[int, ...]) -> Tensor:
+    """The group of every latent, int64 [P], where group g ends before latent group_ends[g]."""
+    return torch.bucketize(latents_P, torch.tensor(group_ends, device=latents_P.device), right=True)
+
+
+def split_groups(codes: SparseCodes, group_ends: tuple[int, ...]) -> SparseCodes:
+    """The same pairs, with a row for every group and row: row g * B + i holds what group g says of row i."""
+    rows_P = groups_of(codes.latents_P, group_ends) * codes.num_rows + codes.rows_P()
+    order = rows_P.sort(stable=True).indices
+    return SparseCodes(
+        codes.values_P[order],
+        codes.latents_P[order],
+        row_offsets(rows_P[order], len(group_ends) * codes.num_rows),
+        codes.num_latents,
+        None if codes.model_mask_PM is None else codes.model_mask_PM[order],
+    )
+
+
 class ModelPairs(NamedTuple):
     """Codes with a model mask, written as ordinary codes in which every (row, model) is a row of its own."""
 

@@ -44,6 +44,7 @@ class TrainingEncoder:
         self._spec = spec
         self._kernels = kernels
         self._mesh = mesh
+        self._group_ends = spec.group_ends(mesh.latent_slice(spec.num_latents))
         self._block_rows = spec.block_rows or max(_MIN_BLOCK_ROWS, _block_numbers(device) // spec.num_latents)
         self._W_half_FN: Tensor | None = None
         self._buffer_BF: Tensor | None = None
@@ -92,6 +93,7 @@ class TrainingEncoder:
             norm_FM=norm_FM,
             weight_F=code_weights(norm_FM, self._spec.code_weight),
             is_decoupled=self._spec.code_weight == "decoupled",
+            group_ends=self._group_ends,
             kernels=self._kernels,
             mesh=self._mesh,
             last_floor=self.floor,
@@ -127,20 +129,24 @@ class TrainingEncoder:
 
         Collective over the mesh.
         """
-        norm_FM = self._decoder_norms(parameters)
+        norm_FM, sparsity = self._decoder_norms(parameters), self._spec.sparsity
+        weight_F = code_weights(norm_FM, self._spec.code_weight)
+        jump_threshold_F = norm_FM.new_zeros(0)
+        if sparsity.has_group_thresholds:
+            jump_threshold_F = sparsity.latent_thresholds(threshold, weight_F, self._group_ends)
         num_active = torch.zeros((), dtype=torch.float64, device=x_BN.device)
         for _, preact_BF in self.blocks(parameters, x_BN):
             block = InferenceBlock(
                 preact_BF,
-                code_weights(norm_FM, self._spec.code_weight),
+                weight_F,
                 parameters.W_dec_FN.view(*norm_FM.shape, -1),
                 is_decoupled=self._spec.code_weight == "decoupled",
                 kernels=self._kernels,
-                k=self._spec.sparsity.k,
+                k=sparsity.k,
                 threshold=threshold,
-                jump_threshold_F=norm_FM.new_zeros(0),
+                jump_threshold_F=jump_threshold_F,
             )
-            num_active += self._spec.sparsity.select_at_inference(block).num_pairs
+            num_active += sparsity.select_at_inference(block).num_pairs
         return float(self._mesh.sum_(num_active, "world")) / (len(x_BN) * self._mesh.data_size)
 
     def typical_preactivation(self, parameters: Parameters, x_BN: Tensor) -> float:

@@ -9,15 +9,23 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor
 
+from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.numerics.injection import Injection
 from pipeline.numerics.trainer import CrosscoderTrainer
+from pipeline.numerics.warm_start import start_from
 
 
-def initialise(trainers: Sequence[CrosscoderTrainer], x_BMD: Tensor) -> None:
-    """Sets what depends on the size of the activations, from the first batch; before the first step."""
+def initialise(trainers: Sequence[CrosscoderTrainer], x_BMD: Tensor, starts: Sequence[Crosscoder | None] = ()) -> None:
+    """Sets what depends on the size of the activations, from the first batch; before the first step.
+
+    starts: a crosscoder whose weights a trainer begins with instead; none by default.
+    """
     x_BMD = x_BMD.to(trainers[0].device).float()
-    for trainer in trainers:
-        trainer.initialise(x_BMD)
+    for trainer, start in zip(trainers, starts or [None] * len(trainers), strict=True):
+        if start is None:
+            trainer.initialise(x_BMD)
+        else:
+            start_from(trainer, start)
 
 
 def steps(

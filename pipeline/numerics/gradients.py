@@ -17,9 +17,9 @@ from torch import Tensor
 
 from pipeline.numerics import moments
 from pipeline.numerics.code_weight import add_code_weight_gradient, code_weights, decoder_norms
-from pipeline.numerics.codes import SparseCodes, concatenate, count_true, pick, split_models
+from pipeline.numerics.codes import SparseCodes, concatenate, count_true, pick, split_groups, split_models
 from pipeline.numerics.kernels.base import Kernels, LatentOrder, latent_order
-from pipeline.numerics.objective import Objective, auxiliary_loss, reconstruction_loss
+from pipeline.numerics.objective import LossGradient, Objective, auxiliary_loss, delta_loss, reconstruction_loss
 from pipeline.numerics.parallel import Mesh, Pending
 from pipeline.numerics.parameters import Parameters
 from pipeline.numerics.sparsities.base import CodePenalty
@@ -32,6 +32,8 @@ class Setting(NamedTuple):
     """M."""
     kernels: Kernels
     mesh: Mesh
+    group_ends: tuple[int, ...] = ()
+    """Of this rank's latents, where the sparsity divides them into groups."""
 
 
 class Encoded(NamedTuple):
@@ -66,7 +68,7 @@ class _Reconstructed(NamedTuple):
     reconstruction: Tensor
     auxiliary: Tensor
     table_RN: Tensor
-    """dL/d(decoded) of B rows, and of B more for the auxiliary pairs if there are any."""
+    """dL/d(decoded) of B rows per group, and of B more for the auxiliary pairs if there are any."""
     residual: moments.Moments
 
 
@@ -84,14 +86,22 @@ def sparse_gradients(
     The decoder's gradient is already being summed over the data ranks: `Losses.pending`.
     """
     codes, kernels = encoded.codes, setting.kernels
-    stacked = _stack(encoded)
-    result = _reconstruct(parameters, x_BN, encoded=encoded, objective=objective, setting=setting)
+    stacked = _stack(encoded, setting.group_ends if objective.sparsity.is_nested else ())
+    result = _reconstruct(
+        parameters,
+        x_BN,
+        stacked=stacked,
+        has_auxiliary=encoded.auxiliary is not None,
+        objective=objective,
+        setting=setting,
+    )
     torch.sum(result.table_RN[: len(x_BN)], 0, out=out.b_dec_N)
     order = latent_order(stacked)
     _decoder_gradient(stacked, order, result.table_RN, out_FN=out.W_dec_FN, setting=setting)
-    sums_F = _code_sums(codes, order if encoded.auxiliary is None else latent_order(codes), kernels)
+    counted = stacked if encoded.auxiliary is None else codes
+    sums_F = _code_sums(counted, order if counted is stacked else latent_order(codes), kernels)
     penalty = sums_F.new_zeros(())
-    code_penalty = penalise_codes(parameters, out, sums_F=sums_F, objective=objective, num_models=setting.num_models)
+    code_penalty = penalise_codes(parameters, out, sums_F=sums_F, objective=objective, setting=setting)
     pending = setting.mesh.start_sum(out.W_dec_FN, "data")
     grad_P = _value_gradients(parameters, stacked, result.table_RN, setting)
     if code_penalty is not None:
@@ -108,7 +118,7 @@ def sparse_gradients(
         )
         out.log_threshold_F.copy_(kernels.latent_sums(order, pick(grad_threshold_P, order.order_P)))
     coefficients_P = pick(grad_P, order.order_P)
-    if encoded.auxiliary is not None:
+    if stacked is not codes:
         order = order._replace(rows_P=order.rows_P % len(x_BN))
     kernels.weight_gradients(order, coefficients_P, x_BN, out.W_enc_FN)
     out.b_enc_F.copy_(kernels.latent_sums(order, coefficients_P))
@@ -121,9 +131,12 @@ def _code_sums(codes: SparseCodes, order: LatentOrder, kernels: Kernels) -> Tens
     return kernels.latent_sums(order, pick(codes.values_P, order.order_P))
 
 
-def _stack(encoded: Encoded) -> SparseCodes:
-    """The pairs of both losses as one batch: B rows, then B more that hold the auxiliary pairs, if there are any."""
+def _stack(encoded: Encoded, group_ends: tuple[int, ...]) -> SparseCodes:
+    """The pairs of all losses as one batch: B rows per group that reconstructs by itself (() for one that holds all
+    latents), then B more that hold the auxiliary pairs, if there are any.
+    """
     codes, auxiliary = encoded.codes, encoded.auxiliary
+    codes = split_groups(codes, group_ends) if len(group_ends) > 1 else codes
     if auxiliary is None:
         return codes
     if codes.model_mask_PM is not None:
@@ -136,22 +149,56 @@ def _reconstruct(
     parameters: Parameters,
     x_BN: Tensor,
     *,
-    encoded: Encoded,
+    stacked: SparseCodes,
+    has_auxiliary: bool,
     objective: Objective,
     setting: Setting,
 ) -> _Reconstructed:
-    """Decodes, and takes the gradients of both losses by what was decoded."""
-    decoded_RN = setting.mesh.sum_(_decode(_stack(encoded), parameters.W_dec_FN, setting), "latent")
-    residual_BMD = torch.sub(x_BN - parameters.b_dec_N, decoded_RN[: len(x_BN)]).view(len(x_BN), setting.num_models, -1)
-    loss, grad_BMD = reconstruction_loss(residual_BMD, objective.reconstruction, objective.num_rows)
+    """Decodes, and takes the gradients of all losses by what was decoded."""
+    decoded_RN = setting.mesh.sum_(_decode(stacked, parameters.W_dec_FN, setting), "latent")
+    num_rows = len(x_BN)
+    num_groups = len(decoded_RN) // num_rows - has_auxiliary
+    target_BN = x_BN - parameters.b_dec_N
+    if num_groups == 1:
+        residual_BMD = torch.sub(target_BN, decoded_RN[:num_rows]).view(num_rows, setting.num_models, -1)
+        loss, grad_BMD = _losses(residual_BMD, objective)
+    else:
+        loss, grad_BMD, residual_BMD = _nested_losses(target_BN, decoded_RN, num_groups, objective, setting.num_models)
     spread = moments.moments_of(residual_BMD)
-    if encoded.auxiliary is None:
+    if not has_auxiliary:
         return _Reconstructed(loss, loss.new_zeros(()), grad_BMD.flatten(1), spread)
-    explained_BMD = decoded_RN[len(x_BN) :].view_as(residual_BMD)
+    explained_BMD = decoded_RN[num_groups * num_rows :].view_as(residual_BMD)
     variation = moments.all_reduce(spread, setting.mesh).square_M.sum()
     auxiliary = auxiliary_loss(residual_BMD, explained_BMD, weight=objective.aux_weight, variation=variation)
     table_RN = torch.cat([grad_BMD, auxiliary.grad_BMD]).flatten(1)
     return _Reconstructed(loss, auxiliary.loss, table_RN, spread)
+
+
+def _losses(residual_BMD: Tensor, objective: Objective, num_groups: int = 1) -> LossGradient:
+    """What the reconstruction costs; the mean over num_groups reconstructions, which follow each other as rows."""
+    num_rows = objective.num_rows * num_groups
+    loss, grad_BMD = reconstruction_loss(residual_BMD, objective.reconstruction, num_rows)
+    weight = objective.sparsity.delta_weight
+    if weight == 0:
+        return LossGradient(loss, grad_BMD)
+    delta = delta_loss(residual_BMD, objective.reconstruction, num_rows, weight=weight)
+    return LossGradient(loss + delta.loss, grad_BMD + delta.grad_BMD)
+
+
+def _nested_losses(
+    target_BN: Tensor, decoded_RN: Tensor, num_groups: int, objective: Objective, num_models: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean loss of the reconstructions by the first group, the first two, and so on.
+
+    Returns it, its gradient by what each group decodes to (B rows per group; a group takes part in its own and in all
+    later reconstructions), and the residual_BMD of all latents.
+    """
+    num_rows = len(target_BN)
+    decoded_GBN = decoded_RN[: num_groups * num_rows].view(num_groups, num_rows, -1).cumsum(0)
+    residual_RMD = (target_BN - decoded_GBN).view(num_groups * num_rows, num_models, -1)
+    loss, grad_RMD = _losses(residual_RMD, objective, num_groups)
+    grad_GBN = grad_RMD.view_as(decoded_GBN).flip(0).cumsum(0).flip(0)
+    return loss, grad_GBN.view_as(residual_RMD), residual_RMD[-num_rows:]
 
 
 def _decode(codes: SparseCodes, W_dec_FN: Tensor, setting: Setting) -> Tensor:
@@ -183,15 +230,16 @@ def _decoder_gradient(
 
 
 def penalise_codes(
-    parameters: Parameters, out: Parameters, *, sums_F: Tensor, objective: Objective, num_models: int
+    parameters: Parameters, out: Parameters, *, sums_F: Tensor, objective: Objective, setting: Setting
 ) -> CodePenalty | None:
     """The sparsity's penalty on codes, if it has one; adds its gradient through the code weights to out.W_dec_FN."""
     if not objective.sparsity.penalises_codes or objective.penalty == 0:
         return None
-    W_dec_FMD = parameters.W_dec_FN.view(len(sums_F), num_models, -1)
+    W_dec_FMD = parameters.W_dec_FN.view(len(sums_F), setting.num_models, -1)
     norm_FM = decoder_norms(W_dec_FMD)
     weight_F = code_weights(norm_FM, objective.code_weight)
-    penalty = objective.sparsity.code_penalty(sums_F, weight_F, scale=objective.penalty / objective.num_rows)
+    scale = objective.penalty / objective.num_rows
+    penalty = objective.sparsity.code_penalty(sums_F, weight_F, scale=scale, group_ends=setting.group_ends)
     add_code_weight_gradient(
         out.W_dec_FN.view_as(W_dec_FMD),
         W_dec_FMD,

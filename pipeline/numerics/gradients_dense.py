@@ -53,7 +53,7 @@ def dense_gradients(
     penalty, sums_F = loss.new_zeros(()), _line_sums(codes.code_BF)
     constant_F = torch.zeros_like(sums_F)
     num_active = count_true(codes.code_BF > 0)
-    code_penalty = penalise_codes(parameters, out, sums_F=sums_F, objective=objective, num_models=setting.num_models)
+    code_penalty = penalise_codes(parameters, out, sums_F=sums_F, objective=objective, setting=setting)
     if code_penalty is not None:
         penalty, constant_F = code_penalty.loss, code_penalty.grad_code_F
     grad_BF = torch.addmm(constant_F, grad_BN, parameters.W_dec_FN.T, out=block.scratch_BF)

@@ -1,7 +1,8 @@
 """The losses of a crosscoder, their gradients by the reconstruction, and the numbers that define a step's objective.
 
-Reconstruction (mean over rows and models of the unsquared L2 norm, or of the squared one), and the auxiliary loss that
-lets dead latents explain the residual (arXiv 2504.02922, section 2 and appendix; weight 1/32). Gradients by weights are
+Reconstruction (mean over rows and models of the unsquared L2 norm, or of the squared one), the same of the models'
+difference where a sparsity asks for it, and the auxiliary loss that lets dead latents explain the residual (arXiv
+2504.02922, section 2 and appendix; weight 1/32). Gradients by weights are
 in gradients.py. Losses are means over the rows of the global batch: a rank returns its share, and shares add up.
 
 Shapes: B local rows, M models, D width.
@@ -51,6 +52,12 @@ def reconstruction_loss(residual_BMD: Tensor, kind: str, num_rows: int) -> LossG
     norm_BM = torch.linalg.vector_norm(residual_BMD, dim=2, keepdim=True)
     tiny = torch.finfo(norm_BM.dtype).tiny
     return LossGradient(norm_BM.sum() * scale, residual_BMD * (-scale / norm_BM.clamp(min=tiny)))
+
+
+def delta_loss(residual_BMD: Tensor, kind: str, num_rows: int, *, weight: float) -> LossGradient:
+    """Share of weight times the reconstruction loss of the difference x^1 - x^0 of two models, as one activation."""
+    loss, grad_BMD = reconstruction_loss(residual_BMD[:, 1:] - residual_BMD[:, :1], kind, num_rows)
+    return LossGradient(weight * loss, torch.cat([-weight * grad_BMD, weight * grad_BMD], dim=1))
 
 
 def auxiliary_loss(residual_BMD: Tensor, explained_BMD: Tensor, *, weight: float, variation: Tensor) -> LossGradient:

@@ -1,12 +1,13 @@
-"""Recipes beyond the sparsity: what the dictionary reads, and which latents belong to one model alone.
+"""Recipes beyond the sparsity: what the dictionary reads, and which latents belong to one model or to both by design.
 
 A difference dictionary is fitted on x^chat - x^base (one activation, M = 1 inside) and published as a crosscoder of the
 two models that computes the same codes: W_enc = [-w, +w], W_dec = [0, d], b_dec = [0, b]. Every analysis, intervention
 and steering then works on it unchanged, x^base + sum_j f_j (d_j^chat - d_j^base) being the reconstruction of x^chat up
 to b. A SAE of the chat model is published in the same way with W_enc = [0, w]. Dedicated latents are the first ones
 of a dictionary: num_dedicated of the chat model alone, then as many of the base model alone; the other model's rows are
-0 and their gradients are masked, so Adam never moves them. In all of these Delta_norm follows from the construction, so
-the verdict must come from Latent Scaling.
+0 and their gradients are masked, so Adam never moves them. Shared latents (sparsities/shared_l1.py, delta.py) are the
+first ones too: their decoder row is one and the same in both models. In all of these Delta_norm follows from the
+construction, so the verdict must come from Latent Scaling.
 
 Shapes: B rows, M models (0 = base, 1 = chat), D width, F latents of this rank, N = fitted models * D.
 """
@@ -65,6 +66,29 @@ def zero_fixed_rows(rows_FN: Tensor, fixed: tuple[FixedRows, ...]) -> None:
         rows_FN[own.latents, own.columns] = 0
 
 
+def tie_rows(grad_W_dec_FN: Tensor, spec: CrosscoderSpec, latents: slice) -> None:
+    """Projects a decoder's gradient, in place, on decoders whose shared latents have one row in all models.
+
+    Their rows start equal (initial.py) and get equal gradients, so Adam keeps them equal to the bit.
+    """
+    if spec.sparsity.ties_first_group:
+        shared_FMD = grad_W_dec_FN[: spec.group_ends(latents)[0]].view(-1, spec.num_models, spec.activation_dim)
+        shared_FMD.copy_(shared_FMD.mean(1, keepdim=True).expand_as(shared_FMD))
+
+
+def check_tied_rows(parameters: Parameters, spec: CrosscoderSpec, latents: slice) -> None:
+    """Raises ValueError where loaded decoder rows of shared latents differ: training would never make them equal."""
+    if spec.sparsity.ties_first_group:
+        num_shared = spec.group_ends(latents)[0]
+        shared_FMD = parameters.W_dec_FN[:num_shared].view(-1, spec.num_models, spec.activation_dim)
+        num_wrong = int((shared_FMD != shared_FMD[:, :1]).any(2).any(1).sum())
+        if num_wrong:
+            raise ValueError(
+                f"expected one decoder row in all models for {num_shared} shared latents, got different ones for "
+                f"{num_wrong} of them: the weights were trained with another shared_frac"
+            )
+
+
 def check_fixed_rows(parameters: Parameters, fixed: tuple[FixedRows, ...]) -> None:
     """Raises ValueError where loaded weights have numbers in fixed rows: training would never change them."""
     for own in fixed:
@@ -102,7 +126,11 @@ def published(
         result.W_dec_FMD.copy_(parameters.W_dec_FN.view_as(result.W_dec_FMD))
         result.b_dec_MD.copy_(parameters.b_dec_N.view_as(result.b_dec_MD))
     result.b_enc_F.copy_(parameters.b_enc_F)
-    result.threshold.copy_(threshold)
+    if spec.sparsity.has_group_thresholds:
+        ends = spec.group_ends(slice(0, spec.num_latents))
+        result.jump_threshold_F.copy_(spec.sparsity.latent_thresholds(threshold, result.code_weights_F(), ends))
+    else:
+        result.threshold.copy_(threshold)
     if parameters.log_threshold_F is not None:
         result.jump_threshold_F.copy_(parameters.log_threshold_F.exp())
     result.set_normalisation(normalisation)

@@ -69,6 +69,16 @@ class FitSettings(Settings):
             )
 
 
+def check_together(fit: FitSettings, sparsity: Sparsity) -> None:
+    """Raises ValueError where the settings of a fit and those of its sparsity exclude each other."""
+    is_plain = fit.inputs == "both" and fit.dedicated_frac == 0 and fit.code_weight != "decoupled"
+    if sparsity.ties_first_group and not is_plain:
+        raise ValueError(
+            f"expected inputs both, dedicated_frac 0 and a code_weight other than decoupled for {sparsity.kind}, got "
+            f"{fit.inputs!r}, {fit.dedicated_frac} and {fit.code_weight!r}: its shared latents belong to both models"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class CrosscoderSpec(FitSettings):
     """One crosscoder to train on activations of a known shape."""
@@ -108,11 +118,13 @@ class CrosscoderSpec(FitSettings):
                 f"crosscoder"
             )
         self.sparsity.check_size(self.num_latents)
-        is_plain = self.inputs == "both" and self.dedicated_frac == 0
+        check_together(self, self.sparsity)
+        is_plain = self.inputs == "both" and self.dedicated_frac == 0 and not self.sparsity.ties_first_group
         if not is_plain and self.num_models != 2:
             raise ValueError(
-                f"expected num_models = 2 for inputs {self.inputs!r} and dedicated_frac {self.dedicated_frac}, got "
-                f"{self.num_models}: a SAE's inputs and dedicated latents belong to one base and one chat model"
+                f"expected num_models = 2 for inputs {self.inputs!r}, dedicated_frac {self.dedicated_frac} and "
+                f"{self.sparsity.kind}, got {self.num_models}: a SAE's inputs, dedicated and shared latents belong to "
+                f"one base and one chat model"
             )
 
     @property
@@ -142,9 +154,16 @@ class CrosscoderSpec(FitSettings):
         return int(self.dedicated_frac * self.num_latents)
 
     @property
-    def has_threshold_per_model(self) -> bool:
-        """Whether the threshold is one number per model."""
-        return self.sparsity.compares_scores and self.code_weight == "decoupled"
+    def threshold_shape(self) -> tuple[int, ...]:
+        """Of the threshold that scores are held against: one number, one per model, or one per group of latents."""
+        if self.sparsity.has_group_thresholds:
+            return (len(self.sparsity.group_ends(self.num_latents)),)
+        return (self.num_models,) if self.sparsity.compares_scores and self.code_weight == "decoupled" else ()
+
+    def group_ends(self, latents: slice) -> tuple[int, ...]:
+        """The ends of the sparsity's groups among a rank's latents, counted from the first of these."""
+        size = latents.stop - latents.start
+        return tuple(min(max(end - latents.start, 0), size) for end in self.sparsity.group_ends(self.num_latents))
 
     @property
     def aux_latents(self) -> int:

@@ -37,10 +37,12 @@ from pipeline.numerics.parallel import Mesh, check_equal_rows
 from pipeline.numerics.parameters import Parameters
 from pipeline.numerics.recipes import (
     check_fixed_rows,
+    check_tied_rows,
     fitted_activations,
     fixed_rows,
     fve_metrics,
     published,
+    tie_rows,
     zero_fixed_rows,
 )
 from pipeline.numerics.spec import CrosscoderSpec
@@ -93,14 +95,14 @@ class CrosscoderTrainer:
         self._parameters = initial_parameters(spec, self._latents, self.device)
         self._gradients = self._parameters.empty_like()
         self._fixed_rows = fixed_rows(spec, self._latents)
+        self._setting = Setting(spec.fitted_models, self.kernels, self.mesh, spec.group_ends(self._latents))
         self._adam = Adam(self._parameters, spec)
         self._encoder = TrainingEncoder(spec, self.kernels, self.mesh, self.device)
         self.num_steps_done = 0
         self.num_rows_seen = 0
         self._rows_since_fired_F = torch.zeros(len(self._parameters.b_enc_F), dtype=torch.int64, device=self.device)
-        shape = (spec.num_models,) if spec.has_threshold_per_model else ()
         start = spec.sparsity.start_threshold
-        self._threshold = torch.full(shape, start, dtype=torch.float64, device=self.device)
+        self._threshold = torch.full(spec.threshold_shape, start, dtype=torch.float64, device=self.device)
         self._l0_control = L0Control.of(spec, self.device)
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         self._last: _Step | None = None
@@ -141,6 +143,7 @@ class CrosscoderTrainer:
         totals = sum_over_ranks(losses, self._gradients, self.mesh)
         zero_fixed_rows(self._gradients.W_enc_FN, self._fixed_rows)
         zero_fixed_rows(self._gradients.W_dec_FN, self._fixed_rows)
+        tie_rows(self._gradients.W_dec_FN, self.spec, self._latents)
         grad_norm = global_norm(self._gradients, self.mesh)
         is_finite = totals.isfinite().all() & grad_norm.isfinite() & (self._bad_step < 0)
         if self.device.type == "cpu" and not bool(is_finite):
@@ -180,7 +183,7 @@ class CrosscoderTrainer:
 
     def _differentiate(self, x_BN: Tensor, objective: Objective, k: float) -> tuple[Losses, Tensor | None]:
         """This rank's share of losses and gradients, and the smallest kept score if there was a selection."""
-        setting, out = Setting(self.spec.fitted_models, self.kernels, self.mesh), self._gradients
+        setting, out = self._setting, self._gradients
         if self._encoder.is_dense(self._parameters, x_BN):
             parts: list[Losses] = []
             for rows_BN, preact_BF in self._encoder.blocks(self._parameters, x_BN):
@@ -240,11 +243,12 @@ class CrosscoderTrainer:
     def metrics(self) -> dict[str, float]:
         """Numbers of the last step; collective over the mesh, waits for the device.
 
-        loss (with its parts loss_reconstruction, loss_penalty, loss_auxiliary; lower is better), l0 (mean active
-        latents per row), l0_inference (the same rows by the rule of inference), mu (weight of the penalty in use, 0
-        without one), fve_<model> and fve (fraction of variance explained of this batch, at most 1, higher is
-        better), dead_frac (latents that have not fired for dead_after_rows), threshold (mean over models if per
-        model), lr, k, grad_norm (before clipping), rows (seen so far). Raises ValueError before the first step.
+        loss (with its parts loss_reconstruction, of all that the sparsity wants reconstructed, loss_penalty,
+        loss_auxiliary; lower is better), l0 (mean active latents per row), l0_inference (the same rows by the rule of
+        inference), mu (weight of the penalty in use, 0 without one), fve_<model> and fve (fraction of variance
+        explained of this batch, at most 1, higher is better), dead_frac (latents that have not fired for
+        dead_after_rows), threshold (mean over models or groups), lr, k, grad_norm (before clipping), rows (seen so
+        far). Raises ValueError before the first step.
         """
         last = self._last
         if last is None:
@@ -359,6 +363,7 @@ class CrosscoderTrainer:
                 )
             target.copy_(source)
         check_fixed_rows(self._parameters, self._fixed_rows)
+        check_tied_rows(self._parameters, self.spec, self._latents)
         self.num_steps_done, self.num_rows_seen = int(state["num_steps_done"]), int(state["num_rows_seen"])
         self.normalisation = normalisation
         self._bad_step.fill_(-1)

@@ -171,13 +171,14 @@ def num_parameters(config: RunConfig, width: int) -> int:
 
 
 def training_bytes(config: RunConfig, width: int) -> int:
-    """Parameters, gradients, Adam's moments and one batch of pre-activations of one rank."""
+    """Parameters, gradients, moments and one batch of pre-activations of one rank, for what is fitted at once."""
     ranks = config.resources.training
     sizes = dictionary_sizes(config, width)
+    at_once = ranks.fits_at_a_time or max(len(sizes), 1)
+    most_latents = max((sum(sizes[first : first + at_once]) for first in range(0, len(sizes), at_once)), default=0)
+    parameters = 2 * NUM_MODELS * width * most_latents
     own_rows = config.training.batch_rows / ranks.data
-    return int(
-        num_parameters(config, width) / ranks.latent * 4 * 4 + 2.5 * own_rows * max(sizes, default=0) / ranks.latent * 4
-    )
+    return int(parameters / ranks.latent * 4 * 4 + 2.5 * own_rows * max(sizes, default=0) / ranks.latent * 4)
 
 
 def checkpoint_bytes(config: RunConfig, width: int) -> int:

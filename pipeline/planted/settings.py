@@ -153,6 +153,11 @@ class BenchmarkConfig(Section):
         ):
             if len(set(names)) < len(names):
                 raise ValueError(f"{what}: expected distinct ones, got {names}")
+        warm = [recipe.name for recipe in self.recipes if recipe.init_from is not None]
+        if warm:
+            raise ValueError(
+                f"recipes: expected random initial weights, which each seed draws, got init_from in {warm}"
+            )
         taken = {recipe.name for recipe in self.recipes} & {one.name for one in self.checkpoints}
         if taken:
             raise ValueError(f"checkpoints: expected names that no recipe has, got {sorted(taken)}")

@@ -36,6 +36,7 @@ from pipeline.report.summary import (
     half_way,
     num_template_latents,
     planted_rows,
+    replication,
     steering_effects,
     verdict_summary,
 )
@@ -136,6 +137,7 @@ def render(data: ReportData) -> str:
             table=table,
             table_json=Markup(table.json),
             settings=list(flat_settings(data.settings)),
+            replication=replication,
             no_score=NO_SCORE,
             flat_settings=flat_settings,
             ownership_classes=_ownership_classes(),

@@ -16,6 +16,7 @@ from pipeline.run.identities import (
     Identity,
     adopted_identity,
     corpus_identity,
+    fitted_identity,
     model_identity,
     noise_between,
     steering_identity,
@@ -276,7 +277,7 @@ def _crosscoder_step(
     return _step(
         FittedCrosscoderInputs(section=section, activations=data.activations, training=config.training),
         crosscoder_name=section.name,
-        identity={**section.identity(), "training": config.training.model_dump(mode="json")},
+        identity={**fitted_identity(section), "training": config.training.model_dump(mode="json")},
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import fsspec
 
 from pipeline.config.analyses import SteeringSection
-from pipeline.config.crosscoder import AdoptedCrosscoderSection
+from pipeline.config.crosscoder import AdoptedCrosscoderSection, CrosscoderSection
 from pipeline.config.data import CorpusSection, HubModel, OrganismModel
 from pipeline.errors import InputError, short
 from pipeline.models.files import GGUF_SUFFIX, existing_path, gguf_file, loaded_files
@@ -106,24 +106,40 @@ def noise_between(base: Mapping[str, object], chat: Mapping[str, object]) -> flo
 
 def adopted_identity(section: AdoptedCrosscoderSection) -> Identity:
     """Content of a local crosscoder, id and revision of the hub's; InputError where a path holds no weights."""
-    path = existing_path(section.source)
     identity: Identity = {"kind": section.kind, "activation_scale": section.activation_scale}
+    contents = _published_contents(section.source, section.revision, f"crosscoder {section.name!r}: source")
+    return identity | (
+        {"source": section.source, "revision": section.revision} if contents is None else {"source": contents}
+    )
+
+
+def fitted_identity(section: CrosscoderSection) -> Identity:
+    """What decides the weights of a fit; the content of the crosscoder that it begins with in place of its path."""
+    identity = section.identity()
+    if section.init_from is not None:
+        contents = _published_contents(section.init_from, None, f"crosscoder {section.name!r}: init_from")
+        identity["init_from"] = section.init_from if contents is None else contents
+    return identity
+
+
+def _published_contents(source: str, revision: str | None, where: str) -> list[str] | None:
+    """Digests of a local crosscoder's files; None for a hub id. InputError where a path holds no weights."""
+    path = existing_path(source)
     if path is not None:
         from pipeline.checkpoints.published import find_files  # imports torch, which other runs can do without
 
         try:
-            files = find_files(path, revision=section.revision)
+            files = find_files(path, revision=revision)
         except InputError as error:
-            raise InputError(f"crosscoder {section.name!r}: source: {error}") from error
-        with as_input_error(f"crosscoder {section.name!r}: source"):
+            raise InputError(f"{where}: {error}") from error
+        with as_input_error(where):
             found = content_digests().of_files([file for file in files if file is not None])
-        return identity | {"source": [f"sha256:{digest[:DIGEST_LENGTH]}" for digest in found.values()]}
-    if section.source.startswith(("/", ".", "~")):
+        return [f"sha256:{digest[:DIGEST_LENGTH]}" for digest in found.values()]
+    if source.startswith(("/", ".", "~")):
         raise InputError(
-            f"crosscoder {section.name!r}: source: expected a hub id, an existing folder or a weights file, got "
-            f"{short(section.source)}; correct the path"
+            f"{where}: expected a hub id, an existing folder or a weights file, got {short(source)}; correct the path"
         )
-    return identity | {"source": section.source, "revision": section.revision}
+    return None
 
 
 def steering_identity(section: SteeringSection) -> Identity:

@@ -1,5 +1,7 @@
 """All missing crosscoders of a run, fitted in one Ray Train run from one read of the activations.
 
+Where resources.training.fits_at_a_time says so, a few at a time, each group with a read of its own.
+
 The rows come from the store, or from extraction as it goes (stages/stream.py). What each rank does is in
 stages/training.py. Checkpoints go to the storage root under a name made of the crosscoders' fingerprints, so a killed
 driver, a killed worker and a plain re-run all continue from the last one. A finished crosscoder is published in the
@@ -21,7 +23,7 @@ from pipeline.errors import CrossrayError
 from pipeline.numerics.injection import Injection, directions
 from pipeline.schema import CHAT, Split
 from pipeline.stages.catalogue import FittedCrosscoderInputs
-from pipeline.stages.crosscoder_spec import normalisation_of, spec_of
+from pipeline.stages.crosscoder_spec import check_start_of, normalisation_of, spec_of, start_of
 from pipeline.stages.step import StageContext, Step
 from pipeline.stages.stream import open_stream, place, publish_rejected, stream_config
 from pipeline.stages.training import CurvePoints, Fit, StepsDone, TrainingJob, train_loop
@@ -43,7 +45,13 @@ _CPU_FRAC = 0.75
 
 
 def run(steps: Sequence[Step[FittedCrosscoderInputs]], context: StageContext) -> None:
-    """Fit and publish the crosscoders of `steps`."""
+    """Fit and publish the crosscoders of `steps`, all from one read or as many at a time as resources allow."""
+    at_a_time = context.resources.training.fits_at_a_time or len(steps)
+    for first in range(0, len(steps), at_a_time):
+        _fit_together(steps[first : first + at_a_time], context)
+
+
+def _fit_together(steps: Sequence[Step[FittedCrosscoderInputs]], context: StageContext) -> None:
     started = time.monotonic()
     # All crosscoders of a run share the training section and the activations.
     training, activations = steps[0].inputs.training, steps[0].inputs.activations
@@ -104,8 +112,11 @@ def _fits(steps: Sequence[Step[FittedCrosscoderInputs]], context: StageContext) 
             activation_dim=store.manifest.activation_dim,
         )
         section = step.inputs.section
+        start = start_of(section)
+        check_start_of(section, spec, start)
         injection = _injection(section, store) if isinstance(section, InjectedCrosscoderSection) else None
-        fits.append(Fit(section.name, step.folder, spec, normalisation_of(section, store.manifest), injection))
+        normalisation = normalisation_of(section, store.manifest, start)
+        fits.append(Fit(section, step.folder, spec, normalisation, injection))
     return tuple(fits)
 
 

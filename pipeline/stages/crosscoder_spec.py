@@ -1,18 +1,47 @@
 """From the settings of a run file to the plain numbers that a trainer takes."""
 
 from dataclasses import asdict
+from pathlib import Path
 
 from pipeline.analyses.units import per_model_normalisation
 from pipeline.config.crosscoder import CrosscoderSection, TrainingSection
 from pipeline.config.resources import TrainingResources
 from pipeline.errors import InputError
-from pipeline.numerics.crosscoder import Normalisation
+from pipeline.numerics.crosscoder import Crosscoder, Normalisation
 from pipeline.numerics.trainer import CrosscoderSpec
+from pipeline.numerics.warm_start import check_start
 from pipeline.storage.activation_store import Manifest
 
 
-def normalisation_of(section: CrosscoderSection, manifest: Manifest) -> Normalisation | None:
-    """What the crosscoder's rows are normalised with, from the store's moments; None where they stay raw."""
+def start_of(section: CrosscoderSection) -> Crosscoder | None:
+    """The crosscoder of init_from, on the CPU; InputError where it cannot be read."""
+    if section.init_from is None:
+        return None
+    path = Path(section.init_from).expanduser()
+    try:
+        return Crosscoder.from_pretrained(path if path.exists() else section.init_from)
+    except InputError as error:
+        raise InputError(f"crosscoder {section.name!r}: init_from: {error}") from error
+
+
+def check_start_of(section: CrosscoderSection, spec: CrosscoderSpec, start: Crosscoder | None) -> None:
+    """InputError where a fit cannot begin with the crosscoder of init_from."""
+    if start is not None:
+        try:
+            check_start(spec, start)
+        except ValueError as error:
+            raise InputError(f"crosscoder {section.name!r}: init_from: {section.init_from}: {error}") from error
+
+
+def normalisation_of(
+    section: CrosscoderSection, manifest: Manifest, start: Crosscoder | None = None
+) -> Normalisation | None:
+    """What the crosscoder's rows are normalised with, from the store's moments; None where they stay raw.
+
+    A fit that begins with another crosscoder's weights keeps that one's.
+    """
+    if start is not None:
+        return start.normalisation
     if section.normalisation == "none":
         return None
     try:

@@ -19,7 +19,7 @@ import ray.train.torch
 import torch
 
 from pipeline.cluster.connect import Board, local_cpus, set_worker_threads, timestamp_ms
-from pipeline.config.crosscoder import TrainingSection
+from pipeline.config.crosscoder import CrosscoderSection, TrainingSection
 from pipeline.config.resources import TrainingResources
 from pipeline.errors import CrossrayError, InputError
 from pipeline.numerics import fitting
@@ -28,6 +28,7 @@ from pipeline.numerics.injection import Injection
 from pipeline.numerics.parallel import Mesh, make_mesh
 from pipeline.numerics.trainer import CrosscoderSpec, CrosscoderTrainer
 from pipeline.schema import TABLE_METADATA
+from pipeline.stages.crosscoder_spec import start_of
 from pipeline.stages.finished_crosscoder import CURVES_NAME, curve_points, write_injection
 from pipeline.stages.stream import Stream
 from pipeline.stages.training_rows import RowSource, open_rows
@@ -41,7 +42,7 @@ _STATE_NAME = "state.pt"
 class Fit(NamedTuple):
     """One crosscoder to fit."""
 
-    name: str
+    section: CrosscoderSection
     folder: str
     """Of its artifact."""
     spec: CrosscoderSpec
@@ -49,6 +50,11 @@ class Fit(NamedTuple):
     """Of the rows, in the models' order; None fits raw activations."""
     injection: Injection | None = None
     """What is put into the rows that this crosscoder alone reads."""
+
+    @property
+    def name(self) -> str:
+        """Of the crosscoder."""
+        return self.section.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +117,8 @@ def _train(job: TrainingJob) -> list[dict[str, Any]]:
     log = _Log(job, is_first=world.get_world_rank() == 0)
     first_step = _restore(trainers, rows, log)
     if first_step == 0:
-        fitting.initialise(trainers, rows.warm_up())
+        with _as_input_errors(job, first_step=None):
+            fitting.initialise(trainers, rows.warm_up(), [start_of(fit.section) for fit in job.fits])
     with _as_input_errors(job, first_step):
         batches, injections = rows.batches(first_step, last_step), [fit.injection for fit in job.fits]
         for step in fitting.steps(trainers, batches, first_step=first_step, injections=injections):

@@ -14,6 +14,7 @@ from pipeline.config.run_file import RunConfig, load, load_as, read_tree
 from pipeline.config.section import Section
 from pipeline.errors import InputError
 from pipeline.numerics.sparsities.registry import SPARSITIES
+from pipeline.numerics.sparsities.topk import CountedSparsity
 from pipeline.planted.settings import BenchmarkConfig
 
 WORKLOADS = Path(__file__).parent.parent.parent / "workloads"
@@ -285,7 +286,7 @@ def test_seeds_are_fits_of_their_own_and_no_two_fits_are_the_same(tmp_path: Path
 @pytest.mark.parametrize("kind", SPARSITIES)
 def test_sections_travel_to_workers(kind: str) -> None:
     """Workers of the benchmark get the recipes as they stand in the file."""
-    needed = {"batch_topk": {"k": 4}, "topk": {"k": 4}}.get(kind, {"target_l0": 4})
+    needed = {"k": 4} if issubclass(SPARSITIES[kind], CountedSparsity) else {"target_l0": 4}
     section = CrosscoderSection.model_validate(
         {"name": "a", "num_latents": 64, "sparsity": {"kind": kind, **needed}, "seeds": 2, "power": {}}
     )

@@ -70,6 +70,22 @@ def test_further_seeds_are_fitted_beside_the_first(rows: Rows) -> None:
     assert len(both.replicas) == 1 and is_same(both.replicas[0], alone) and not is_same(both, alone)
 
 
+def test_a_fit_may_begin_with_the_weights_of_another(rows: Rows, tmp_path: Path) -> None:
+    about = {**SHORT, "log_every_steps": 1}
+    first = fit(rows, **about)
+    first.save_pretrained(tmp_path)
+    again = fit(rows, **about, init_from=str(tmp_path), seed=9)
+    assert first.curve is not None and again.curve is not None
+    # Its first step goes on where the other fit ended, on the same rows in the same order.
+    assert again.curve["loss"][0] < first.curve["loss"][0]
+    assert is_same(again, fit(rows, **about, init_from=str(tmp_path))), "no seed changes what it begins with"
+    for changes in ({"expansion": 3}, {"sparsity": "topk"}):
+        with pytest.raises(InputError, match=f"init_from: {tmp_path}: expected a crosscoder"):
+            fit(rows, **{**about, **changes}, init_from=str(tmp_path))
+    with pytest.raises(InputError, match="init_from"):
+        fit(rows, **about, init_from=str(tmp_path / "nothing"))
+
+
 def test_a_stopped_fit_goes_on_where_it_was(rows: Rows, tmp_path: Path) -> None:
     class Stops:
         """A reporter that loses patience."""

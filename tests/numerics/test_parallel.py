@@ -45,6 +45,9 @@ SPECS = {
     "difference": changed(SPEC, inputs="difference", dtype="float64", dead_after_rows=2 * B),
     "dedicated": changed(SPEC, dedicated_frac=0.3, dtype="float64", dead_after_rows=2 * B),
     "jumprelu": changed(SPEC, kind="jumprelu", mu=0.02, target_l0=6.0, dtype="float64"),
+    "matryoshka": changed(SPEC, kind="matryoshka", num_groups=3, dtype="float64", dead_after_rows=2 * B),
+    "shared_l1": changed(SPEC, kind="shared_l1", mu=0.05, shared_frac=0.6, dtype="float64"),
+    "delta": changed(SPEC, kind="delta", shared_frac=0.6, dtype="float64", dead_after_rows=2 * B),
 }
 LAYOUTS = {"data 4": (4, 1), "latent 4": (1, 4), "data 2 latent 2": (2, 2), "data 2": (2, 1), "latent 2": (1, 2)}
 

@@ -34,7 +34,7 @@ def test_a_sparsity_section_has_the_fields_of_the_settings_and_gives_them_back(k
     assert set(SECTIONS[kind].model_fields) == {"kind", *dataclasses.asdict(settings)}
     section = CrosscoderSection(**LEAST, sparsity={"kind": kind})
     assert section.sparsity.settings() == settings
-    init_norm, clip_norm = (0.005, None) if kind == "l1" else (1.0, 1.0)
+    init_norm, clip_norm = (0.005, None) if kind.endswith("l1") else (1.0, 1.0)
     assert section.settings() == FitSettings(init_norm=init_norm, clip_norm=clip_norm)
     assert section.model_dump()["sparsity"] == {"kind": kind, **dataclasses.asdict(settings)}
     for name, field in SECTIONS[kind].model_fields.items():

@@ -47,6 +47,7 @@ def drawn(report: ReportData) -> dict[str, Figure]:
 def test_the_figures_of_a_full_run_compile_with_named_axes_and_colours_by_role(drawn: dict[str, Figure]) -> None:
     assert {"delta_norm", "nu_l1", "nu_batchtopk", "kl_all", "kl_halves_first_9", "kl_curve_all"} <= set(drawn)
     assert {"training_loss", "planted", "steering_refusal_harm", "speakers", "corpora", "controls"} <= set(drawn)
+    assert "fve_l0" in drawn
     for figure in drawn.values():
         compiled = vl_convert.vegalite_to_vega(figure.spec)
         groups = [compiled, *(mark for mark in compiled["marks"] if mark["type"] == "group")]
@@ -64,6 +65,18 @@ def test_files_are_png_and_a_run_without_analyses_has_none(report: ReportData, b
     assert {"delta_norm.png", "nu_batchtopk.png", "controls.png"} <= set(files)
     assert all(content.startswith(PNG) and len(content) > 5_000 for content in files.values())
     assert figures(bare_report) == {}
+
+
+def test_crosscoders_are_compared_by_fve_and_l0_where_there_are_two(
+    report: ReportData, drawn: dict[str, Figure]
+) -> None:
+    points = rows(drawn["fve_l0"].spec)
+    assert [point["crosscoder"] for point in points] == [one.name for one in report.crosscoders]
+    for point, one in zip(points, report.crosscoders, strict=True):
+        assert one.fidelity is not None and one.latents is not None
+        assert point["fve"] == pytest.approx(one.fidelity["fve"]) and point["l0"] == pytest.approx(one.fidelity["l0"])
+        assert int(point["specific"]) == (one.latents["verdict"] == Verdict.CHAT_SPECIFIC).sum()
+    assert "fve_l0" not in found(dataclasses.replace(report, crosscoders=report.crosscoders[:1]))
 
 
 def test_names_that_make_the_same_file_name_keep_both_figures(report: ReportData) -> None:

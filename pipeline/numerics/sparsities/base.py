@@ -7,6 +7,9 @@ so that a run file is checked before torch is loaded.
 
 For inference a crosscoder keeps k, one threshold, and one threshold per latent; a sparsity says which of them it needs
 (published_tensors), and files hold those. What cannot be said with these three numbers needs a change of the layout.
+A sparsity that differs from another in training alone has that one's activation and class, and is read as that one.
+
+A sparsity may divide the dictionary into groups of consecutive latents, for losses or rules of their own.
 
 Shapes: B rows, M models, F latents of this rank, P pairs.
 """
@@ -101,6 +104,12 @@ class Sparsity(Settings):
     """Whether code_penalty is asked for."""
     may_be_dense: ClassVar[bool] = False
     """Whether a step may work on dense codes: for sparsities that begin with about half of all codes active."""
+    is_nested: ClassVar[bool] = False
+    """Whether the latents up to the end of every group have to reconstruct the rows by themselves."""
+    ties_first_group: ClassVar[bool] = False
+    """Whether a latent of the first group has the same decoder row in every model."""
+    has_group_thresholds: ClassVar[bool] = False
+    """Whether scores of each group are held against a threshold of their own; files then hold one per latent."""
 
     @property
     def k(self) -> int | None:
@@ -148,6 +157,15 @@ class Sparsity(Settings):
         """The threshold of inference before the first step."""
         return 0.0
 
+    @property
+    def delta_weight(self) -> float:
+        """Weight of the loss of the models' difference; 0 for none."""
+        return 0.0
+
+    def group_ends(self, num_latents: int) -> tuple[int, ...]:
+        """The first latent after each group, ascending; the last is num_latents."""
+        return (num_latents,)
+
     def check_size(self, num_latents: int) -> None:
         """Raises ValueError if the settings do not fit a dictionary of this size."""
 
@@ -169,8 +187,13 @@ class Sparsity(Settings):
         """The threshold of inference after a step of num_steps, float64, from what it was and from Kept.smallest."""
         return threshold
 
-    def code_penalty(self, sums_F: Tensor, weight_F: Tensor, *, scale: float) -> CodePenalty:
-        """The penalty from sum_i f_ij and w_j of every latent; scale is penalty_weight / rows of the global batch."""
+    def code_penalty(
+        self, sums_F: Tensor, weight_F: Tensor, *, scale: float, group_ends: tuple[int, ...]
+    ) -> CodePenalty:
+        """The penalty from sum_i f_ij and w_j of every latent; scale is penalty_weight / rows of the global batch.
+
+        group_ends are those of this rank's latents.
+        """
         raise NotImplementedError(f"{self.kind} has no penalty on codes")
 
     def threshold_gradients(
@@ -196,6 +219,11 @@ class Sparsity(Settings):
         raise NotImplementedError(f"{self.kind} trains no threshold")
 
     # Inference. No settings but those of the block: a crosscoder read from a file has no others.
+
+    @classmethod
+    def latent_thresholds(cls, threshold: Tensor, weight_F: Tensor, group_ends: tuple[int, ...]) -> Tensor:
+        """Where has_group_thresholds: the group's threshold of scores f w as one of codes f, for every latent, [F]."""
+        raise NotImplementedError(f"{cls.kind} has one threshold")
 
     @classmethod
     def select_at_inference(cls, block: InferenceBlock) -> SparseCodes:

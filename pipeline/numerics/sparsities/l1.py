@@ -39,7 +39,14 @@ class L1(PenalisedSparsity):
         """Every positive pair."""
         return Kept(batch.encode(batch.positive))
 
-    def code_penalty(self, sums_F: Tensor, weight_F: Tensor, *, scale: float) -> CodePenalty:
+    def code_penalty(
+        self,
+        sums_F: Tensor,
+        weight_F: Tensor,
+        *,
+        scale: float,
+        group_ends: tuple[int, ...],  # noqa: ARG002
+    ) -> CodePenalty:
         """scale * sum_j w_j sum_i f_ij."""
         grad_weight_F = scale * sums_F
         return CodePenalty((weight_F * grad_weight_F).sum(), grad_weight_F, scale * weight_F)

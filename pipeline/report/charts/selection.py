@@ -11,10 +11,17 @@ import pandas as pd
 
 from pipeline.analyses.planted_columns import Scoring
 from pipeline.report import formatting as fmt
-from pipeline.report.charts import causality, ownership, places, scaling, scores, steering, training
+from pipeline.report.charts import causality, comparison, ownership, places, scaling, scores, steering, training
 from pipeline.report.charts.style import Chart, spec_of
 from pipeline.report.data import ReportData
-from pipeline.report.summary import CANDIDATE_SPECIFIC, EVIDENCE_ORDER, anchor, chat_only_rows, corpora_of
+from pipeline.report.summary import (
+    CANDIDATE_SPECIFIC,
+    EVIDENCE_ORDER,
+    anchor,
+    chat_only_rows,
+    corpora_of,
+    verdict_summary,
+)
 from pipeline.schema import Ownership, Verdict
 
 CURVES = (
@@ -56,6 +63,7 @@ def all_figures(data: ReportData) -> list[Figure]:
     for topic in (
         _planted,
         _explanations,
+        _comparison,
         _training,
         _ownership,
         _scaling,
@@ -128,6 +136,22 @@ def _explanations(data: ReportData, names: Sequence[str]) -> Iterator[Figure]:
     table = table[["crosscoder", "latent", "card", "explanation", *columns]]
     chart = scores.explanation_chart(table, names)
     yield _figure("explanations", "explanations", "How well each explanation holds", chart, "Dashed: chance.")
+
+
+def _comparison(data: ReportData, names: Sequence[str]) -> Iterator[Figure]:
+    """Of two crosscoders or more."""
+    rows = [
+        {
+            "crosscoder": name,
+            **{key: one.fidelity[key] for key in ("fve", "l0")},
+            "specific": "not measured" if one.latents is None else fmt.count(verdict_summary(one.latents).num_specific),
+        }
+        for name, one in zip(names, data.crosscoders, strict=True)
+        if one.fidelity is not None
+    ]
+    if len(rows) > 1:
+        chart = comparison.fidelity_chart(pd.DataFrame(rows), names)
+        yield _figure("fve_l0", "fidelity", "Variance explained by active latents", chart, "On validation rows.")
 
 
 def _training(data: ReportData, names: Sequence[str]) -> Iterator[Figure]:
