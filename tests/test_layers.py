@@ -173,6 +173,7 @@ def test_the_wheel_holds_the_package_and_nothing_else() -> None:
 
 LOADED_BY_OTHERS = {
     "s3fs": "fsspec, for s3://",
+    "psutil": "MLflow, for system metrics",
     "psycopg": "MLflow, for PostgreSQL",
     "gguf": "transformers, for models in GGUF files",
 }

@@ -50,7 +50,7 @@ def execute(config: RunConfig, flow: Flow, storage: Storage, reporter: Reporter,
         reporter.message(f"tracking: {log.link}")
         context = StageContext(storage, config.resources, reporter, log, config.name, config.tracking.log_every_steps)
         try:
-            with storage.kept():
+            with storage.kept(), log.machine_load():
                 _make_groups(config, flow, context, log)
         except BaseException:
             log.close(succeeded=False)

@@ -7,6 +7,7 @@ experiment that cannot be used at all is refused when the tracker is made, befor
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -18,7 +19,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
+import pyarrow.parquet as pq
+
 from pipeline.errors import InputError, causes, first_line, redacted
+from pipeline.tracking import pyfunc
 from pipeline.tracking.tracker import ENTRY_TAG, Dataset, Point, TrackerAwayError, TrackerRefusedError, flatten
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -34,6 +39,13 @@ _PARAMS_PER_CALL = 100
 _PARAM_LENGTH = 6000
 _NAME_LENGTH = 250
 _QUOTED_LETTERS = 200
+_PREVIEW_ROWS = 500
+"""Rows of a table that MLflow's page shows."""
+_KIND_TAG = "mlflow.experimentKind"
+"""Tag of an experiment by which MLflow's pages choose between their views of models and of agents."""
+_TABLES_TAG = "mlflow.loggedArtifacts"
+"""Tag of a run that lists the JSON files that are tables, as MLflow's log_table keeps it; that call would append the
+rows again where an answer was lost."""
 
 
 class MlflowTracker:
@@ -41,6 +53,7 @@ class MlflowTracker:
 
     def __init__(self, uri: str, experiment: str, artifact_root: str | None) -> None:
         self.uri, self.experiment = uri, experiment
+        self._monitors: list[Any] | None = None
         try:
             _check_database(uri)
             import mlflow
@@ -54,6 +67,8 @@ class MlflowTracker:
                     if found is not None
                     else self._client.create_experiment(experiment, artifact_location=artifact_root)
                 )
+                if found is None or (found.lifecycle_stage == "active" and _KIND_TAG not in found.tags):
+                    self._client.set_experiment_tag(self._experiment, _KIND_TAG, "custom_model_development")
         except Exception as error:  # of a server, a driver or a database of any kind; nothing has been computed yet
             raise InputError(
                 f"tracking.uri: expected an MLflow server or database at {uri!r}, got: {_short(error)}; start or mend "
@@ -112,6 +127,13 @@ class MlflowTracker:
             with self._reaching():
                 self._client.log_batch(run, params=entities[start : start + _PARAMS_PER_CALL])
 
+    def log_tags(self, run: str, tags: Mapping[str, str]) -> None:
+        """Tags of a run that are known later than its start."""
+        from mlflow.entities import RunTag
+
+        with self._reaching():
+            self._client.log_batch(run, tags=[RunTag(name, value) for name, value in tags.items()])
+
     def log_points(self, run: str, points: Sequence[Point]) -> None:
         """Values of curves or single numbers (step 0)."""
         from mlflow.entities import Metric
@@ -122,11 +144,23 @@ class MlflowTracker:
                 self._client.log_batch(run, metrics=entities[start : start + _METRICS_PER_CALL])
 
     def log_file(self, run: str, name: str, data: bytes) -> None:
-        """A file of the run; `name` may hold folders."""
+        """A file of the run; `name` may hold folders. Beside a Parquet table go its first rows, as pages show them."""
+        name = safe_name(name)
+        self._log_artifact(run, name, data)
+        if name.endswith(".parquet"):
+            preview = f"{name.removesuffix('.parquet')}.json"
+            self._log_artifact(run, preview, table_preview(data))
+            with self._reaching():
+                tables = json.loads(self._client.get_run(run).data.tags.get(_TABLES_TAG, "[]"))
+            entry = {"path": preview, "type": "table"}
+            if entry not in tables:
+                self.log_tags(run, {_TABLES_TAG: json.dumps([*tables, entry])})
+
+    def _log_artifact(self, run: str, name: str, data: bytes) -> None:
         with tempfile.TemporaryDirectory(prefix="crossray-") as folder:
-            path = Path(folder) / Path(safe_name(name)).name
+            path = Path(folder) / Path(name).name
             path.write_bytes(data)
-            parent = str(Path(safe_name(name)).parent)
+            parent = str(Path(name).parent)
             with self._reaching():
                 self._client.log_artifact(run, str(path), artifact_path=None if parent == "." else parent)
 
@@ -151,19 +185,57 @@ class MlflowTracker:
             self._client.log_inputs(run, inputs)
 
     def log_model(self, run: str, folder: Path, tags: Mapping[str, str]) -> None:
-        """A crosscoder's folder as a pyfunc model: read by pyfunc.py, nothing is pickled."""
+        """A crosscoder's folder as a pyfunc model that says what it takes and gives, and loads without an install.
+
+        pyfunc.py reads it, nothing is pickled; the files that pyfunc.py needs go with it.
+        """
+        from mlflow.models import ModelSignature
+        from mlflow.types import Schema, TensorSpec
+
         with self._reaching():
             outputs = self._client.get_run(run).outputs
             if outputs is not None and outputs.model_outputs:
                 return
-        with self._reaching(), self._as_default(), self._mlflow.start_run(run_id=run, log_system_metrics=False):
+        interface = pyfunc.interface_of(folder)
+        _, M, D = interface.example_BMD.shape
+        signature = ModelSignature(
+            Schema([TensorSpec(np.dtype(np.float32), (-1, M, D))]),
+            Schema([TensorSpec(np.dtype(np.float32), (-1, interface.num_latents))]),
+        )
+        with (
+            tempfile.TemporaryDirectory(prefix="crossray-") as code,
+            self._reaching(),
+            self._as_default(),
+            self._mlflow.start_run(run_id=run, log_system_metrics=False),
+        ):
             self._mlflow.pyfunc.log_model(
                 name="crosscoder",
-                loader_module="pipeline.tracking.pyfunc",
+                loader_module=pyfunc.__name__,
                 data_path=str(folder),
-                pip_requirements=["crossray"],
+                code_paths=[str(pyfunc.copy_code(Path(code)))],
+                pip_requirements=pyfunc.requirements(),
+                signature=signature,
+                input_example=interface.example_BMD,
                 tags=dict(tags),
             )
+
+    def machine_load(self) -> dict[str, float]:
+        """What MLflow's page shows as system metrics, of this machine; GPUs where nvidia-ml-py is installed."""
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+        if self._monitors is None:
+            self._monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+            with contextlib.suppress(ImportError, RuntimeError):  # no NVML, no GPU
+                self._monitors.append(GPUMonitor())
+        load: dict[str, float] = {}
+        for monitor in self._monitors:
+            monitor.clear_metrics()
+            monitor.collect_metrics()
+            load |= monitor.aggregate_metrics()
+        return load
 
     @contextlib.contextmanager
     def _as_default(self) -> Iterator[None]:
@@ -188,7 +260,8 @@ class MlflowTracker:
     def link(self, run: str) -> str:
         """The run's page on a server, or the command that shows it from a SQLite file."""
         if self.uri.startswith("http"):
-            return f"{redacted(self.uri).rstrip('/')}/#/experiments/{self._experiment}/runs/{run}"
+            page = f"{redacted(self.uri).rstrip('/')}/#/experiments/{self._experiment}/runs/{run}"
+            return f"{page}?workflowType=machine_learning"  # a run's page does not ask the experiment's kind
         command = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).with_name("mlflow"))
         return f"{command} ui --backend-store-uri {redacted(self.uri)}"
 
@@ -201,6 +274,14 @@ def safe_name(name: str) -> str:
         return name
     digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
     return f"{plain[: _NAME_LENGTH - 9].rstrip('/')}-{digest}"
+
+
+def table_preview(data: bytes) -> bytes:
+    """The first rows of a Parquet table in the JSON layout of MLflow's tables."""
+    rows = next(pq.ParquetFile(io.BytesIO(data)).iter_batches(_PREVIEW_ROWS), None)
+    frame = pq.read_schema(io.BytesIO(data)).empty_table().to_pandas() if rows is None else rows.to_pandas()
+    written: str = frame.to_json(orient="split", index=False, date_format="iso")
+    return written.encode()
 
 
 def is_absence(error: BaseException) -> bool:

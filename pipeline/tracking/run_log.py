@@ -4,10 +4,18 @@ Someone who sees only MLflow finds there what was asked (parameters), what came 
 report, the models), what was read (corpus, tokens and activation store as datasets, with their fingerprints), and tags
 that lead from any number to the artifact that it comes from and to that artifact's inputs. Steps that were finished
 before are logged too, marked as reused, so that every run is complete in the tracker.
+
+The run of a crosscoder's step has its settings, its curve and the numbers of every analysis of it, as `stage/name`: the
+same names for each crosscoder, so that they can be compared. The parent has the
+numbers of the evidence and the counts of the latent tables; its description ends with the verdict table.
 """
 
+import getpass
 import json
-from collections.abc import Mapping, Sequence
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from pipeline.cluster.connect import timestamp_ms
@@ -18,6 +26,7 @@ from pipeline.stages.catalogue import (
     CorpusInputs,
     EvidenceInputs,
     FittedCrosscoderInputs,
+    LatentsInputs,
     OrganismInputs,
     ReportInputs,
     TokensInputs,
@@ -25,13 +34,21 @@ from pipeline.stages.catalogue import (
 from pipeline.stages.finished_crosscoder import curve_points, read_curve
 from pipeline.storage.artifacts import Record, provenance
 from pipeline.storage.filesystem import Storage
-from pipeline.tracking.tracker import Dataset, Point, Tracker
+from pipeline.tracking.tracker import NOTE_TAG, Dataset, Point, Tracker, now_ms
 
 _DATASETS = (CorpusInputs.NAME, TokensInputs.NAME, ActivationsInputs.NAME)
 """Stages whose artifacts are the datasets of what is made from them."""
 _DATA_STAGES = (OrganismInputs.NAME, *_DATASETS)
 """Their files are large and stay in the storage; the tracker gets their numbers and their place."""
 _CROSSCODER = FittedCrosscoderInputs.NAME
+_FIDELITY = ("fidelity/fve_base", "fidelity/fve_chat", "fidelity/l0")
+"""Numbers of a latent table that the parent has beside the counts of verdicts."""
+_VERDICT = "verdict.txt"
+"""The verdict table, a file of the report."""
+_NOTE_LETTERS = 7000
+"""Of the verdict table in the description: MLflow keeps 8,000 in all."""
+_LOAD_SECONDS = 10.0
+"""Between two points of the machine's load."""
 
 
 class RunLog:
@@ -44,12 +61,15 @@ class RunLog:
         self._num_points: dict[str, int] = {}
         self._finished: set[str] = set()
         self._datasets: dict[str, Dataset] = {}
+        self._crosscoders = {own.crosscoder.crosscoder_name for own in flow.crosscoders}
         settings = config.model_dump(mode="json")
+        self._note = _note(config, flow)
         tags = {
             "crossray.run_name": config.name,
             "crossray.storage_root": storage.root,
             "crossray.code_version": str(provenance()["code_version"]),
-            "mlflow.note.content": _note(config, flow),
+            NOTE_TAG: self._note,
+            **_origin(),
         }
         self._parent = tracker.start_run(config.name, tags)
         tracker.log_params(self._parent, settings)
@@ -76,12 +96,17 @@ class RunLog:
         )
         folder = step.folder
         if step.crosscoder_name and step.key.stage != _CROSSCODER:
-            summary = [Point(f"{step.crosscoder_name}/{name}", value, 0, stamp) for name, value in numbers.items()]
-            self._tracker.log_points(self._parent, summary)
+            beside = self._children[f"{_CROSSCODER} {step.crosscoder_name}"]
+            self._log_numbers(beside, step.key.stage, numbers)
+        if step.key.stage == LatentsInputs.NAME and step.crosscoder_name in self._crosscoders:
+            shown = {name: value for name, value in numbers.items() if name.startswith("num_") or name in _FIDELITY}
+            self._log_numbers(self._parent, step.crosscoder_name, shown)
         if step.key.stage == EvidenceInputs.NAME:
             shown = numbers | {"is_distinguishable": float(record.counts["is_distinguishable"])}
-            points = [Point(f"{EvidenceInputs.NAME}/{name}", value, 0, stamp) for name, value in shown.items()]
-            self._tracker.log_points(self._parent, points)
+            self._log_numbers(self._parent, EvidenceInputs.NAME, shown)
+        if step.key.stage == ReportInputs.NAME:
+            verdict = self._storage.read_bytes(f"{folder}/{_VERDICT}").decode()
+            self._tracker.log_tags(self._parent, {NOTE_TAG: f"{self._note}\n\n{_quoted(verdict)}"})
         if step.key.stage not in _DATA_STAGES:
             target = self._parent if step.key.stage == ReportInputs.NAME else run
             for name in record.checksums:
@@ -107,9 +132,35 @@ class RunLog:
         self._tracker.end_run(self._parent, succeeded=succeeded)
         self._tracker.close()
 
+    @contextmanager
+    def machine_load(self) -> Iterator[None]:
+        """For the length of the block, the load of the machine that drives the run, as numbers of the parent."""
+        is_over = threading.Event()
+
+        def log() -> None:
+            number = 0
+            while not is_over.wait(_LOAD_SECONDS if number else 0.0):
+                load, stamp = self._tracker.machine_load(), now_ms()
+                points = [Point(f"system/{name}", value, number, stamp) for name, value in load.items()]
+                if points:
+                    self._tracker.log_points(self._parent, points)
+                number += 1
+
+        thread = threading.Thread(target=log, name="machine load", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
+
+    def _log_numbers(self, run: str, group: str, numbers: Mapping[str, float]) -> None:
+        stamp = now_ms()
+        self._tracker.log_points(run, [Point(f"{group}/{name}", value, 0, stamp) for name, value in numbers.items()])
+
     def _child(self, step: AnyStep) -> str:
         if step.name not in self._children:
-            tags = _tags(step, self._storage)
+            tags = _tags(step, self._storage) | _origin()
             self._children[step.name] = self._tracker.start_run(step.name, tags, parent=self._parent)
             read = [self._datasets[own.name] for own in step.inputs.reads().values() if own.name in self._datasets]
             if read:
@@ -128,6 +179,25 @@ def _tags(step: AnyStep, storage: Storage) -> dict[str, str]:
         "crossray.artifact": storage.url(step.folder),
         **inputs,
     }
+
+
+def _origin() -> dict[str, str]:
+    """Who made a run and with what, where MLflow's pages look for it."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user that has no name
+        user = str(os.getuid())
+    version = str(provenance()["code_version"])
+    source = version if version.startswith("crossray") else f"crossray {version}"
+    return {"mlflow.user": user, "mlflow.source.name": source, "mlflow.source.type": "LOCAL"}
+
+
+def _quoted(verdict: str) -> str:
+    """The verdict table as Markdown; the end of a very long one is left out."""
+    kept = verdict.rstrip()
+    if len(kept) > _NOTE_LETTERS:
+        kept = kept[:_NOTE_LETTERS].rpartition("\n")[0] + f"\n... (all of it: {_VERDICT})"
+    return f"```\n{kept}\n```"
 
 
 def _dataset(step: AnyStep, record: Record, storage: Storage) -> Dataset:

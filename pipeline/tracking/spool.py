@@ -54,7 +54,9 @@ class _Entry(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    action: Literal["start_run", "log_params", "log_points", "log_file", "log_inputs", "log_model", "end_run"]
+    action: Literal[
+        "start_run", "log_params", "log_tags", "log_points", "log_file", "log_inputs", "log_model", "end_run"
+    ]
     run: str
     """Our own id of the run."""
     experiment: str | None = None
@@ -107,6 +109,10 @@ class SpooledTracker:
         """Settings of a run."""
         self._call("log_params", run, {"params": flatten(params)})
 
+    def log_tags(self, run: str, tags: Mapping[str, str]) -> None:
+        """Tags of a run that are known later than its start."""
+        self._call("log_tags", run, {"tags": dict(tags)})
+
     def log_points(self, run: str, points: Sequence[Point]) -> None:
         """Values of curves."""
         self._call("log_points", run, {"points": points})
@@ -127,6 +133,10 @@ class SpooledTracker:
         """Close a run."""
         ended = time_ms or now_ms()
         self._call("end_run", run, {"succeeded": succeeded, "time_ms": ended})
+
+    def machine_load(self) -> dict[str, float]:
+        """Load of this machine now."""
+        return self._inner.machine_load()
 
     def link(self, run: str) -> str:
         """Where a person finds the run, as soon as the server knows it."""
@@ -263,6 +273,8 @@ class SpooledTracker:
         match entry.action:
             case "log_params":
                 self._inner.log_params(run, entry.params)
+            case "log_tags":
+                self._inner.log_tags(run, entry.tags)
             case "log_points":
                 self._inner.log_points(run, entry.points)
             case "log_file":

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol
 
 ENTRY_TAG = "crossray.entry"
 """Tag by which a run is found again when the answer to its creation was lost."""
+NOTE_TAG = "mlflow.note.content"
+"""Tag whose text, Markdown, is shown as the run's description."""
 
 
 class Point(NamedTuple):
@@ -57,6 +59,10 @@ class Tracker(Protocol):
         """Settings of a run; nested mappings become dotted names."""
         ...
 
+    def log_tags(self, run: str, tags: Mapping[str, str]) -> None:
+        """Tags of a run that are known later than its start; NOTE_TAG is its description."""
+        ...
+
     def log_points(self, run: str, points: Sequence[Point]) -> None:
         """Values of curves or single numbers (step 0)."""
         ...
@@ -79,6 +85,10 @@ class Tracker(Protocol):
 
     def link(self, run: str) -> str:
         """Where a person finds the run: a URL or a command."""
+        ...
+
+    def machine_load(self) -> dict[str, float]:
+        """Load of this machine now (processor, memory, disk, network, GPUs) by name; empty where no one sees it."""
         ...
 
     def close(self) -> None:
@@ -113,6 +123,9 @@ class NoopTracker:
     def log_params(self, run: str, params: Mapping[str, Any]) -> None:
         """Nothing."""
 
+    def log_tags(self, run: str, tags: Mapping[str, str]) -> None:
+        """Nothing."""
+
     def log_points(self, run: str, points: Sequence[Point]) -> None:
         """Nothing."""
 
@@ -127,6 +140,10 @@ class NoopTracker:
 
     def end_run(self, run: str, *, succeeded: bool, time_ms: int | None = None) -> None:
         """Nothing."""
+
+    def machine_load(self) -> dict[str, float]:
+        """Nothing."""
+        return {}
 
     def close(self) -> None:
         """Nothing."""
@@ -178,6 +195,10 @@ class RecordingTracker:
         """Keep settings."""
         self.runs[run].params.update(flatten(params))
 
+    def log_tags(self, run: str, tags: Mapping[str, str]) -> None:
+        """Keep tags."""
+        self.runs[run].tags.update(tags)
+
     def log_points(self, run: str, points: Sequence[Point]) -> None:
         """Keep values."""
         self.runs[run].points.extend(points)
@@ -197,6 +218,10 @@ class RecordingTracker:
     def end_run(self, run: str, *, succeeded: bool, time_ms: int | None = None) -> None:  # noqa: ARG002
         """Close a run."""
         self.runs[run].ended.append(succeeded)
+
+    def machine_load(self) -> dict[str, float]:
+        """Nothing: two logs of one run are the same."""
+        return {}
 
     def close(self) -> None:
         """Nothing waits."""

@@ -16,7 +16,7 @@ from pipeline.run import runner
 from pipeline.schema import LATENT_COLUMNS, TABLE_METADATA, Verdict, latent_corpus_columns
 from pipeline.storage.activation_store import ActivationStore
 from pipeline.terminal import SilentReporter
-from pipeline.tracking.tracker import RecordingTracker
+from pipeline.tracking.tracker import NOTE_TAG, RecordingTracker
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -186,6 +186,12 @@ def test_the_tracker_knows_the_run_its_steps_and_their_inputs(finished: Finished
     latents = children["latents batch_topk"]
     assert "latents.parquet" in latents.files
     assert {"num_shared", "fidelity/fve_chat"} <= {point.name for point in latents.points}
+    assert finished.outcome.verdict.strip() in parent.tags[NOTE_TAG]
+    told = [point.value for point in parent.points if point.name == "batch_topk/num_latents"]
+    assert told == [finished.counts("latents batch_topk")["num_latents"]]
+    of_each = [{point.name for point in children[f"crosscoder {name}"].points} for name in ("l1", "batch_topk")]
+    wanted = {f"{stage}/num_latents" for stage in ("latents", "examples")} | {"latents/num_shared", "train/loss"}
+    assert all(wanted <= names for names in of_each)
 
 
 def test_lineage_leads_from_the_report_to_the_organism(finished: Finished) -> None:
