@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pipeline.errors import ArtifactError as ArtifactError
     from pipeline.errors import CrossrayError as CrossrayError
     from pipeline.errors import InputError as InputError
+    from pipeline.explorer.server import explore as explore
     from pipeline.library import plot as plot
     from pipeline.library.crosscoder import Crosscoder as Crosscoder
     from pipeline.library.dashboard import Dashboard as Dashboard
@@ -44,6 +45,7 @@ SURFACE = {
     "training_examples": "pipeline.library.training_examples",
     "open": "pipeline.library.runs:open_run",
     "run": "pipeline.library.runs",
+    "explore": "pipeline.explorer.server",
     "plot": "pipeline.library.plot:",
     "Crosscoder": "pipeline.library.crosscoder",
     "Dashboard": "pipeline.library.dashboard",

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Tells what fine-tuning changed inside a language model, and proves it."
 SHELLS = ("bash", "zsh", "fish")
-_FILES = ("file", "root", "texts", "dialogues", "output")
+_FILES = ("file", "root", "texts", "dialogues", "output", "token_file")
 """Arguments that a shell completes by the names of files and folders."""
 
 
@@ -34,6 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_init(commands)
     _add_run_files(commands)
     _add_verify(commands)
+    _add_explore(commands)
     _add_kept(commands)
     _add_jobs(commands)
     command = _add(commands, "schema", "print the JSON schema of run files or benchmark files, for editors")
@@ -117,6 +118,18 @@ def _add_verify(commands: "Commands") -> None:
     what.add_argument("file", nargs="?", help="run file (YAML)")
     what.add_argument("--root", help="storage root: a folder or URL with artifacts")
     _add_pairs(command, "--set", "override a key of the run file")
+
+
+def _add_explore(commands: "Commands") -> None:
+    text = "open a finished run in the browser: type texts, look at latents, find them, steer with them"
+    command = _add(commands, "explore", text)
+    command.add_argument("file", help="run file (YAML)")
+    _add_pairs(command, "--set", "override a key of the run file")
+    text = "interface to listen on; 127.0.0.1 by default, any other asks visitors for a token"
+    command.add_argument("--host", default="127.0.0.1", help=text)
+    command.add_argument("--port", type=int, help="port; the first free one from 7860 by default")
+    text = "file that holds the token; CROSSRAY_EXPLORE_TOKEN by default, else one is made where it is needed"
+    command.add_argument("--token-file", metavar="PATH", help=text)
 
 
 def _add_kept(commands: "Commands") -> None:

@@ -95,26 +95,10 @@ def _completion(parsed: argparse.Namespace) -> int:
 
 
 def _plan(parsed: argparse.Namespace) -> int:
-    _print_plan(_config(parsed), parsed.gpu)
+    from pipeline.run.plan import plan_text
+
+    print(plan_text(_config(parsed), gpu=parsed.gpu))
     return 0
-
-
-def _print_plan(config: "RunConfig", gpu: str) -> None:
-    from pipeline.planning.estimate import estimate_text
-    from pipeline.run.runner import inspect, notes
-    from pipeline.storage.filesystem import Storage
-
-    storage = Storage(config.storage.root)
-    states = inspect(config, storage)
-    width = max(len(state.step.name) for state in states)
-    print(f"{config.name}: {len(states)} steps on {storage.root}")
-    for state in states:
-        print(f"  {state.state:<8}{state.step.name:<{width}}  {state.step.key.folder}")
-        for line in state.drift:
-            print(f"  {'':<8}{'':<{width}}    {line}")
-    for line in notes(config, storage):
-        print(line)
-    print(estimate_text(config, states, storage, gpu=gpu))
 
 
 def _init(parsed: argparse.Namespace) -> int:
@@ -138,10 +122,11 @@ def _write_draft(parsed: argparse.Namespace) -> Path:
 
 def _diff(parsed: argparse.Namespace) -> int:
     from pipeline.config.run_file import load
+    from pipeline.run.plan import plan_text
 
     path = _write_draft(parsed)
     config = load(path)
-    _print_plan(config, parsed.gpu)
+    print(plan_text(config, gpu=parsed.gpu))
     if not _is_agreed("run this now?", parsed):
         print(f"next     crossray run {path}")
         return 0
@@ -208,6 +193,17 @@ def _show(parsed: argparse.Namespace) -> int:
         return 0
     print(f"{run.verdict()}\n\n{latents_text(summary)}", end="")
     print(f"report   {summary.report}")
+    return 0
+
+
+def _explore(parsed: argparse.Namespace) -> int:
+    from pipeline.explorer.server import explore, read_token
+
+    token = None if parsed.token_file is None else read_token(parsed.token_file)
+    explorer = explore(parsed.file, overrides=parsed.set, host=parsed.host, port=parsed.port, token=token)
+    made = f"\ntoken    {explorer.made_token}" if explorer.made_token else ""
+    print(f"explorer {explorer.url}{made}\n         Ctrl-C ends it", flush=True)
+    explorer.wait()
     return 0
 
 
@@ -388,6 +384,7 @@ _COMMANDS = {
     "verify": _verify,
     "runs": _runs,
     "show": _show,
+    "explore": _explore,
     "compare": _compare,
     "rm": _rm,
     "submit": _submit,

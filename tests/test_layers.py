@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "analyses": {*_PLAIN, "models", "text", "extraction", "numerics"},
     "storage": {*_PLAIN, "numerics"},
     "report": {*_PLAIN, "analyses", "numerics", "terminal"},
+    "explorer": {*_PLAIN, "library", "analyses", "report", "models", "text", "storage", "numerics"},
     "organisms": {"models"},
     "cluster": {*_PLAIN, "config"},
     "stages": {
@@ -95,6 +96,8 @@ def test_imports_go_only_to_the_right_and_ray_and_mlflow_stay_at_the_rim(path: P
         assert place == ("tracking", "mlflow_tracker.py")
     if "openai" in tops:
         assert place == ("models", "endpoint.py")
+    if "gradio" in tops:
+        assert place == ("explorer", "app.py")
     if "rich" in tops:
         assert place == ("terminal.py",)
     room = place[0] if len(place) > 1 else ""
@@ -186,7 +189,7 @@ def declared(*extras: str) -> dict[str, Requirement]:
     return {canonicalize_name(requirement.name): requirement for requirement in map(Requirement, asked)}
 
 
-RUNTIME = ("hub", "lora", "spread", "gguf", "services", "triton")
+RUNTIME = ("hub", "lora", "spread", "gguf", "services", "explore", "triton")
 DEVELOPMENT = ("test", "docs", "check")
 
 

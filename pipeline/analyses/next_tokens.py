@@ -7,7 +7,8 @@ pair (evidence.py) and the curve over layers (layer_curve.py) are made of these 
 Log-probabilities are taken in float64: in float32 their own rounding gives a KL of 1e-7 nats, which is what is to be
 told from 0. The logits exist for a chunk of positions at a time.
 
-Shapes: B documents, T positions, D width, V vocabulary, P judged positions, N rows, S sets of positions.
+Shapes: B documents, T positions, M models, D width, V vocabulary, P judged positions, N rows, S sets of positions, K
+likeliest tokens.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from pipeline.errors import InputError
 from pipeline.extraction.activations import SINK_MULTIPLE, RowOptions, kept_positions, plan_batches, within_norm_cap
 from pipeline.models.pair import ModelPair
 from pipeline.numerics.statistics import hash_documents
-from pipeline.schema import Flag
+from pipeline.schema import BASE, CHAT, Flag
 
 ALL, ASSISTANT = "all", "assistant"
 """Sets of positions: every one; those whose next token an assistant wrote."""
@@ -194,6 +195,31 @@ def compare(pair: ModelPair, reference: Prediction, others: Sequence[Prediction]
         for part, other in zip(parts, others, strict=True):
             part.append(_compare_chunk(reference_PV, _log_probs(pair, other, here).to(reference_PV.device)))
     return [Comparison(*(torch.cat(own) for own in zip(*part, strict=True))) for part in parts]
+
+
+class NextTokens(NamedTuple):
+    """The likeliest next tokens of both models at the same positions, and how far they are apart; on the CPU."""
+
+    top_PMK: Tensor
+    """int64 token ids, likeliest first, of the ids that both models predict."""
+    prob_PMK: Tensor
+    """float64, their probabilities."""
+    kl_P: Tensor
+    """float64, KL(p_chat || p_base), nats."""
+
+
+@torch.no_grad()
+def side_by_side(pair: ModelPair, base_PD: Tensor, chat_PD: Tensor, *, num_top: int) -> NextTokens:
+    """Both models' predictions from their hidden states after the final norm; each head runs once a position."""
+    parts = []
+    size = max(1, _LOG_PROBS_PER_CHUNK // pair.vocab_size)
+    for start in range(0, len(chat_PD), size):
+        here = slice(start, start + size)
+        chat_PV = _log_probs(pair, Prediction(CHAT, chat_PD), here)
+        base_PV = _log_probs(pair, Prediction(BASE, base_PD), here).to(chat_PV.device)
+        log_PMK, top_PMK = torch.stack([base_PV, chat_PV], dim=1).topk(min(num_top, pair.vocab_size), dim=-1)
+        parts.append(NextTokens(top_PMK.cpu(), log_PMK.exp().cpu(), _compare_chunk(chat_PV, base_PV).kl_P))
+    return NextTokens(*(torch.cat(own) for own in zip(*parts, strict=True)))
 
 
 def _log_probs(pair: ModelPair, prediction: Prediction, here: slice) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.analyses.attribution import attribute, logit_of, next_token_loss
 from pipeline.analyses.logit_lens import FirstTokens, LogitLens
+from pipeline.analyses.next_tokens import NextTokens, side_by_side
 from pipeline.analyses.splicing import spliced
 from pipeline.analyses.steering_inputs import directions_of
 from pipeline.errors import InputError
@@ -117,6 +118,20 @@ class Pair:
         dialogues = tuple(index for index, name in enumerate(corpora) if name == DIALOGUES)
         about = {"corpora": corpora, "origin": self.origin, "dialogue_corpora": dialogues}
         return Rows.of(rows, corpus_B, **about, tokenizer=self.tokenizer)
+
+    def next_tokens(self, text: Text, *, num_top: int = 5) -> NextTokens:
+        """What both models predict after every token of one text, and KL(p_chat || p_base) there, in nats.
+
+        Args:
+            text: a text or a dialogue; of one that gives a document per answer, the last document.
+            num_top: likeliest tokens of each model.
+
+        Both models run whole.
+        """
+        batch = pad_tokens(tokenised(self.tokenise, [text])["input_ids"][-1:])
+        h_BTMD = self.models.activations(*batch)
+        base_PD, chat_PD = (self.models.upper(model, h_BTMD[:, :, model], batch.mask_BT)[0] for model in (BASE, CHAT))
+        return side_by_side(self.models, base_PD, chat_PD, num_top=num_top)
 
     def difference(self, texts: Sequence[Text]) -> Difference:
         """Whether the two models can be told apart on these texts, and how different they are.

@@ -3,7 +3,7 @@
 The report reads every artifact of its run, so its record names them all. Reading loads neither Ray nor MLflow.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +24,10 @@ from pipeline.library.summary import CrosscoderSummary, Summary, crosscoder_summ
 from pipeline.report.data import CrosscoderReport
 from pipeline.schema import TABLE_METADATA, Split
 from pipeline.stages.finished_crosscoder import open_crosscoder, read_curve
+from pipeline.storage.activation_store import ActivationStore
 from pipeline.storage.artifacts import RECORD_NAME, Record, parse_record
 from pipeline.storage.filesystem import Storage
-from pipeline.storage.tables import read_table
+from pipeline.storage.tables import read_part, table_columns
 from pipeline.terminal import Reporter
 
 _REPORT, _CROSSCODER = "report", "crosscoder"
@@ -146,10 +147,25 @@ class Run:
         """Tokens that latents promote and suppress; those of the first tokens are `table(..., file="first_tokens")`."""
         return self.table("logit_lens", name)
 
-    def table(self, stage: str, name: str = "", *, file: str | None = None) -> pd.DataFrame:
-        """Any table of the run: of a stage, for one crosscoder where it has one; `file` names one beside the main one.
+    def table(
+        self,
+        stage: str,
+        name: str = "",
+        *,
+        file: str | None = None,
+        columns: Sequence[str] | None = None,
+        where: tuple[str, Any] | None = None,
+    ) -> pd.DataFrame:
+        """Any table of the run, or a part of it, which alone is fetched.
 
-        Raises InputError, naming what there is, for a stage or a table that the run does not have.
+        Args:
+            stage: a step of the run.
+            name: of the crosscoder, where the step has one for each.
+            file: a table beside the stage's main one.
+            columns: names of columns; all by default.
+            where: a column and the value that rows must have.
+
+        Raises InputError, naming what there is, for a stage, a table or a column that the run does not have.
         """
         folder = self._folder_of(stage, name)
         wanted = f"{file or stage}.parquet"
@@ -158,27 +174,53 @@ class Run:
             raise InputError(
                 f"{stage}: expected a table {wanted}, got {', '.join(found) or 'no tables'} in this artifact"
             )
-        frame: pd.DataFrame = read_table(self.storage, f"{folder}/{wanted}").to_pandas()
+        try:
+            frame: pd.DataFrame = read_part(self.storage, f"{folder}/{wanted}", columns, where).to_pandas()
+        except KeyError as error:
+            raise InputError(
+                f"{folder}/{wanted}: expected columns of this table, got {error.args[0]!r}, which it lacks; "
+                f"pipeline/schema.py names them"
+            ) from error
         return frame
+
+    def column_names(self, stage: str, name: str = "") -> list[str]:
+        """Columns of a stage's table."""
+        key = f"{self._folder_of(stage, name)}/{stage}.parquet"
+        return table_columns(self.storage, key)
+
+    def activation_store(self) -> ActivationStore:
+        """The run's rows as they lie on the storage root, to be read in parts."""
+        return ActivationStore(self.storage, self._folder_of("activations", ""))
 
     def dashboard(self, name: str, latent: int) -> Dashboard:
         """A page of one latent of a crosscoder, which a notebook shows: what the report has of it."""
-        table = self.latents(name)
-        require_latents([latent], len(table), "latent")
-        stages = ("examples", "logit_lens", "steering", "planted")
-        examples, logit_lens, steering, planted = (self._optional(stage, name) for stage in stages)
+        return Dashboard(self.latent_report(name, latent), latent)
+
+    def latent_report(self, name: str, latent: int) -> CrosscoderReport:
+        """What the report's card of one latent is made of; of the large tables, the rows of this latent alone.
+
+        InputError for a latent that the crosscoder does not have.
+        """
+        row = self.table("latents", name, where=("latent", latent))
+        if row.empty:
+            require_latents([latent], len(self.table("latents", name, columns=["latent"])), "latent")
+        own = ("latent", latent)
+        examples, logit_lens, autointerp = (
+            self._optional(stage, name, where=own) for stage in ("examples", "logit_lens", "autointerp")
+        )
+        steering, planted = (self._optional(stage, name) for stage in ("steering", "planted"))
         samples = None if steering is None else self.table("steering", name, file="samples")
-        report = CrosscoderReport(
+        return CrosscoderReport(
             name=name,
             kind="",
-            latents=table,
+            latents=row,
             examples=examples,
             logit_lens=logit_lens,
             steering=steering,
             steering_samples=samples,
             planted=planted,
+            autointerp=autointerp,
         )
-        return Dashboard(report, latent)
 
     def has(self, stage: str, name: str = "") -> bool:
         """Whether the run has an artifact of this stage, for one crosscoder where it has one."""
@@ -234,9 +276,9 @@ class Run:
         base, chat = (_named(section["models"][name]) for name in ("base", "chat"))
         return Origin(base, chat, int(section["layer"]))
 
-    def _optional(self, stage: str, name: str) -> pd.DataFrame | None:
-        """A table; None where its analysis was off."""
-        return self.table(stage, name) if self.has(stage, name) else None
+    def _optional(self, stage: str, name: str, where: tuple[str, Any] | None = None) -> pd.DataFrame | None:
+        """A table, or the rows of one value; None where its analysis was off."""
+        return self.table(stage, name, where=where) if self.has(stage, name) else None
 
     def _folder_of(self, stage: str, name: str) -> str:
         """The artifact of a step; InputError for a name that is not there."""

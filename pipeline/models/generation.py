@@ -9,7 +9,7 @@ one length at a time, and models without a cache that the library hands around r
 Shapes: B prompts, T positions, N new tokens, D width, P chosen positions, V vocabulary.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +21,9 @@ from pipeline.models.decoder import SplitDecoder
 from pipeline.models.padding import pad, pad_tokens
 
 Positions = Literal["all", "prompt", "generated"]
+OnToken = Callable[[list[list[int]]], bool]
+"""Told the new tokens of every prompt after each of them; False ends the answers. Where a model reads padding, it is
+called for the prompts of one length after the other."""
 
 
 class Steering(NamedTuple):
@@ -60,6 +63,7 @@ def generate(
     steering: Steering | None = None,
     sampling: Sampling | None = None,
     use_cache: bool = True,
+    on_token: OnToken | None = None,
 ) -> list[list[int]]:
     """Continuation of every prompt, without the stop token that ended it; greedy ties go to the smallest id.
 
@@ -69,10 +73,9 @@ def generate(
     if not prompts:
         return []
     check_prompts(decoder, prompts, max_new_tokens)
-    if sampling is not None:
-        _check_sampling(sampling, len(prompts), max_new_tokens)
+    _check_sampling(sampling, len(prompts), max_new_tokens)
     if len(set(map(len, prompts))) > 1 and not decoder.ignores_left_padding:
-        about = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "use_cache": use_cache}
+        about = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "use_cache": use_cache, "on_token": on_token}
         return _by_length(decoder, prompts, steering, sampling, about)
     ids_BT, mask_BT = (part.to(decoder.device) for part in pad_tokens(prompts, on_left=True))
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=decoder.device)
@@ -101,10 +104,14 @@ def generate(
             is_done_B = is_done_B | torch.isin(next_B, stops)
             new_BN = torch.cat([new_BN, next_B[:, None]], dim=1)
             ended_BN = torch.cat([ended_BN, is_done_B[:, None]], dim=1)
-            if bool(is_done_B.all()):
+            if bool(is_done_B.all()) or (on_token is not None and not on_token(_without_ends(new_BN, ended_BN))):
                 break
             ids_BT = torch.cat([ids_BT, next_B[:, None]], dim=1)
             mask_BT = torch.cat([mask_BT, torch.ones_like(mask_BT[:, :1])], dim=1)
+    return _without_ends(new_BN, ended_BN)
+
+
+def _without_ends(new_BN: Tensor, ended_BN: Tensor) -> list[list[int]]:
     return [row[:length] for row, length in zip(new_BN.tolist(), (~ended_BN).sum(1).tolist(), strict=True)]
 
 
@@ -142,7 +149,9 @@ def check_prompts(decoder: SplitDecoder, prompts: Sequence[Sequence[int]], max_n
         )
 
 
-def _check_sampling(sampling: Sampling, num_prompts: int, max_new_tokens: int) -> None:
+def _check_sampling(sampling: Sampling | None, num_prompts: int, max_new_tokens: int) -> None:
+    if sampling is None:
+        return
     if not sampling.temperature > 0:
         raise InputError(f"expected a temperature above 0, got {sampling.temperature}; leave sampling out for greedy")
     if tuple(sampling.uniform_BN.shape) != (num_prompts, max_new_tokens):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.decoder import SplitDecoder
-from pipeline.models.generation import AnswerLikelihood, Sampling, Steering, answer_likelihood, generate
+from pipeline.models.generation import AnswerLikelihood, OnToken, Sampling, Steering, answer_likelihood, generate
 from pipeline.models.loading import LoadOptions, ModelSpec, load_decoders, load_tokenizer
 from pipeline.schema import CHAT
 from pipeline.text.tokenizers import end_of_turn_id
@@ -115,8 +115,9 @@ class ModelPair:
         model: int = CHAT,
         sampling: Sampling | None = None,
         use_cache: bool = True,
+        on_token: OnToken | None = None,
     ) -> list[list[int]]:
-        """One model's answers, greedy without sampling, one batch, without their stop token."""
+        """One model's answers as generation.generate gives them: greedy without sampling, without their stop token."""
         return generate(
             self.decoders[model],
             prompts,
@@ -125,6 +126,7 @@ class ModelPair:
             steering=steering,
             sampling=sampling,
             use_cache=use_cache,
+            on_token=on_token,
         )
 
     def answer_likelihood(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> AnswerLikelihood:

@@ -241,7 +241,7 @@ def _card(row: Mapping[object, object], sources: CardSources) -> LatentCard:
             zip(("template", "user", "assistant", "elsewhere"), [*shares, max(0.0, 1 - sum(shares))], strict=True)
         ),
         corpora=[(corpus, numbers[f"{FREQUENCY_PREFIX}{corpus}"]) for corpus in sources.corpora],
-        contexts=[] if contexts is None else _contexts(contexts),
+        contexts=[] if contexts is None else token_contexts(contexts),
         tokens=sources.tokens.get(latent, []),
         samples=sources.samples.get(latent, []),
     )
@@ -278,7 +278,8 @@ def number_of(value: object) -> float:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
 
 
-def _contexts(examples: pd.DataFrame) -> list[TokenContext]:
+def token_contexts(examples: pd.DataFrame) -> list[TokenContext]:
+    """Rows of EXAMPLE_COLUMNS of one latent as highlighted contexts, at most MAX_CONTEXTS."""
     strongest = float(examples["activation"].max())
     rows = examples.sort_values("rank", kind="stable").head(MAX_CONTEXTS).to_dict("records")
     return [

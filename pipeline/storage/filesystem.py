@@ -99,6 +99,18 @@ class Storage:
                 "remove the artifact's folder to make it again"
             ) from error
 
+    def read_with(self, key: str, read: Callable[[Any], _Result]) -> _Result:
+        """What `read` makes of the open file, which it may search: parts of a large file are fetched alone.
+
+        read: called again with a fresh file where the object store fails meanwhile.
+        """
+
+        def attempt() -> _Result:
+            with self._fs.open(self.url(key), "rb", cache_type="none") as file:
+                return read(file)
+
+        return self._do("read", key, attempt)
+
     def local_path(self, key: str) -> Path | None:
         """The path of a file on this machine, for mapping it into memory; None on an object store."""
         return Path(self.url(key)) if self.is_local else None

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import ArtifactError
@@ -51,10 +52,68 @@ def read_table(storage: Storage, key: str) -> pa.Table:
     try:
         return pq.read_table(io.BytesIO(data))
     except pa.ArrowException as error:
-        raise ArtifactError(
-            f"{storage.url(key)}: expected a Parquet file, got a damaged one ({error}); "
-            "remove its folder to make it again"
-        ) from error
+        raise _damaged(storage, key, error) from error
+
+
+def read_part(
+    storage: Storage, key: str, columns: Sequence[str] | None = None, where: tuple[str, Any] | None = None
+) -> pa.Table:
+    """Some columns of a Parquet file, in the order asked for, and the rows of one value; the rest is not fetched.
+
+    Args:
+        storage: where it is.
+        key: the file.
+        columns: names; None for all.
+        where: a column and the value that it must have.
+
+    Raises KeyError for a column that the file lacks, ArtifactError where it is damaged.
+    """
+
+    def read(file: Any) -> pa.Table:
+        parquet = pq.ParquetFile(file, pre_buffer=True)
+        known = parquet.schema_arrow.names
+        wanted = known if columns is None else list(columns)
+        missing = [name for name in wanted if name not in known]
+        if missing:
+            raise KeyError(missing[0])
+        if where is None:
+            return parquet.read(columns=wanted).select(wanted)
+        column, value = where
+        read_too = list(dict.fromkeys([*wanted, column]))
+        groups = [parquet.read_row_group(place, columns=read_too) for place in _groups_with(parquet, column, value)]
+        empty = parquet.schema_arrow.empty_table().select(read_too)
+        table = pa.concat_tables([empty, *groups])
+        return table.filter(pc.equal(table[column], value)).select(wanted)
+
+    try:
+        return storage.read_with(key, read)
+    except pa.ArrowException as error:
+        raise _damaged(storage, key, error) from error
+
+
+def table_columns(storage: Storage, key: str) -> list[str]:
+    """Names of the columns of a Parquet file; ArtifactError where it is damaged."""
+    try:
+        return storage.read_with(key, lambda file: list(pq.read_schema(file).names))
+    except pa.ArrowException as error:
+        raise _damaged(storage, key, error) from error
+
+
+def _groups_with(parquet: pq.ParquetFile, column: str, value: Any) -> list[int]:
+    """Row groups that may hold the value, by their statistics."""
+    place = parquet.schema_arrow.names.index(column)
+    found = []
+    for group in range(parquet.num_row_groups):
+        statistics = parquet.metadata.row_group(group).column(place).statistics
+        if statistics is None or not statistics.has_min_max or statistics.min <= value <= statistics.max:
+            found.append(group)
+    return found
+
+
+def _damaged(storage: Storage, key: str, error: pa.ArrowException) -> ArtifactError:
+    return ArtifactError(
+        f"{storage.url(key)}: expected a Parquet file, got a damaged one ({error}); remove its folder to make it again"
+    )
 
 
 def write_frame(storage: Storage, key: str, frame: pd.DataFrame, schema: pa.Schema) -> None:

@@ -159,3 +159,20 @@ def test_prompts_beyond_the_context_and_wrong_sampling_are_refused(random_model:
         generate(decoder, [[1]], max_new_tokens=4, stop_ids=[], sampling=Sampling(1.0, torch.rand(2, 4)))
     with pytest.raises(InputError, match="a temperature above 0, got 0"):
         generate(decoder, [[1]], max_new_tokens=4, stop_ids=[], sampling=Sampling(0, torch.rand(1, 4)))
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt2"])
+def test_answers_are_told_token_by_token_and_end_where_asked(
+    random_model: Callable[..., Any], architecture: str
+) -> None:
+    decoder = SplitDecoder(random_model(architecture, seed=3), 1)
+    whole = generate(decoder, _prompts(), max_new_tokens=NUM_NEW, stop_ids=[])
+    told: list[list[list[int]]] = []
+
+    def note(answers: list[list[int]]) -> bool:
+        told.append(answers)
+        return len(told) < 3
+
+    ended = generate(decoder, _prompts(), max_new_tokens=NUM_NEW, stop_ids=[], on_token=note)
+    assert told == [[answer[:length] for answer in whole] for length in (1, 2, 3)]
+    assert ended == told[-1]
