@@ -5,9 +5,9 @@ two models that computes the same codes: W_enc = [-w, +w], W_dec = [0, d], b_dec
 and steering then works on it unchanged, x^base + sum_j f_j (d_j^chat - d_j^base) being the reconstruction of x^chat up
 to b. A SAE of the chat model is published in the same way with W_enc = [0, w]. Dedicated latents are the first ones
 of a dictionary: num_dedicated of the chat model alone, then as many of the base model alone; the other model's rows are
-0 and their gradients are masked, so Adam never moves them. Shared latents (sparsities/shared_l1.py, delta.py) are the
-first ones too: their decoder row is one and the same in both models. In all of these Delta_norm follows from the
-construction, so the verdict must come from Latent Scaling.
+0 and their gradients are masked, so Adam never moves them. Shared latents (sparsities/shared_l1.py and
+sparsities/delta.py) are the first ones too: their decoder row is one and the same in both models. In all of these
+Delta_norm follows from the construction, so the verdict must come from Latent Scaling.
 
 Shapes: B rows, M models (0 = base, 1 = chat), D width, F latents of this rank, N = fitted models * D.
 """

@@ -14,19 +14,15 @@ from pipeline.config.run_file import RunConfig
 from pipeline.errors import InputError
 from pipeline.planning import shapes, sizes
 from pipeline.planning.rates import GPU_SHARE
+from pipeline.planning.remarks import slow_dtype
 from pipeline.planning.sizes import DataSize, format_bytes
 from pipeline.planning.times import PlanInputs, durations
 from pipeline.stages.catalogue import AutointerpInputs, DataSteps, ReportInputs
 from pipeline.terminal import format_seconds
 
 if TYPE_CHECKING:
-    from pipeline.run.flow import AnyStep
     from pipeline.run.runner import StepState
     from pipeline.storage.filesystem import Storage
-
-
-_NOTICEABLE_SLOWDOWN = 1.5
-"""Of a dtype against float32, from which on the plan says so."""
 
 
 class Estimate(NamedTuple):
@@ -144,23 +140,6 @@ def _remarks(config: RunConfig, states: "Sequence[StepState]", data: DataSize | 
     if data is not None and "activations" in (step.key.stage for step in missing):
         remarks += _too_few_shards(config, data.stored_rows)
     return remarks
-
-
-def slow_dtype(config: RunConfig, missing: "Sequence[AnyStep]") -> str | None:
-    """Said where models are to run on this machine's CPU in a format for which it has no instructions."""
-    reads_models = any(step.key.stage in ("activations", "evidence") for step in missing)
-    dtype, on_cpu = config.models.dtype, config.resources.extraction.gpus == 0
-    if not reads_models or not on_cpu or dtype == "float32" or config.resources.cluster.address != "local":
-        return None
-    from pipeline.planning.calibration import matmul_flops
-
-    slowdown = matmul_flops(1, dtype="float32") / matmul_flops(1, dtype=dtype)
-    if slowdown <= _NOTICEABLE_SLOWDOWN:
-        return None
-    return (
-        f"models.dtype: {dtype} takes {slowdown:.1f} times as long as float32 on this machine's CPU, which has no "
-        f"instructions for it; float32 gives finer numbers for twice the memory"
-    )
 
 
 def _too_few_shards(config: RunConfig, num_rows: int) -> list[str]:

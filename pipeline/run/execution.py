@@ -14,7 +14,7 @@ from pipeline.cluster.connect import connected
 from pipeline.config.resources import ResourcesSection
 from pipeline.config.run_file import RunConfig
 from pipeline.errors import CrossrayError, InputError
-from pipeline.planning.estimate import slow_dtype
+from pipeline.planning.remarks import slow_dtype
 from pipeline.planning.sizes import check_space
 from pipeline.run.checks import check_halves, check_local_resources, check_models, check_organism, check_resources
 from pipeline.run.flow import AnyStep, Flow, Group, LayersFlow

@@ -19,11 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
-import pyarrow.parquet as pq
-
 from pipeline.errors import InputError, causes, first_line, redacted
-from pipeline.tracking import pyfunc
 from pipeline.tracking.tracker import ENTRY_TAG, Dataset, Point, TrackerAwayError, TrackerRefusedError, flatten
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -189,8 +185,11 @@ class MlflowTracker:
 
         pyfunc.py reads it, nothing is pickled; the files that pyfunc.py needs go with it.
         """
+        import numpy as np
         from mlflow.models import ModelSignature
         from mlflow.types import Schema, TensorSpec
+
+        from pipeline.tracking import pyfunc
 
         with self._reaching():
             outputs = self._client.get_run(run).outputs
@@ -278,6 +277,8 @@ def safe_name(name: str) -> str:
 
 def table_preview(data: bytes) -> bytes:
     """The first rows of a Parquet table in the JSON layout of MLflow's tables."""
+    import pyarrow.parquet as pq
+
     rows = next(pq.ParquetFile(io.BytesIO(data)).iter_batches(_PREVIEW_ROWS), None)
     frame = pq.read_schema(io.BytesIO(data)).empty_table().to_pandas() if rows is None else rows.to_pandas()
     written: str = frame.to_json(orient="split", index=False, date_format="iso")

@@ -122,5 +122,6 @@ def test_both_models_of_a_loaded_pair_are_compared(
     base, chat = saved_pairs("llama")
     pair = ModelPair.load(ModelSpec(base), ModelSpec(chat), LoadOptions(layer=1, dtype="bfloat16"))
     found = require_plain_forward(pair, probe_documents(pair), ALL)
-    assert max(found.relative_difference) > 0
-    assert max(found.logits_difference) < 0.02
+    # Both may be 0: whether padding changes the rounding of bfloat16 products depends on the CPU.
+    assert len(found.relative_difference) == len(found.logits_difference) == 2
+    assert all(0 <= difference < 0.02 for difference in (*found.relative_difference, *found.logits_difference))

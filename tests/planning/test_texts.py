@@ -23,7 +23,8 @@ from transformers import (
 
 from pipeline.config.run_file import load
 from pipeline.planning import calibration, sizes
-from pipeline.planning.estimate import estimate, estimate_text, slow_dtype
+from pipeline.planning.estimate import estimate, estimate_text
+from pipeline.planning.remarks import slow_dtype
 from pipeline.planning.shapes import model_config, shape_of
 from pipeline.run.flow import build_flow
 from pipeline.run.runner import inspect
@@ -135,7 +136,8 @@ def test_every_stage_of_a_fresh_run_has_its_time_and_idle_workers_are_told(tmp_p
     text = estimate_text(config, inspect(config, storage), storage)
     stages = [line.split()[0] for line in text.splitlines()]
     assert stages[stages.index("start") : stages.index("total")] == [
-        *("start", "corpus", "tokens", "activations", "crosscoder", "measurements", "evidence", "report")
+        *("start", "corpus", "tokens", "activations", "crosscoder", "measurements", "evidence", "logit_lens"),
+        "report",
     ]
     assert "what depends on the number of tokens" not in text
     assert "activations.rows_per_shard: 50,000 makes 1 of about 11,700 rows, but 2 workers" in text

@@ -129,7 +129,10 @@ def _without_path() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
-def test_a_table_has_its_first_rows_where_the_page_of_the_run_shows_them(on_server: MlflowTracker) -> None:
+def test_a_table_has_its_first_rows_where_the_page_of_the_run_shows_them(
+    on_server: MlflowTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", on_server.uri)  # load_table asks it, whatever its client's is
     frame = pd.DataFrame({"latent": range(501), "nu": [float("nan")] * 501, "tokens": [["a", "b"]] * 501})
     run = on_server.start_run("run", {})
     for name in ("tables/latents.parquet", "empty.parquet", "tables/latents.parquet"):
