@@ -57,6 +57,7 @@ TINY: dict[str, Any] = {
     "analyses": {
         "latent_scaling": {"num_resamples": 100},
         "examples": {"num_contexts": 3, "latents": [3, 1, 2, 0]},
+        "logit_lens": {"latents": [3, 1, 2, 0]},
         "causality": {"num_conversations": 12, "num_resamples": 100},
         "planted": {"num_resamples": 100},
         "steering": {"num_prompts": 2, "num_random": 1, "scales": [2.0], "max_new_tokens": 4},

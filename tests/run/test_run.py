@@ -140,12 +140,10 @@ def test_steering_answers_with_both_models_and_unsteered_runs_have_no_kl(finishe
     assert (table["rate"].between(0, 1)).all()
 
 
-def test_promoted_tokens_are_named_of_every_chat_specific_latent(finished: Finished) -> None:
+def test_promoted_tokens_are_named_of_every_latent_with_contexts(finished: Finished) -> None:
     for name in ("l1", "batch_topk"):
         table = finished.table(f"logit_lens {name}", "logit_lens.parquet")
-        latents = finished.table(f"latents {name}", "latents.parquet")
-        specific = latents.loc[latents["verdict"] == Verdict.CHAT_SPECIFIC, "latent"]
-        assert set(specific) <= set(table["latent"]) <= set(latents["latent"])
+        assert set(table["latent"]) >= set(finished.table(f"examples {name}", "examples.parquet")["latent"])
         assert set(table["member"]) == {"base", "chat", "difference"}
         assert (table["promoted"].map(len) == 10).all()
         assert len(table) == 3 * finished.counts(f"logit_lens {name}")["num_latents"]
