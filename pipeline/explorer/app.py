@@ -244,8 +244,11 @@ class _Events:
         return self._everything(typed | dict(parse_qsl(str(event.query).removeprefix("?"))))
 
     def opened(self, request: gr.Request) -> tuple[Any, ...]:
-        """What an address leads to."""
-        return self._everything(dict(request.query_params))
+        """What an address leads to; one that asks for nothing leaves what a visitor has typed by now as it is."""
+        query = dict(request.query_params)
+        return (
+            self._everything(query) if query else tuple(gr.skip() for _ in range(2 + len(_Inputs._fields) + len(VIEWS)))
+        )
 
     def through(self, crosscoder: str, shown: str) -> tuple[Any, ...]:
         """The open view through another crosscoder."""
