@@ -25,7 +25,7 @@ from pipeline.models.direction_head import DirectionHead
 from pipeline.models.pair import ModelPair
 from pipeline.numerics.logit_lens import top_tokens
 from pipeline.schema import BASE, CHAT, MODEL_NAMES
-from pipeline.text.tokenizers import token_texts
+from pipeline.text.tokenizers import token_text
 
 
 class LogitLens:
@@ -71,11 +71,6 @@ class LogitLens:
             columns[name] = [[token_text(self.tokenizer, index) for index in own] for own in ids]
             columns[f"{name}_ids"], columns[f"{name}_logits"] = ids, top.logits_LN.tolist()
         return pd.DataFrame(columns)
-
-
-def token_text(tokenizer: Any, index: int) -> str:
-    """A token's text with the space before it, which a token decoded alone would lose."""
-    return token_texts(tokenizer, [index, index])[1]
 
 
 class FirstTokens:

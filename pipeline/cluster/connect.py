@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -308,11 +307,6 @@ def set_worker_threads(cpus: float) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     logging.getLogger("pipeline").setLevel(logging.INFO)
     logging.captureWarnings(True)
-
-
-def timestamp_ms() -> int:
-    """Now, in milliseconds since 1970: the time of a point of a curve."""
-    return time.time_ns() // 1_000_000
 
 
 def local_cpus() -> int:

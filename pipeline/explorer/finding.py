@@ -13,10 +13,10 @@ from pipeline.errors import InputError, short
 from pipeline.explorer.address import View
 from pipeline.explorer.asked import text_of
 from pipeline.explorer.conditions import search_of
-from pipeline.explorer.reading import codes_of
+from pipeline.explorer.reading import codes_of, largest_of
 from pipeline.explorer.source import FLAG_COLUMNS, TEXT_COLUMNS, Explored
 from pipeline.report.latent_rows import SCORE_KEY, TABLE_COLUMNS
-from pipeline.schema import Verdict
+from pipeline.report.latents import by_verdict
 
 PAGE_ROWS = 50
 ON_TEXT, ON_TOKEN = "on_text", "on_token"
@@ -74,9 +74,8 @@ def _sorted(found: pd.DataFrame, sort: str, added: Sequence[str]) -> pd.DataFram
         return found.sort_values(column, ascending=not sort.startswith("-"), kind="stable")
     if added:
         return found.sort_values(list(added), ascending=False, kind="stable")
-    order = found["verdict"].map({verdict: place for place, verdict in enumerate(Verdict.ALL)})
     mass = (found["frequency"] * found["mean_activation"]).fillna(0.0)
-    return found.iloc[np.lexsort([-mass.to_numpy(), ~found["is_confident"].to_numpy(), order.to_numpy()])]
+    return by_verdict(found.iloc[np.lexsort([-mass.to_numpy(), ~found["is_confident"].to_numpy()])])
 
 
 def _on_texts(explored: Explored, name: str, view: View) -> tuple[np.ndarray, np.ndarray]:
@@ -87,8 +86,7 @@ def _on_texts(explored: Explored, name: str, view: View) -> tuple[np.ndarray, np
         f_F = np.zeros(crosscoder.num_latents)
         if typed.strip():
             with explored.models() as pair:
-                _, codes = codes_of(pair, crosscoder, text_of(typed))
-            np.maximum.at(f_F, codes.latents_P.numpy(), codes.values_P.numpy())
+                f_F = largest_of(codes_of(pair, crosscoder, text_of(typed))[1])
         largest.append(f_F)
     fires_F, silent_F = largest
     is_firing_F = fires_F > 0 if view.fires.strip() else np.ones(len(fires_F), dtype=bool)

@@ -4,7 +4,7 @@ Shapes: T tokens, B rows, M models, K likeliest tokens, F latents, P active pair
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from pipeline.models.padding import pad_tokens
 from pipeline.numerics.codes import SparseCodes
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.schema import Verdict
-from pipeline.text.tokenizers import token_texts
+from pipeline.text.tokenizers import token_text, token_texts
 
 RANK_COLUMNS = ("verdict", "is_confident", "max_activation", "frequency")
 """Columns of the latent table that `strongest` reads."""
@@ -46,12 +46,6 @@ class ReadText(NamedTuple):
         at_T: np.ndarray = padded[self.row_T]
         return at_T
 
-    def largest(self) -> np.ndarray:
-        """Largest f_j of every latent on the text, float64 [F]."""
-        f_F = np.zeros(self.codes.num_latents)
-        np.maximum.at(f_F, self.codes.latents_P.numpy(), self.codes.values_P.numpy())
-        return f_F
-
     def at(self, position: int, num: int) -> list[tuple[int, float]]:
         """The strongest latents of one token with f_j."""
         row = int(self.row_T[position])
@@ -76,6 +70,13 @@ class StrongLatent(NamedTuple):
     frequency: float
 
 
+def largest_of(codes: SparseCodes) -> np.ndarray:
+    """Largest f_j of every latent on a text, float64 [F]."""
+    f_F = np.zeros(codes.num_latents)
+    np.maximum.at(f_F, codes.latents_P.numpy(), codes.values_P.numpy())
+    return f_F
+
+
 def codes_of(pair: Pair, crosscoder: Crosscoder, text: Text) -> tuple[np.ndarray, SparseCodes]:
     """Positions of the rows of a text's last document, and their codes on the CPU.
 
@@ -95,14 +96,9 @@ def read_text(pair: Pair, crosscoder: Crosscoder, text: Text, *, num_top: int = 
     row_T = np.full(len(ids_T), -1, dtype=np.int64)
     row_T[position_B] = np.arange(len(position_B))
     predicted = pair.next_tokens(text, num_top=num_top)
-    names = {index: _token_text(pair.tokenizer, index) for index in set(predicted.top_PMK.flatten().tolist())}
+    names = {index: token_text(pair.tokenizer, index) for index in set(predicted.top_PMK.flatten().tolist())}
     texts = [[[names[index] for index in own] for own in models] for models in predicted.top_PMK.tolist()]
     return ReadText(token_texts(pair.tokenizer, ids_T), row_T, codes, predicted, texts)
-
-
-def _token_text(tokenizer: Any, index: int) -> str:
-    """A token's text with the space before it, which a token decoded alone would lose."""
-    return token_texts(tokenizer, [index, index])[1]
 
 
 def strongest(read: ReadText, latents: pd.DataFrame, *, order: str, num: int) -> list[StrongLatent]:
@@ -110,7 +106,7 @@ def strongest(read: ReadText, latents: pd.DataFrame, *, order: str, num: int) ->
 
     order: verdict (chat-specific first, then by share), share, or activation.
     """
-    f_F = read.largest()
+    f_F = largest_of(read.codes)
     firing = np.flatnonzero(f_F)
     largest = latents["max_activation"].to_numpy()[firing]
     share = f_F[firing] / np.where(largest > 0, largest, np.nan)

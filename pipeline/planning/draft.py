@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pipeline.config.json_schema import FILE_NAME, header, schema_text
 from pipeline.config.run_file import RunConfig, load
 from pipeline.errors import InputError, first_line
-from pipeline.models.files import is_adapter_folder
+from pipeline.models.files import existing_path, is_adapter_folder
 from pipeline.models.known import KNOWN
 from pipeline.models.loading import ModelSpec, check_pair
 from pipeline.storage.filesystem import Storage
@@ -88,8 +88,8 @@ def shape_of(source: str, argument: str) -> Shape:
     if source in KNOWN:
         known = KNOWN[source]
         return Shape(known.num_layers, known.width, known.preset)
-    path = Path(source).expanduser() / "config.json"
-    if not path.is_file():
+    folder = existing_path(source)
+    if folder is None or not (path := folder / "config.json").is_file():
         raise InputError(
             f"init: {argument}: expected a local folder with config.json or one of {', '.join(KNOWN)}, got {source!r}; "
             "download it first, or copy a file of workloads/pairs/ and change it"

@@ -1,12 +1,12 @@
 """From the settings of a run file to the plain numbers that a trainer takes."""
 
 from dataclasses import asdict
-from pathlib import Path
 
 from pipeline.analyses.units import per_model_normalisation
 from pipeline.config.crosscoder import CrosscoderSection, TrainingSection
 from pipeline.config.resources import TrainingResources
 from pipeline.errors import InputError
+from pipeline.models.files import existing_path
 from pipeline.numerics.crosscoder import Crosscoder, Normalisation
 from pipeline.numerics.trainer import CrosscoderSpec
 from pipeline.numerics.warm_start import check_start
@@ -17,9 +17,9 @@ def start_of(section: CrosscoderSection) -> Crosscoder | None:
     """The crosscoder of init_from, on the CPU; InputError where it cannot be read."""
     if section.init_from is None:
         return None
-    path = Path(section.init_from).expanduser()
+    path = existing_path(section.init_from)
     try:
-        return Crosscoder.from_pretrained(path if path.exists() else section.init_from)
+        return Crosscoder.from_pretrained(section.init_from if path is None else path)
     except InputError as error:
         raise InputError(f"crosscoder {section.name!r}: init_from: {error}") from error
 

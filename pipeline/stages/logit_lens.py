@@ -1,7 +1,8 @@
 """Promoted tokens of latents and of the first tokens' mean difference, with both models in the worker.
 
-One worker call is one crosscoder. The mean difference needs no crosscoder; each worker takes it once from the stored
-validation rows, and it is published beside every table, so that each says what a reader would see without a dictionary.
+One worker call is one crosscoder. The mean difference needs no crosscoder: it is a call of its own, which reads the
+stored validation rows once, and it is published beside every table, so that each says what a reader would see without
+a dictionary.
 """
 
 import time
@@ -42,29 +43,29 @@ class Job(NamedTuple):
 
 
 class Promoted(NamedTuple):
-    """What one job gave."""
+    """What one call gave."""
 
-    crosscoder: str
+    crosscoder: str | None
+    """None for the first tokens."""
     table: pd.DataFrame
-    """LOGIT_LENS_COLUMNS."""
-    first_tokens: pd.DataFrame
-    """FIRST_TOKEN_COLUMNS."""
+    """LOGIT_LENS_COLUMNS of a crosscoder, or FIRST_TOKEN_COLUMNS."""
 
 
 def run(steps: Sequence[Step[LogitLensInputs]], context: StageContext) -> None:
     """Publish both tables of every crosscoder."""
     started = time.monotonic()
     first, storage = steps[0].inputs, context.storage
-    jobs = {step.inputs.crosscoder.folder: step for step in steps}
-    calls = [Job(folder, _chosen(step.inputs, storage)) for folder, step in jobs.items()]
+    # The first tokens come first: they read all rows, while a crosscoder reads its weights alone.
+    calls = [None, *(Job(step.inputs.crosscoder.folder, _chosen(step.inputs, storage)) for step in steps)]
     arguments = (storage, first.loading, first.activations.folder, first.section)
-    progress = Progress(LogitLensInputs.NAME, len(calls), "crosscoders")
+    progress = Progress(LogitLensInputs.NAME, len(calls), "tables")
     found = run_pool(Pool("analyses", context.resources.analyses, PromotedTokens, arguments), calls)
-    for result in context.follow(progress, found, lambda _: 1):
-        step = jobs[result.crosscoder]
-        write_frame(storage, f"{step.folder}/{TABLE_NAME}", result.table, LOGIT_LENS_SCHEMA)
-        write_frame(storage, f"{step.folder}/{FIRST_TOKENS_NAME}", result.first_tokens, FIRST_TOKENS_SCHEMA)
-        counts = {"num_latents": int(result.table["latent"].nunique()), "num_positions": len(result.first_tokens)}
+    tables = {result.crosscoder: result.table for result in context.follow(progress, found, lambda _: 1)}
+    for step in steps:
+        table = tables[step.inputs.crosscoder.folder]
+        write_frame(storage, f"{step.folder}/{TABLE_NAME}", table, LOGIT_LENS_SCHEMA)
+        write_frame(storage, f"{step.folder}/{FIRST_TOKENS_NAME}", tables[None], FIRST_TOKENS_SCHEMA)
+        counts = {"num_latents": int(table["latent"].nunique()), "num_positions": len(tables[None])}
         context.finish(step, counts, time.monotonic() - started)
 
 
@@ -77,25 +78,28 @@ def _chosen(inputs: LogitLensInputs, storage: Storage) -> tuple[int, ...]:
 
 
 class PromotedTokens:
-    """Worker: both models whole. An item is one crosscoder."""
+    """Worker: both models whole. An item is one crosscoder, or None for the first tokens."""
 
     def __init__(self, storage: Storage, loading: Loading, activations_folder: str, section: LogitLensSection) -> None:
-        self.storage = storage
+        self.storage, self.activations_folder, self.section = storage, activations_folder, section
         pair = load_pair(storage, loading)
         self.lens = LogitLens(pair, pair.tokenizer, num_tokens=section.num_tokens)
-        self.first_tokens = self._first_tokens(activations_folder, section.first_tokens)
 
-    def __call__(self, job: Job) -> Promoted:
-        """Both tables of one crosscoder."""
+    def __call__(self, job: Job | None) -> Promoted:
+        """One table."""
+        if job is None:
+            return Promoted(None, self._first_tokens())
         with open_crosscoder(self.storage, job.crosscoder) as crosscoder:
             decoder_LMD = crosscoder.raw_decoder_FMD()[list(job.latents)]
-        return Promoted(job.crosscoder, self.lens.latents(job.latents, decoder_LMD), self.first_tokens)
+        return Promoted(job.crosscoder, self.lens.latents(job.latents, decoder_LMD))
 
-    def _first_tokens(self, activations_folder: str, num_positions: int) -> pd.DataFrame:
-        store = ActivationStore(self.storage, activations_folder)
+    def _first_tokens(self) -> pd.DataFrame:
+        store = ActivationStore(self.storage, self.activations_folder)
         manifest = store.manifest
         means = FirstTokens(
-            corpora=manifest.corpora, activation_dim=manifest.activation_dim, num_positions=num_positions
+            corpora=manifest.corpora,
+            activation_dim=manifest.activation_dim,
+            num_positions=self.section.first_tokens,
         )
         sums = means.start()
         for shard in manifest.of_split(Split.VALIDATION):

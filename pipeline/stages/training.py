@@ -18,7 +18,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from pipeline.cluster.connect import Board, local_cpus, set_worker_threads, timestamp_ms
+from pipeline.cluster.connect import Board, local_cpus, set_worker_threads
 from pipeline.config.crosscoder import CrosscoderSection, TrainingSection
 from pipeline.config.resources import TrainingResources
 from pipeline.errors import CrossrayError, InputError
@@ -34,7 +34,7 @@ from pipeline.stages.stream import Stream
 from pipeline.stages.training_rows import RowSource, open_rows
 from pipeline.storage.filesystem import Storage
 from pipeline.storage.tables import write_table
-from pipeline.tracking.tracker import Point
+from pipeline.tracking.tracker import Point, now_ms
 
 _STATE_NAME = "state.pt"
 
@@ -206,7 +206,7 @@ class _Log:
         seconds, done = time.monotonic() - self._last[0], step - self._last[1]
         rate = done * self.job.training.batch_rows / seconds if seconds > 0 else 0.0
         self._last = (time.monotonic(), step)
-        stamp = float(timestamp_ms())
+        stamp = float(now_ms())
         rows = [{"step": float(step), "time_ms": stamp, **own, "rows_per_second": rate} for own in metrics]
         for curve, row in zip(self.curves, rows, strict=True):
             curve.append(row)

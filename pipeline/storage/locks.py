@@ -9,7 +9,6 @@ import errno
 import json
 import os
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,6 +17,7 @@ from typing import Any
 
 from pipeline.errors import CrossrayError
 from pipeline.storage.filesystem import Storage
+from pipeline.storage.repeating import repeating
 
 FOLDER = "locks"
 """Below the storage root; gone while nobody works there."""
@@ -110,23 +110,16 @@ def _leased(storage: Storage, key: str, name: str, owner: dict[str, Any]) -> Ite
     holder = _read(storage, key)
     if holder and not _is_stale(holder):
         raise _held(storage.url(name), holder)
-    is_over = threading.Event()
 
     def renew() -> None:
-        while True:
-            with suppress(CrossrayError):  # a store that is away is told by whoever writes an artifact there
-                storage.write_json(key, {**owner, "renewed": time.time()})
-            if is_over.wait(_RENEWAL_SECONDS):
-                return
+        with suppress(CrossrayError):  # a store that is away is told by whoever writes an artifact there
+            storage.write_json(key, {**owner, "renewed": time.time()})
 
     storage.write_json(key, {**owner, "renewed": time.time()})
-    thread = threading.Thread(target=renew, name="crossray-lock", daemon=True)
-    thread.start()
     try:
-        yield
+        with repeating(renew, seconds=_RENEWAL_SECONDS, name="crossray-lock"):
+            yield
     finally:
-        is_over.set()
-        thread.join()
         with suppress(CrossrayError):
             storage.delete(key)
 

@@ -92,6 +92,11 @@ def end_of_turn_id(tokenizer: Any) -> int | None:
     return ids[0] if ids and ids[0] in control_token_ids(tokenizer) else None
 
 
+def token_text(tokenizer: Any, index: int) -> str:
+    """A token's text with the space before it, which a token decoded alone would lose."""
+    return token_texts(tokenizer, [index, index])[1]
+
+
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """What each token adds to the decoded text: joined, the texts give the document.
 

@@ -11,14 +11,13 @@ numbers of the evidence and the counts of the latent tables; its description end
 """
 
 import getpass
+import itertools
 import json
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from pipeline.cluster.connect import timestamp_ms
 from pipeline.config.run_file import RunConfig
 from pipeline.run.flow import AnyStep, Flow
 from pipeline.stages.catalogue import (
@@ -34,6 +33,7 @@ from pipeline.stages.catalogue import (
 from pipeline.stages.finished_crosscoder import curve_points, read_curve
 from pipeline.storage.artifacts import Record, provenance
 from pipeline.storage.filesystem import Storage
+from pipeline.storage.repeating import repeating
 from pipeline.tracking.tracker import NOTE_TAG, Dataset, Point, Tracker, now_ms
 
 _DATASETS = (CorpusInputs.NAME, TokensInputs.NAME, ActivationsInputs.NAME)
@@ -88,7 +88,7 @@ class RunLog:
     def finished(self, step: AnyStep, record: Record, *, reused: bool) -> None:
         """The step's numbers, files and model; its curve too, unless it was already logged live."""
         run = self._child(step)
-        stamp = timestamp_ms()
+        stamp = now_ms()
         numbers = numeric(record.counts)
         self._tracker.log_points(run, [Point(name, value, 0, stamp) for name, value in numbers.items()])
         self._tracker.log_params(
@@ -135,24 +135,16 @@ class RunLog:
     @contextmanager
     def machine_load(self) -> Iterator[None]:
         """For the length of the block, the load of the machine that drives the run, as numbers of the parent."""
-        is_over = threading.Event()
+        numbers = itertools.count()
 
         def log() -> None:
-            number = 0
-            while not is_over.wait(_LOAD_SECONDS if number else 0.0):
-                load, stamp = self._tracker.machine_load(), now_ms()
-                points = [Point(f"system/{name}", value, number, stamp) for name, value in load.items()]
-                if points:
-                    self._tracker.log_points(self._parent, points)
-                number += 1
+            number, load, stamp = next(numbers), self._tracker.machine_load(), now_ms()
+            points = [Point(f"system/{name}", value, number, stamp) for name, value in load.items()]
+            if points:
+                self._tracker.log_points(self._parent, points)
 
-        thread = threading.Thread(target=log, name="machine load", daemon=True)
-        thread.start()
-        try:
+        with repeating(log, seconds=_LOAD_SECONDS, name="machine load"):
             yield
-        finally:
-            is_over.set()
-            thread.join()
 
     def _log_numbers(self, run: str, group: str, numbers: Mapping[str, float]) -> None:
         stamp = now_ms()

@@ -9,12 +9,13 @@ import torch
 from compared_pairs import NUM_LAYERS, VOCAB, WIDTH, changed, model, pair_of
 from torch import Tensor
 
-from pipeline.analyses.logit_lens import FirstTokens, LogitLens, token_text
+from pipeline.analyses.logit_lens import FirstTokens, LogitLens
 from pipeline.errors import InputError
 from pipeline.models.decoder import SplitDecoder
 from pipeline.models.direction_head import DirectionHead
 from pipeline.numerics.logit_lens import LinearNorm, lens_logits, top_tokens
 from pipeline.schema import BASE, CHAT
+from pipeline.text.tokenizers import token_text
 
 
 class Words:

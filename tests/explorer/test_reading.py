@@ -8,7 +8,7 @@ import torch
 from pipeline.errors import InputError
 from pipeline.explorer.address import View
 from pipeline.explorer.pages import exported, text_html
-from pipeline.explorer.reading import read_text, strongest
+from pipeline.explorer.reading import largest_of, read_text, strongest
 from pipeline.explorer.steering import steering_vector
 from pipeline.library.crosscoder import Crosscoder
 from pipeline.library.pair import Pair
@@ -28,7 +28,7 @@ def test_codes_and_next_tokens_are_those_of_plain_forwards(pair: Pair, crosscode
     for latent in np.flatnonzero(dense_BF.max(0))[:10]:
         np.testing.assert_allclose(read.activations(int(latent))[kept_T], dense_BF[:, latent], rtol=1e-5)
         assert not read.activations(int(latent))[~kept_T].any()
-    np.testing.assert_allclose(read.largest(), dense_BF.max(0), rtol=1e-5)
+    np.testing.assert_allclose(largest_of(read.codes), dense_BF.max(0), rtol=1e-5)
     position = int(np.flatnonzero(kept_T)[-1])
     best = np.argsort(-dense_BF[-1], kind="stable")[:3]
     assert [latent for latent, _ in read.at(position, 3)] == best.tolist()
@@ -65,10 +65,10 @@ def latents_of(largest_F: np.ndarray) -> pd.DataFrame:
 
 def test_latents_of_a_text_come_in_the_order_asked_for(pair: Pair, crosscoder: Crosscoder) -> None:
     read = read_text(pair, crosscoder, TEXT)
-    table = latents_of(read.largest())
+    table = latents_of(largest_of(read.codes))
     by_f = strongest(read, table, order="activation", num=64)
     assert [one.activation for one in by_f] == sorted((one.activation for one in by_f), reverse=True)
-    assert {one.latent for one in by_f} == set(np.flatnonzero(read.largest()).tolist())
+    assert {one.latent for one in by_f} == set(np.flatnonzero(largest_of(read.codes)).tolist())
     by_share = strongest(read, table, order="share", num=64)
     assert [one.share for one in by_share] == sorted((one.share for one in by_share), reverse=True)
     assert {one.share for one in by_share} == {0.25, 0.5}
@@ -80,7 +80,7 @@ def test_latents_of_a_text_come_in_the_order_asked_for(pair: Pair, crosscoder: C
 
 def test_a_dead_latent_has_no_share(pair: Pair, crosscoder: Crosscoder) -> None:
     read = read_text(pair, crosscoder, TEXT)
-    table = latents_of(read.largest()).assign(max_activation=0.0)
+    table = latents_of(largest_of(read.codes)).assign(max_activation=0.0)
     assert all(np.isnan(one.share) for one in strongest(read, table, order="verdict", num=5))
 
 
