@@ -142,15 +142,22 @@ def mortal() -> type:
     return Mortal
 
 
-def slow() -> type:
-    """A worker that takes half a second and says which process it is."""
+def patient() -> type:
+    """A worker that does nothing until a second process works beside it, and says which process it is."""
 
-    class Slow:
+    class Patient:
+        def __init__(self, folder: Path) -> None:
+            self.folder = folder
+            (folder / str(os.getpid())).touch()
+
         def __call__(self, item: dict[str, int]) -> dict[str, int]:
-            time.sleep(0.5)
+            tries = 0
+            while len(list(self.folder.iterdir())) < 2 and tries < 600:
+                time.sleep(0.1)
+                tries += 1
             return {"number": item["number"], "pid": os.getpid()}
 
-    return Slow
+    return Patient
 
 
 @pytest.mark.parametrize("uses_actors", [True, False], ids=["actors", "tasks"])
@@ -163,9 +170,9 @@ def test_lost_processes_are_replaced_up_to_the_limit(ray_cluster: None, tmp_path
         list(run_pool(pool._replace(arguments=(tmp_path, 99)), items))
 
 
-def test_the_pool_grows_while_work_is_waiting(ray_cluster: None) -> None:
+def test_the_pool_grows_while_work_is_waiting(ray_cluster: None, tmp_path: Path) -> None:
     section = ExtractionResources(workers=3, cpus=0.25, min_workers=1)
-    pool = Pool("extraction", section, slow(), (), uses_actors=True, min_workers=1)
+    pool = Pool("extraction", section, patient(), (tmp_path,), uses_actors=True, min_workers=1)
     results = list(run_pool(pool, [{"number": number} for number in range(40)]))
     assert sorted(result["number"] for result in results) == list(range(40))
-    assert 1 < len({result["pid"] for result in results}) <= 3
+    assert 1 < len(list(tmp_path.iterdir())) <= 3
