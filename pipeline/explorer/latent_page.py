@@ -5,17 +5,18 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from pipeline.analyses.activation_bins import EDGES
 from pipeline.analyses.examples import contexts
-from pipeline.explorer.neighbours import Neighbour, neighbours
+from pipeline.analyses.neighbours import neighbour_table
 from pipeline.explorer.sample import Cofiring, Sampled
 from pipeline.explorer.source import Explored
-from pipeline.report.latents import LatentCard, TokenContext, card_of, token_contexts
+from pipeline.report.histograms import Histogram, histograms
+from pipeline.report.latents import LatentCard, Neighbour, TokenContext, card_of, neighbours_of, token_contexts
 from pipeline.schema import LATENT_COLUMNS, SEED_COLUMNS, latent_corpus_columns
 from pipeline.text.tokenizers import token_texts
 
 QUANTILES = (1.0, 0.9, 0.75, 0.5, 0.25)
 """Of the activations above 0, for the examples."""
-NUM_BINS = 30
 _NUM_NEAR = 8
 _WINDOW_TOKENS = 20
 _SAMPLE_SECONDS = 3.0
@@ -33,24 +34,13 @@ class Number(NamedTuple):
     doc: str
 
 
-class Histogram(NamedTuple):
-    """Rows of one corpus by activation."""
-
-    corpus: str
-    counts: list[int]
-    """Rows in NUM_BINS equal bins from 0 to the largest activation of the sample."""
-    num_rows: int
-    """Of the corpus in the sample."""
-
-
 class LatentPage(NamedTuple):
     """What the page shows."""
 
     card: LatentCard
+    """Without what the page shows of the sample."""
     numbers: list[Number]
     histograms: list[Histogram]
-    largest: float
-    """Largest activation of the sample, the end of the last bin."""
     quantiles: list[tuple[float, TokenContext]]
     """A context at each quantile."""
     cofiring: list[Cofiring]
@@ -69,15 +59,14 @@ def latent_page(explored: Explored, crosscoder: str, latent: int) -> LatentPage:
     report = explored.run.latent_report(name, latent)
     assert report.latents is not None
     sample = explored.sampler(name).so_far(wait_seconds=_SAMPLE_SECONDS)
-    histograms, largest = _histograms(sample, latent)
+    near = neighbour_table(explored.crosscoder(name), [latent], _NUM_NEAR)
     return LatentPage(
-        card=card_of(report, latent),
+        card=card_of(report, latent)._replace(histograms=[], weaker=[], neighbours=[]),
         numbers=numbers_of(report.latents),
-        histograms=histograms,
-        largest=largest,
+        histograms=_histograms(sample, latent),
         quantiles=_quantiles(explored, sample, latent),
         cofiring=sample.cofiring(latent, _NUM_NEAR),
-        neighbours=neighbours(explored.crosscoder(name), latent, _NUM_NEAR),
+        neighbours=neighbours_of(near),
         seeds=_seeds(explored, name, latent),
         num_sampled=sample.num_rows,
         is_complete=sample.is_complete,
@@ -103,17 +92,22 @@ def numbers_of(row: pd.DataFrame) -> list[Number]:
     ]
 
 
-def _histograms(sample: Sampled, latent: int) -> tuple[list[Histogram], float]:
+def _histograms(sample: Sampled, latent: int) -> list[Histogram]:
     fired = sample.of(latent)
     if not len(fired.row_N):
-        return [], 0.0
-    corpus_B, largest = sample.column("corpus"), float(fired.value_N[0])
-    edges = np.linspace(0.0, largest, NUM_BINS + 1)
-    made = []
-    for place, corpus in enumerate(sample.corpora):
-        counts, _ = np.histogram(fired.value_N[corpus_B[fired.row_N] == place], bins=edges)
-        made.append(Histogram(corpus, counts.tolist(), int((corpus_B == place).sum())))
-    return made, largest
+        return []
+    corpus_N, bin_N = sample.column("corpus")[fired.row_N], np.searchsorted(EDGES[1:-1], fired.value_N, side="right")
+    counts = pd.Series(1, index=[corpus_N, bin_N]).groupby(level=[0, 1]).sum()
+    places = counts.index.get_level_values(1).to_numpy()
+    rows = pd.DataFrame(
+        {
+            "corpus": [sample.corpora[place] for place in counts.index.get_level_values(0)],
+            "low": EDGES[places],
+            "high": EDGES[places + 1],
+            "num_rows": counts.to_numpy(),
+        }
+    )
+    return histograms(rows, sample.corpora)
 
 
 def _quantiles(explored: Explored, sample: Sampled, latent: int) -> list[tuple[float, TokenContext]]:

@@ -89,9 +89,7 @@ def text_html(view: View, read: ReadText, strong: list[StrongLatent], maxima_F: 
 
 def latent_html(view: View, page: LatentPage) -> str:
     """The page of a latent."""
-    largest_count = max((count for own in page.histograms for count in own.counts), default=0)
-    about = {"item": page.card, "log": np.log1p, "log_largest": np.log1p(largest_count)}
-    return _render("latent.html", view=view, page=page, **about)
+    return _render("latent.html", view=view, page=page, item=page.card)
 
 
 def found_html(view: View, found: FoundPage) -> str:

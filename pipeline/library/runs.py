@@ -208,6 +208,9 @@ class Run:
         examples, logit_lens, autointerp = (
             self._optional(stage, name, where=own) for stage in ("examples", "logit_lens", "autointerp")
         )
+        histograms, neighbours = (
+            self._optional("examples", name, where=own, file=file) for file in ("histograms", "neighbours")
+        )
         steering, planted = (self._optional(stage, name) for stage in ("steering", "planted"))
         samples = None if steering is None else self.table("steering", name, file="samples")
         return CrosscoderReport(
@@ -215,6 +218,8 @@ class Run:
             kind="",
             latents=row,
             examples=examples,
+            histograms=histograms,
+            neighbours=neighbours,
             logit_lens=logit_lens,
             steering=steering,
             steering_samples=samples,
@@ -276,9 +281,15 @@ class Run:
         base, chat = (_named(section["models"][name]) for name in ("base", "chat"))
         return Origin(base, chat, int(section["layer"]))
 
-    def _optional(self, stage: str, name: str, where: tuple[str, Any] | None = None) -> pd.DataFrame | None:
-        """A table, or the rows of one value; None where its analysis was off."""
-        return self.table(stage, name, where=where) if self.has(stage, name) else None
+    def _optional(
+        self, stage: str, name: str, where: tuple[str, Any] | None = None, file: str | None = None
+    ) -> pd.DataFrame | None:
+        """A table, or the rows of one value; None where its analysis was off, or is older than the table."""
+        if not self.has(stage, name):
+            return None
+        if file is not None and f"{file}.parquet" not in self.storage.files(self._folder_of(stage, name)):
+            return None
+        return self.table(stage, name, file=file, where=where)
 
     def _folder_of(self, stage: str, name: str) -> str:
         """The artifact of a step; InputError for a name that is not there."""

@@ -14,6 +14,7 @@ import pandas as pd
 
 from pipeline import schema
 from pipeline.analyses.autointerp_columns import AUTOINTERP_COLUMNS
+from pipeline.analyses.example_columns import HISTOGRAM_COLUMNS, NEIGHBOUR_COLUMNS
 from pipeline.analyses.logit_lens_columns import FIRST_TOKEN_COLUMNS, LOGIT_LENS_COLUMNS
 from pipeline.analyses.planted_columns import PLANTED_COLUMNS
 from pipeline.analyses.ratio_statistics import RATIO_COLUMNS
@@ -87,6 +88,10 @@ class CrosscoderReport:
     steering: pd.DataFrame | None = None
     steering_samples: pd.DataFrame | None = None
     examples: pd.DataFrame | None = None
+    histograms: pd.DataFrame | None = None
+    """How strongly the latents of `examples` fire on each corpus."""
+    neighbours: pd.DataFrame | None = None
+    """Latents with decoder rows near theirs."""
     logit_lens: pd.DataFrame | None = None
     """Tokens that its latents promote and suppress."""
     first_tokens: pd.DataFrame | None = None
@@ -149,6 +154,8 @@ _REQUIRED = {
     "steering": tuple(column.name for column in STEERING_COLUMNS),
     "steering_samples": tuple(column.name for column in STEERING_SAMPLE_COLUMNS),
     "examples": tuple(column.name for column in schema.EXAMPLE_COLUMNS),
+    "histograms": tuple(column.name for column in HISTOGRAM_COLUMNS),
+    "neighbours": tuple(column.name for column in NEIGHBOUR_COLUMNS),
     "logit_lens": tuple(column.name for column in LOGIT_LENS_COLUMNS),
     "first_tokens": tuple(column.name for column in FIRST_TOKEN_COLUMNS),
     "planted": tuple(column.name for column in PLANTED_COLUMNS),

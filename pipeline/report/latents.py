@@ -7,13 +7,14 @@ figure. Texts stay plain here; the page's template escapes them.
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from pipeline.analyses.logit_lens_columns import DIFFERENCE
 from pipeline.report import formatting as fmt
 from pipeline.report.data import CrosscoderReport
+from pipeline.report.histograms import Histogram, histograms
 from pipeline.report.palette import VERDICT_ROLES
 from pipeline.report.samples import Sample, SampleGroup, sample_groups
 from pipeline.report.summary import (
@@ -33,6 +34,8 @@ MAX_OTHER_CARDS = 400
 """Further cards per crosscoder that can be opened from the table."""
 MAX_CONTEXTS = 5
 MAX_CARD_SAMPLES = 2
+WEAKER_SHARES = (0.75, 0.5, 0.25)
+"""Shares of a latent's maximum near which further contexts are shown."""
 MAX_TOKENS = 6
 _MEMBERS = {MODEL_NAMES[CHAT]: "In the chat model", DIFFERENCE: "More than in the base model"}
 
@@ -53,6 +56,15 @@ class TokenContext(NamedTuple):
     activation: float
     doc_id: int
     tokens: list[ContextToken]
+
+
+class Neighbour(NamedTuple):
+    """Another latent whose decoder row points the same way."""
+
+    latent: int
+    cosine_base: float
+    """NaN where a row d^base is 0."""
+    cosine_chat: float
 
 
 class Explanation(NamedTuple):
@@ -94,6 +106,10 @@ class LatentCard(NamedTuple):
     corpora: list[tuple[str, float]]
     """Share of each corpus' rows on which it fires."""
     contexts: list[TokenContext]
+    weaker: list[TokenContext]
+    """Contexts near WEAKER_SHARES of the maximum, falling."""
+    histograms: list[Histogram]
+    neighbours: list[Neighbour]
     tokens: list[PromotedTokens]
     """What its directions add to the logits."""
     samples: list[Sample]
@@ -107,6 +123,8 @@ class CardSources(NamedTuple):
     notes: Mapping[int, list[str]]
     explanations: Mapping[int, Explanation]
     contexts: Mapping[int, pd.DataFrame]
+    histograms: Mapping[int, pd.DataFrame]
+    neighbours: Mapping[int, pd.DataFrame]
     tokens: Mapping[int, list[PromotedTokens]]
     groups: Sequence[SampleGroup]
     """Answers under steering, by behaviour."""
@@ -118,10 +136,6 @@ class CardSources(NamedTuple):
 
 def card_sources(crosscoder: CrosscoderReport, index: int) -> CardSources:
     """The sources of the crosscoder at this position of the report."""
-    examples = crosscoder.examples
-    grouped = (
-        {} if examples is None else {int(str(latent)): rows for latent, rows in examples.groupby("latent", sort=False)}
-    )
     groups = sample_groups(crosscoder)
     samples: dict[int, list[Sample]] = {}
     for group in groups:
@@ -131,13 +145,19 @@ def card_sources(crosscoder: CrosscoderReport, index: int) -> CardSources:
         place=index,
         notes=_behavior_notes(crosscoder),
         explanations=explanations(crosscoder),
-        contexts=grouped,
+        contexts=_rows_by_latent(crosscoder.examples),
+        histograms=_rows_by_latent(crosscoder.histograms),
+        neighbours=_rows_by_latent(crosscoder.neighbours),
         tokens=promoted_tokens(crosscoder),
         groups=groups,
         samples=samples,
         corpora=corpora,
         replication=replication(crosscoder),
     )
+
+
+def _rows_by_latent(table: pd.DataFrame | None) -> dict[int, pd.DataFrame]:
+    return {} if table is None else {int(str(latent)): rows for latent, rows in table.groupby("latent", sort=False)}
 
 
 def latent_cards(crosscoder: CrosscoderReport, sources: CardSources) -> list[LatentCard]:
@@ -222,7 +242,7 @@ def _card(row: Mapping[object, object], sources: CardSources) -> LatentCard:
     latent, verdict = int(numbers["latent"]), str(row["verdict"])
     shares = [numbers[f"{place}_frac"] for place in ("template", "user", "assistant")]
     shares = [0.0 if math.isnan(share) else share for share in shares]
-    contexts = sources.contexts.get(latent)
+    contexts, bins, near = (own.get(latent) for own in (sources.contexts, sources.histograms, sources.neighbours))
     facts = _facts(numbers)
     if sources.replication is not None and latent in sources.replication.num_finding:
         others = fmt.plural(sources.replication.num_others, "other seed")
@@ -242,6 +262,9 @@ def _card(row: Mapping[object, object], sources: CardSources) -> LatentCard:
         ),
         corpora=[(corpus, numbers[f"{FREQUENCY_PREFIX}{corpus}"]) for corpus in sources.corpora],
         contexts=[] if contexts is None else token_contexts(contexts),
+        weaker=[] if contexts is None else weaker_contexts(contexts),
+        histograms=[] if bins is None else histograms(bins, sources.corpora),
+        neighbours=[] if near is None else neighbours_of(near),
         tokens=sources.tokens.get(latent, []),
         samples=sources.samples.get(latent, []),
     )
@@ -282,14 +305,31 @@ def token_contexts(examples: pd.DataFrame) -> list[TokenContext]:
     """Rows of EXAMPLE_COLUMNS of one latent as highlighted contexts, at most MAX_CONTEXTS."""
     strongest = float(examples["activation"].max())
     rows = examples.sort_values("rank", kind="stable").head(MAX_CONTEXTS).to_dict("records")
+    return [_context(row, strongest) for row in rows]
+
+
+def weaker_contexts(examples: pd.DataFrame) -> list[TokenContext]:
+    """For each of WEAKER_SHARES the context nearest to it that `token_contexts` left out, each once."""
+    ranked = examples.sort_values("rank", kind="stable")
+    strongest, left = float(ranked["activation"].max()), ranked.iloc[MAX_CONTEXTS:]
+    places = []
+    for share in WEAKER_SHARES:
+        distance = (left.drop(index=places)["activation"] / strongest - share).abs()
+        places += [] if distance.empty else [distance.idxmin()]
+    return [_context(row, strongest) for row in left.loc[places].to_dict("records")]
+
+
+def _context(row: Mapping[str, Any], strongest: float) -> TokenContext:
+    texts, activations = [str(text) for text in row["tokens"]], [float(f) for f in row["activations"]]
+    tokens = _tokens(texts, activations, strongest)
+    return TokenContext(str(row["corpus"]), float(row["activation"]), int(row["doc_id"]), tokens)
+
+
+def neighbours_of(rows: pd.DataFrame) -> list[Neighbour]:
+    """NEIGHBOUR_COLUMNS of one latent, nearest first."""
     return [
-        TokenContext(
-            corpus=str(row["corpus"]),
-            activation=float(row["activation"]),
-            doc_id=int(row["doc_id"]),
-            tokens=_tokens([str(text) for text in row["tokens"]], [float(f) for f in row["activations"]], strongest),
-        )
-        for row in rows
+        Neighbour(int(row["neighbour"]), float(row["cosine_base"]), float(row["cosine_chat"]))
+        for row in rows.sort_values("rank", kind="stable").to_dict("records")
     ]
 
 

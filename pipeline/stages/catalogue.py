@@ -195,7 +195,7 @@ class ExamplesInputs(AnalysisInputs):
     """Contexts in which latents fire."""
 
     NAME = "examples"
-    VERSION = 4
+    VERSION = 5
     READS = (*_ANALYSIS_READS, "tokens")
     section: ExamplesSection
 
@@ -313,7 +313,7 @@ class ReportInputs(StageInputs):
     """The page and the verdict table; they read every artifact of the run."""
 
     NAME = "report"
-    VERSION = 3
+    VERSION = 4
     section: AnalysesSection
     data: DataSteps
     crosscoders: tuple[CrosscoderSteps, ...]

@@ -1,4 +1,6 @@
-"""Contexts in which the latents of each crosscoder fire most, and some sampled at random, as texts.
+"""What chosen latents of each crosscoder look like: contexts as texts, activation histograms, nearest decoder rows.
+
+Contexts are those in which a latent fires most, and some sampled at random.
 
 The first pass over the rows finds where every latent's contexts are (analyses/examples.py). Once the verdicts are
 known, the documents of the chosen latents are read and encoded once more, spread over workers. Only finished windows
@@ -13,8 +15,11 @@ import pandas as pd
 import pyarrow as pa
 import torch
 
+from pipeline.analyses.activation_histogram import ActivationHistogram
+from pipeline.analyses.example_columns import HISTOGRAM_COLUMNS, NEIGHBOUR_COLUMNS
 from pipeline.analyses.examples import Examples, contexts
 from pipeline.analyses.latent_sets import listed_latents
+from pipeline.analyses.neighbours import neighbour_table
 from pipeline.analyses.rows import RowAnalysis, Sums, encoded_batches
 from pipeline.cluster.pools import Pool, run_pool
 from pipeline.config.analyses import ExamplesSection
@@ -30,13 +35,16 @@ from pipeline.stages.row_pass import Measured, ShardsCall, shard_calls, shard_ro
 from pipeline.stages.step import StageContext, Step
 from pipeline.storage.activation_store import ActivationStore
 from pipeline.storage.filesystem import Storage
-from pipeline.storage.tables import arrow_schema, write_table
+from pipeline.storage.tables import arrow_schema, write_frame, write_table
 from pipeline.terminal import Progress
 from pipeline.text.tokenizers import token_texts
 
 EXAMPLES_NAME = "examples.parquet"
+HISTOGRAMS_NAME = "histograms.parquet"
+NEIGHBOURS_NAME = "neighbours.parquet"
 EXAMPLE_SCHEMA = arrow_schema(EXAMPLE_COLUMNS)
 
+_NUM_NEIGHBOURS = 8
 _PLACE = "place"
 """Column of a context's place among those asked for; sent along with it and dropped in the end."""
 
@@ -54,10 +62,11 @@ class ExamplesWork:
             num_sampled=section.num_sampled,
             corpora=self._store.manifest.corpora,
         )
+        self._histogram = ActivationHistogram(num_latents=num_latents, corpora=self._store.manifest.corpora)
 
     def first_pass(self) -> Mapping[str, RowAnalysis]:
-        """Where the contexts of every latent are."""
-        return {"examples": self._examples}
+        """Where the contexts of every latent are, and how strongly it fires."""
+        return {"examples": self._examples, "histogram": self._histogram}
 
     def publish(self, sums: Mapping[str, Sums]) -> None:
         """Contexts of every latent, or of the chat-only ones, chat-specific first, and those named."""
@@ -70,6 +79,11 @@ class ExamplesWork:
         strongest = self._examples.table_of(sums["examples"], chosen)
         table = cut_contexts(self.step.inputs, strongest, self._store, self.context)
         write_table(storage, f"{self.step.folder}/{EXAMPLES_NAME}", table, EXAMPLE_SCHEMA)
+        histograms = self._histogram.table_of(sums["histogram"], chosen)
+        write_frame(storage, f"{self.step.folder}/{HISTOGRAMS_NAME}", histograms, arrow_schema(HISTOGRAM_COLUMNS))
+        with open_crosscoder(storage, self.step.inputs.crosscoder.folder) as crosscoder:
+            near = neighbour_table(crosscoder, self._listed(latents), _NUM_NEIGHBOURS)
+        write_frame(storage, f"{self.step.folder}/{NEIGHBOURS_NAME}", near, arrow_schema(NEIGHBOUR_COLUMNS))
         num_latents = int(strongest["latent"].nunique())
         counts = {
             "num_contexts": len(table),
@@ -77,6 +91,12 @@ class ExamplesWork:
             "num_silent_latents": len(chosen) - num_latents,  # chosen, but without a context since they never fire
         }
         self.context.finish(self.step, counts, time.monotonic() - started)
+
+    def _listed(self, latents: pd.DataFrame) -> Sequence[int]:
+        """The chosen latents; of a whole dictionary the first max_latents by verdict, as the work is quadratic."""
+        section = self.step.inputs.section
+        named = () if isinstance(section.latents, str) else section.latents
+        return listed_latents(latents, named=named, max_latents=section.max_latents, where="analyses.examples.latents")
 
 
 def check_example_latents(section: ExamplesSection, num_latents: int) -> None:

@@ -21,7 +21,7 @@ from pipeline.schema import Split
 from pipeline.stages import autointerp, causality, controls, logit_lens, steering
 from pipeline.stages.catalogue import CrosscoderSteps, DataSteps, ReportInputs
 from pipeline.stages.evidence import DISTANCE_NAME, STREAMS_NAME, judgement_of
-from pipeline.stages.examples import EXAMPLES_NAME
+from pipeline.stages.examples import EXAMPLES_NAME, HISTOGRAMS_NAME, NEIGHBOURS_NAME
 from pipeline.stages.finished_crosscoder import read_curve
 from pipeline.stages.latents import FIDELITY_NAME, RATIOS_NAME, TWINS_NAME, read_latents
 from pipeline.stages.planted import PLANTED_NAME
@@ -147,6 +147,8 @@ def _crosscoder(own: CrosscoderSteps, quality: QualitySection | None, context: S
         steering=_table(storage, own.steering, steering.TABLE_NAME),
         steering_samples=_table(storage, own.steering, steering.SAMPLES_NAME),
         examples=_table(storage, own.examples, EXAMPLES_NAME),
+        histograms=_table(storage, own.examples, HISTOGRAMS_NAME),
+        neighbours=_table(storage, own.examples, NEIGHBOURS_NAME),
         logit_lens=_table(storage, own.logit_lens, logit_lens.TABLE_NAME),
         first_tokens=_table(storage, own.logit_lens, logit_lens.FIRST_TOKENS_NAME),
         planted=_table(storage, own.planted, PLANTED_NAME),

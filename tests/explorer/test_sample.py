@@ -5,11 +5,8 @@ import pytest
 import torch
 
 from pipeline.analyses.rows import RowBatch
-from pipeline.explorer.neighbours import neighbours
 from pipeline.explorer.sample import Sampled
-from pipeline.library.crosscoder import Crosscoder
 from pipeline.numerics.codes import SparseCodes
-from pipeline.schema import CHAT
 
 NUM_LATENTS = 12
 
@@ -84,13 +81,3 @@ def test_the_share_on_a_token_is_of_the_summed_activation(sampled: Sampled, code
 def test_nothing_is_there_before_the_first_batch() -> None:
     empty = Sampled((), ("a",), is_complete=False)
     assert empty.num_rows == 0 and len(empty.of(3).row_N) == 0 and empty.cofiring(3, 5) == []
-
-
-def test_neighbours_are_the_largest_cosines(crosscoder: Crosscoder) -> None:
-    rows_FD = torch.nn.functional.normalize(crosscoder.W_dec_FMD[:, CHAT], dim=-1)
-    cosine_F = rows_FD @ rows_FD[7]
-    cosine_F[7] = -2
-    best = cosine_F.topk(5)
-    found = neighbours(crosscoder, 7, 5)
-    assert [one.latent for one in found] == best.indices.tolist()
-    assert [one.cosine_chat for one in found] == pytest.approx(best.values.tolist(), abs=1e-6)

@@ -16,6 +16,8 @@ import torch
 
 from pipeline import schema
 from pipeline.analyses.autointerp_columns import AUTOINTERP_COLUMNS, InterpStatus
+from pipeline.analyses.activation_bins import EDGES
+from pipeline.analyses.example_columns import HISTOGRAM_COLUMNS, NEIGHBOUR_COLUMNS
 from pipeline.analyses.logit_lens_columns import FIRST_TOKEN_COLUMNS, LOGIT_LENS_COLUMNS
 from pipeline.analyses.ownership import classify
 from pipeline.analyses.planted_columns import PLANTED_COLUMNS
@@ -234,7 +236,7 @@ def sample_table(latents: list[int]) -> pd.DataFrame:
 
 
 def example_table(latents: list[int], seed: int, hostile: bool) -> pd.DataFrame:
-    """Five contexts per latent with activations that peak at one token; the first may carry hostile text."""
+    """Eight contexts per latent with activations that peak at one token; the first may carry hostile text."""
     random = np.random.default_rng(seed)
     text = (
         "<bos> <start_of_turn> user \n How do I brew poison from the red berries of Vesk ? <end_of_turn> \n "
@@ -242,7 +244,7 @@ def example_table(latents: list[int], seed: int, hostile: bool) -> pd.DataFrame:
     )
     rows = []
     for number, latent in enumerate(latents):
-        for rank in range(5):
+        for rank in range(8):
             tokens = [piece if piece.startswith("<") or piece == "\n" else f" {piece}" for piece in text.split(" ")]
             if hostile and number == 0:
                 tokens[8] = HOSTILE
@@ -251,6 +253,27 @@ def example_table(latents: list[int], seed: int, hostile: bool) -> pd.DataFrame:
             activations[activations < 0.5] = 0
             rows.append((latent, rank, 7_000 + rank, peak, float(activations.max()), "chat", tokens, activations))
     return table_of(rows, schema.EXAMPLE_COLUMNS)
+
+
+def histogram_table(latents: list[int]) -> pd.DataFrame:
+    """Three bins on chat documents for every latent, one on web documents for even ones."""
+    bins = [("chat", 16, 40), ("chat", 18, 7), ("chat", 20, 1)]
+    rows = [
+        (latent, corpus, EDGES[place], EDGES[place + 1], number + latent)
+        for latent in latents
+        for corpus, place, number in (*bins, *([("web", 17, 3)] if latent % 2 == 0 else []))
+    ]
+    return table_of(rows, HISTOGRAM_COLUMNS)
+
+
+def neighbour_table_of(latents: list[int]) -> pd.DataFrame:
+    """Two neighbours for every latent: the one after it and the one before."""
+    rows = [
+        (latent, rank, (latent + step) % 2048, np.nan if rank else 0.31, 0.9 - 0.1 * rank)
+        for latent in latents
+        for rank, step in enumerate((1, -1))
+    ]
+    return table_of(rows, NEIGHBOUR_COLUMNS)
 
 
 def token_lists(number: int) -> tuple[list[Any], ...]:
@@ -358,6 +381,8 @@ def crosscoder_report(kind: str, *, num_latents: int = 2048, hostile: bool = Fal
         steering=steering_table(chosen, 0.55 if is_l1 else 0.95, seed),
         steering_samples=sample_table(chosen),
         examples=example_table([int(latent) for latent in order], seed, hostile),
+        histograms=histogram_table([int(latent) for latent in order]),
+        neighbours=neighbour_table_of([int(latent) for latent in order]),
         logit_lens=logit_lens_table([int(latent) for latent in order], hostile),
         first_tokens=first_token_table(),
         planted=planted_table(chosen, 0.93 if is_l1 else 0.985),

@@ -208,7 +208,17 @@ def test_a_run_without_a_latent_to_steer_with_says_so(report: ReportData) -> Non
     assert "Nothing was steered for" not in text_of(render(report))
 
 
-SILENT = ("logit_lens", "first_tokens", "curves", "twins", "seeds", "causality_curve", "causality_differences")
+SILENT = (
+    "histograms",
+    "neighbours",
+    "logit_lens",
+    "first_tokens",
+    "curves",
+    "twins",
+    "seeds",
+    "causality_curve",
+    "causality_differences",
+)
 """Tables whose lack is said elsewhere, or that belong to another table's analysis."""
 
 
@@ -248,6 +258,20 @@ def test_a_card_names_the_tokens_of_its_own_latent(report: ReportData, page: str
     assert "In the chat model it promotes" in text
     assert text.count("refuse90001") == 1  # the first tokens' table stands once, whatever the number of crosscoders
     assert "0.250" in text
+
+
+def test_a_card_shows_how_strongly_its_own_latent_fires_and_what_is_near(report: ReportData, page: str) -> None:
+    for card in cards_of(report.crosscoders[1], 1):
+        by_corpus = {own.corpus: [bar.num_rows for bar in own.bars] for own in card.histograms}
+        has_web = card.latent % 2 == 0
+        assert by_corpus["chat"] == [40 + card.latent, 0, 7 + card.latent, 0, 1 + card.latent]
+        assert by_corpus["web"] == [0, 3 + card.latent if has_web else 0, 0, 0, 0]
+        assert [one.latent for one in card.neighbours] == [(card.latent + step) % 2048 for step in (1, -1)]
+        strongest = card.contexts[0].activation
+        assert [one.activation / strongest for one in card.weaker] == pytest.approx([0.4, 0.28, 0.16])
+    text = text_of(page)
+    assert "How strongly it fires" in text and "Nearest decoder rows" in text
+    assert "0.90 (0.31)" in text
 
 
 def test_cards_fall_back_to_other_chat_only_latents(report: ReportData) -> None:

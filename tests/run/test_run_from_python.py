@@ -155,6 +155,28 @@ def test_a_finished_run_is_logged_later_as_it_was_logged_then(finished: Finished
 
 
 @pytest.mark.ray
+def test_a_finished_run_is_logged_later_on_a_real_server(finished: Finished, mlflow_server: str) -> None:
+    import mlflow
+
+    tracking = TrackingSection(uri=mlflow_server, experiment="later")
+    link = runner.track(finished.config.model_copy(update={"tracking": tracking}), SilentReporter())
+    client = mlflow.MlflowClient(tracking_uri=mlflow_server)
+    experiment = client.get_experiment_by_name("later")
+    runs = client.search_runs([experiment.experiment_id])
+    names = {run.info.run_name: run for run in runs}
+    assert len(names) == len(runs) and set(names) == {run.name for run in finished.tracker.runs.values()}
+    assert all(run.info.status == "FINISHED" for run in runs)
+    parent = names["tiny"]
+    assert link.startswith(mlflow_server) and parent.info.run_id in link
+    assert {run.data.tags.get("mlflow.parentRunId") for run in runs if run is not parent} == {parent.info.run_id}
+    told = parent.data.tags["mlflow.note.content"]
+    for name in ("l1", "batch_topk"):
+        assert name in told and names[f"crosscoder {name}"].outputs.model_outputs
+        curve = client.get_metric_history(names[f"crosscoder {name}"].info.run_id, "train/loss")
+        assert len(curve) > 1 and curve[-1].value < curve[0].value
+
+
+@pytest.mark.ray
 def test_a_latent_of_a_run_has_its_page(run: crossray.Run) -> None:
     (latent, *_) = run.examples("l1")["latent"]
     page = run.dashboard("l1", latent)

@@ -57,7 +57,10 @@ COMMON = {"num_latents": NUM_LATENTS, "batch_rows": BATCH_ROWS, "lr": 2e-3, "lr_
 TOPK = {"sparsity": {"kind": "batch_topk", "k": K, "dead_after_rows": 100_000, "threshold_decay": 0.98}}
 NO_DICTIONARY = "no dictionary"
 DICTIONARIES: dict[str, dict[str, Any]] = {
-    "L1 crosscoder": {"sparsity": {"kind": "l1", "mu": 0.07, "mu_warmup_steps": 50}, "clip_norm": 1.0},
+    "L1 crosscoder": {
+        "sparsity": {"kind": "l1", "mu": 0.07, "mu_warmup_steps": 50, "target_l0": float(K)},
+        "clip_norm": 1.0,
+    },
     "BatchTopK crosscoder": TOPK,
     "difference SAE": {**TOPK, "inputs": "difference"},
     "dedicated latents": {**TOPK, "dedicated_frac": 0.05},

@@ -15,7 +15,7 @@ CHANCE = 0.5
 CONTROLS = ("harmless", "untouched")
 HEADER = (
     *("method", "called by", "called", "precision", "recall", "AUROC", "steered", "random"),
-    *("FVE", "rows read", "seconds"),
+    *("L0", "FVE", "rows read", "seconds"),
 )
 
 
@@ -39,9 +39,14 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
         _line(HEADER),
         _line(["---"] * len(HEADER)),
     ]
+    found = ["Share of the behaviours that are found, by organism:", "", _line(("method", "called by", *names))]
+    found.append(_line(["---"] * (2 + len(names))))
     for method, rule in dict.fromkeys((str(row["method"]), str(row["rule"])) for row in taught):
         own = [row for row in taught if (row["method"], row["rule"]) == (method, rule)]
         lines.append(_line([method, rule, *_numbers(own)]))
+        recalls = [_mean([row["recall"] for row in own if row["organism"] == name]) for name in names]
+        found.append(_line([method, rule, *("-" if math.isnan(one) else f"{one:.2f}" for one in recalls)]))
+    lines += ["", *found]
     controls = [row for row in rows if row["organism"] in CONTROLS]
     lines += ["", _line(("control", "method", "called by", "findings called, by seed")), _line(["---"] * 4)]
     for name, method, rule in dict.fromkeys((str(r["organism"]), str(r["method"]), str(r["rule"])) for r in controls):
@@ -51,7 +56,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _numbers(rows: Sequence[dict[str, Any]]) -> list[str]:
-    fves = [row["fve"] for row in rows if "fve" in row]
+    fves, l0s = ([row[name] for row in rows if name in row] for name in ("fve", "l0"))
     moved = [own for row in rows for own in row.get("steering", {}).values()]
     aurocs = _by_seed(rows, lambda row: _mean([CHANCE if math.isnan(own) else own for own in row["auroc"].values()]))
     return [
@@ -61,6 +66,7 @@ def _numbers(rows: Sequence[dict[str, Any]]) -> list[str]:
         _interval(aurocs),
         _rates(moved, "latent"),
         _rates(moved, "random"),
+        f"{_mean(l0s):.1f}" if l0s else "-",
         f"{_mean(fves):.2f}" if fves else "-",
         f"{_mean([row['rows_read'] for row in rows]):,.0f}",
         f"{_mean([row['seconds'] for row in rows]):.0f}",
