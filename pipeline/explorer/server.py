@@ -68,7 +68,8 @@ def explore(
     """
     app = _app()
     from pipeline.explorer.source import Explored
-    from pipeline.library.run_file import device_here, open_file
+    from pipeline.library.run_file import open_file
+    from pipeline.models.placement import device_here
 
     given = token or os.environ.get(TOKEN_VARIABLE) or None
     wanted = checked_token(given, host)

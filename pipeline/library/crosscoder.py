@@ -122,6 +122,7 @@ class Crosscoder(numerics.Crosscoder):
             latents: the latent table of `crossray.latents`; made from these rows if left out.
             tokenizer: as in `examples`.
         """
+        from pipeline.analyses.neighbours import neighbour_table
         from pipeline.library.dashboard import Dashboard
         from pipeline.library.tables import latents as latent_table
         from pipeline.report.data import CrosscoderReport
@@ -130,7 +131,9 @@ class Crosscoder(numerics.Crosscoder):
         table = latent_table(self, rows) if latents is None else latents
         if len(table) != self.num_latents:
             raise InputError(f"latents: expected a table of {self.num_latents} latents, got one of {len(table)}")
-        return Dashboard(CrosscoderReport(name="crosscoder", kind="", latents=table, examples=examples), latent)
+        near = neighbour_table(self, [latent], 8)
+        report = CrosscoderReport(name="crosscoder", kind="", latents=table, examples=examples, neighbours=near)
+        return Dashboard(report, latent)
 
     def to_checkpoint(self) -> "PublishedCrosscoder":
         """What goes into a file, the origin included."""

@@ -23,6 +23,7 @@ from pipeline.config.run_file import validated
 from pipeline.errors import InputError, first_line
 from pipeline.library.crosscoder import Crosscoder
 from pipeline.library.rows import Rows
+from pipeline.models.placement import device_here
 from pipeline.numerics import crosscoder as numerics
 from pipeline.numerics import fitting
 from pipeline.numerics.sparsities.registry import SPARSITIES
@@ -132,8 +133,7 @@ def _plan(settings: Mapping[str, Any], sparsity: Mapping[str, Any], *, training:
 def _trainers(
     plan: _Plan, rows: Rows, device: str | torch.device | None, starts: Sequence[numerics.Crosscoder | None]
 ) -> list[CrosscoderTrainer]:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_here() if device is None else device
     manifest = rows.store().manifest
     shape = {"num_models": manifest.num_models, "activation_dim": manifest.activation_dim}
     specs = [spec_of(section, plan.training, TrainingResources(), **shape) for section in plan.sections]

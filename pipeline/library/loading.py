@@ -17,6 +17,7 @@ from pipeline.models.files import is_adapter_folder
 from pipeline.models.loading import DTYPES, LoadOptions, ModelSpec
 from pipeline.models.memory import automatic_tokens_per_batch
 from pipeline.models.pair import ModelPair
+from pipeline.models.placement import device_here
 from pipeline.text.tokenise import Tokenise
 
 Model = str | Path | ModelSpec | nn.Module
@@ -87,7 +88,7 @@ def _row_options(section: ActivationsSection, models: ModelPair) -> RowOptions:
 def _load_options(
     layer: int, device: str | torch.device | None, dtype: str | torch.dtype | None, attention: str | None
 ) -> LoadOptions:
-    place = str(device) if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    place = device_here() if device is None else str(device)
     default = "float32" if place == "cpu" else "bfloat16"
     name = default if dtype is None else str(dtype).removeprefix("torch.")
     if name not in DTYPES:

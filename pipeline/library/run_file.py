@@ -4,13 +4,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from pipeline.config.run_file import RunConfig, load
 from pipeline.errors import InputError
 from pipeline.library.pair import Pair
 from pipeline.library.runs import Run
 from pipeline.models.memory import automatic_tokens_per_batch
+from pipeline.models.placement import device_here
 from pipeline.run.flow import Flow, build_flow
 from pipeline.stages.extractor import row_options
 from pipeline.storage.artifacts import read_record
@@ -50,17 +49,12 @@ def open_file(source: RunConfig | str | Path, overrides: Sequence[str] = ()) -> 
     return OpenedFile(Run(storage, record), lambda: _pair(flow, storage))
 
 
-def device_here() -> str:
-    """Where models and crosscoders go: the GPU where there is one."""
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
-
-
 def _pair(flow: Flow, storage: Storage) -> Pair:
     from pipeline.stages.models import load_pair
 
     inputs, tokens = flow.data.activations.inputs, flow.data.tokens.inputs.section
     own = inputs.loading
-    loading = own._replace(placement="one_device", gpus=1 if torch.cuda.is_available() else 0)
+    loading = own._replace(placement="one_device", gpus=0 if device_here() == "cpu" else 1)
     models = load_pair(storage, loading)
     asked = inputs.section.tokens_per_batch
     options = row_options(inputs.section, automatic_tokens_per_batch(models) if asked == "auto" else asked)

@@ -18,6 +18,11 @@ from pipeline.models.shared_layers import modules_before_layers
 Placement = Literal["one_device", "two_devices", "spread"]
 
 
+def device_here() -> str:
+    """Where models and crosscoders go if nobody says where: the GPU where there is one."""
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
 def put(decoder: SplitDecoder, devices: Sequence[str]) -> None:
     """Moves a model to one device, or spreads it over several. InputError without these devices or their memory."""
     try:

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from pipeline import schema
-from pipeline.analyses.autointerp_columns import AUTOINTERP_COLUMNS, InterpStatus
 from pipeline.analyses.activation_bins import EDGES
+from pipeline.analyses.autointerp_columns import AUTOINTERP_COLUMNS, InterpStatus
 from pipeline.analyses.example_columns import HISTOGRAM_COLUMNS, NEIGHBOUR_COLUMNS
 from pipeline.analyses.logit_lens_columns import FIRST_TOKEN_COLUMNS, LOGIT_LENS_COLUMNS
 from pipeline.analyses.ownership import classify
