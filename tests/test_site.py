@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 import crossray
+from pipeline.analyses.example_columns import HISTOGRAM_COLUMNS
+from pipeline.analyses.ratio_statistics import RATIO_COLUMNS
+from pipeline.analyses.steering_columns import STEERING_COLUMNS
 from pipeline.config.analyses import ExamplesSection
 from pipeline.schema import LATENT_COLUMNS
 
@@ -43,7 +46,8 @@ def test_every_public_name_key_and_column_has_its_place(site: Path) -> None:
     assert all(f"crossray.{name}" in api for name in crossray.SURFACE)
     for name, field in ExamplesSection.model_fields.items():
         assert name in keys and plain(field.description or "") in keys
-    assert all(column.name in tables and plain(column.doc) in tables for column in LATENT_COLUMNS)
+    for columns in (LATENT_COLUMNS, STEERING_COLUMNS, HISTOGRAM_COLUMNS, RATIO_COLUMNS):
+        assert all(column.name in tables and plain(column.doc) in tables for column in columns)
 
 
 def test_pages_from_outside_docs_and_notebooks_are_there(site: Path) -> None:

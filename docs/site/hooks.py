@@ -5,7 +5,9 @@ repository, so that they work there too; here such links are led to the site's p
 lines of our own, because the plugins for that bring a whole notebook server.
 """
 
+import importlib
 import json
+import pkgutil
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 import crossray
-from pipeline import schema
+from pipeline import analyses, schema
 from pipeline.config.faults import sections_in
 from pipeline.config.run_file import RunConfig
 from pipeline.planted.settings import BenchmarkConfig
@@ -158,20 +160,32 @@ def _default(field: Any) -> str:
 
 
 def tables_page() -> str:
-    """Every column of every table, from schema.py."""
+    """Every column of every table, from schema.py and the analyses that have tables of their own."""
     lines = [
         "# Tables",
         "",
         "Every table is Parquet; its metadata holds the order of the models, and what Delta_norm is.",
         "",
     ]
-    for name, value in vars(schema).items():
-        if name.endswith("_COLUMNS") and not name.startswith("_") and isinstance(value, tuple):
-            title = name.removesuffix("_COLUMNS").replace("_", " ").lower()
-            lines += [f"## {title}", "", "| column | type | meaning |", "|---|---|---|"]
-            lines += [f"| `{column.name}` | {column.dtype} | {_cell(column.doc)} |" for column in value]
-            lines.append("")
+    for title, columns in sorted(_column_lists().items()):
+        lines += [f"## {title}", "", "| column | type | meaning |", "|---|---|---|"]
+        lines += [f"| `{column.name}` | {column.dtype} | {_cell(column.doc)} |" for column in columns]
+        lines.append("")
     return "\n".join(lines)
+
+
+def _column_lists() -> dict[str, tuple[schema.Column, ...]]:
+    names = sorted(module.name for module in pkgutil.iter_modules(analyses.__path__))
+    modules = [schema, *(importlib.import_module(f"{analyses.__name__}.{name}") for name in names)]
+    return {
+        name.removesuffix("_COLUMNS").replace("_", " ").lower(): value
+        for module in modules
+        for name, value in vars(module).items()
+        if name.endswith("_COLUMNS")
+        and not name.startswith("_")
+        and isinstance(value, tuple)
+        and all(isinstance(one, schema.Column) for one in value)
+    }
 
 
 def _cell(text: str) -> str:
