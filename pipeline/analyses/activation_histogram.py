@@ -1,4 +1,4 @@
-"""How strongly each latent fires on each corpus: counts of rows in bins that grow by the square root of 2.
+"""How strongly each latent fires on each corpus: counts of rows in bins, four to each doubling.
 
 Fixed bins need no second pass for the largest activation, and counts of parts add exactly.
 

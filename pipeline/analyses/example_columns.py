@@ -9,7 +9,7 @@ HISTOGRAM_COLUMNS = (
     Column("high", "float64", "upper end of the bin, which belongs to the next; the last bin has all larger ones too"),
     Column("num_rows", "int64", "rows of the corpus with f_j in the bin; empty bins have no row"),
 )
-"""Activations above 0, in bins that grow by the square root of 2."""
+"""Activations above 0, in bins, four to each doubling."""
 
 NEIGHBOUR_COLUMNS = (
     Column("latent", "int32", "index of the latent"),

@@ -36,7 +36,7 @@ def test_every_row_is_counted_once_in_the_bin_of_its_activation(make_world: Call
     found = {(row.latent, row.corpus, row.low): row.num_rows for row in table.itertuples()}
     assert found == dict(expected) and len(expected) > 10
     assert table["latent"].drop_duplicates().tolist() == [latent for latent in latents if code_BF[:, latent].any()]
-    np.testing.assert_allclose(table["high"] / table["low"], 2**0.5)
+    np.testing.assert_allclose(table["high"] / table["low"], 2**0.25)
     halves = [analyse({"h": analysis}, batches)["h"] for batches in (world.batches(11)[:3], world.batches(11)[3:])]
     assert torch.equal(analysis.merge(*halves)["counts"], sums["counts"])
 
