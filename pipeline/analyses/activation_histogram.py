@@ -43,6 +43,10 @@ class ActivationHistogram:
         """Counts add."""
         return merge_sums(a, b)
 
+    def table(self, sums: Sums) -> pd.DataFrame:
+        """The rows of all latents."""
+        return self.table_of(sums, range(self.num_latents))
+
     def table_of(self, sums: Sums, latents: Sequence[int]) -> pd.DataFrame:
         """The rows of these latents, in their order."""
         counts_LCK = sums["counts"][torch.tensor(latents, dtype=torch.int64)].numpy()

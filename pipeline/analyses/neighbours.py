@@ -24,7 +24,7 @@ def neighbour_table(crosscoder: Crosscoder, latents: Sequence[int], num: int) ->
     """
     rows = [
         row
-        for part in torch.tensor(latents, dtype=torch.int64).split(_ASKED_AT_ONCE)
+        for part in torch.split(torch.tensor(latents, dtype=torch.int64), _ASKED_AT_ONCE)
         for row in _rows(crosscoder, part, num)
     ]
     return pd.DataFrame(rows, columns=[column.name for column in NEIGHBOUR_COLUMNS])
@@ -37,7 +37,7 @@ def _rows(crosscoder: Crosscoder, latent_L: Tensor, num: int) -> Iterator[tuple[
     cosine_LFM = torch.cat(
         [
             torch.einsum("fmd,lmd->lfm", part_FMD.float(), own_LMD) / part_FMD.float().norm(dim=-1)
-            for part_FMD in W_dec_FMD.split(_LATENTS_PER_PART)
+            for part_FMD in torch.split(W_dec_FMD, _LATENTS_PER_PART)
         ],
         dim=1,
     )

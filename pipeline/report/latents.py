@@ -312,14 +312,14 @@ def weaker_contexts(examples: pd.DataFrame) -> list[TokenContext]:
     """For each of WEAKER_SHARES the context nearest to it that `token_contexts` left out, each once."""
     ranked = examples.sort_values("rank", kind="stable")
     strongest, left = float(ranked["activation"].max()), ranked.iloc[MAX_CONTEXTS:]
-    places = []
+    places: list[Any] = []
     for share in WEAKER_SHARES:
         distance = (left.drop(index=places)["activation"] / strongest - share).abs()
         places += [] if distance.empty else [distance.idxmin()]
     return [_context(row, strongest) for row in left.loc[places].to_dict("records")]
 
 
-def _context(row: Mapping[str, Any], strongest: float) -> TokenContext:
+def _context(row: Mapping[Any, Any], strongest: float) -> TokenContext:
     texts, activations = [str(text) for text in row["tokens"]], [float(f) for f in row["activations"]]
     tokens = _tokens(texts, activations, strongest)
     return TokenContext(str(row["corpus"]), float(row["activation"]), int(row["doc_id"]), tokens)
