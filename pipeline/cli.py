@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.arguments import completion, make_parser
-from pipeline.commands import jobs
+from pipeline.commands import doors, jobs
 from pipeline.errors import MAX_LINE_LETTERS, CrossrayError, InputError, shortened
 
 if TYPE_CHECKING:
@@ -321,6 +321,7 @@ _COMMANDS = {
     "show": _show,
     "explore": _explore,
     "compare": _compare,
+    "export": doors.export,
     "rm": _rm,
     "submit": jobs.submit,
     "status": jobs.status,

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "storage": {*_PLAIN, "numerics"},
     "report": {*_PLAIN, "analyses", "numerics", "terminal"},
     "explorer": {*_PLAIN, "library", "analyses", "report", "models", "text", "storage", "numerics"},
+    "exports": {*_PLAIN, "library", "report", "checkpoints", "storage", "numerics"},
     "organisms": {"models"},
     "cluster": {*_PLAIN, "config"},
     "stages": {
@@ -78,6 +79,7 @@ def imports_of(path: Path) -> frozenset[str]:
         ("ray,mlflow,torch,transformers,pandas,fsspec", "pipeline.config,pipeline.schema"),
         ("ray,mlflow,torch,transformers", "pipeline.cli,pipeline.commands"),
         ("ray,mlflow", "pipeline.library"),
+        ("ray,mlflow,gradio", "pipeline.exports"),
     ],
 )
 def test_a_layer_imports_where_the_packages_above_it_are_missing(blocked: str, modules: str) -> None:

@@ -249,10 +249,11 @@ class Run:
             chat=self.labels[1],
             layer=self.origin.layer,
             is_distinguishable=self.is_distinguishable,
-            crosscoders=tuple(self._summary_of(name, num_latents) for name in self.crosscoders),
+            crosscoders=tuple(self.crosscoder_summary(name, num_latents=num_latents) for name in self.crosscoders),
         )
 
-    def _summary_of(self, name: str, num_latents: int) -> CrosscoderSummary:
+    def crosscoder_summary(self, name: str, *, num_latents: int = 10) -> CrosscoderSummary:
+        """The part of `summary()` that is about one crosscoder."""
         stages = ("examples", "causality", "steering")
         tables = {stage: self._optional(stage, name) for stage in stages}
         return crosscoder_summary(name, self.latents(name), **tables, num_latents=num_latents)
