@@ -158,15 +158,22 @@ def _add_kept(commands: "Commands") -> None:
 
 
 def _add_doors(commands: "Commands") -> None:
-    text = "write a crosscoder of a finished run into a new folder, in the form of another tool"
-    command = _add(commands, "export", text)
-    command.add_argument("name", help="name of the run")
-    command.add_argument("crosscoder", help="its crosscoder")
-    command.add_argument("folder", help="where to write; new or empty")
-    command.add_argument("--as", dest="form", choices=FORMS, default="crossray", help="crossray by default")
-    text = "one model's half (saelens), which is not the crosscoder and says so"
-    command.add_argument("--model", choices=("base", "chat"), help=text)
-    _add_root(command)
+    for name, text in (
+        ("export", "write a crosscoder of a finished run into a new folder, in the form of another tool"),
+        ("push", "upload a crosscoder of a finished run to the hub, with a model card made from the run"),
+    ):
+        command = _add(commands, name, text)
+        command.add_argument("name", help="name of the run")
+        command.add_argument("crosscoder", help="its crosscoder")
+        if name == "export":
+            command.add_argument("folder", help="where to write; new or empty")
+            command.add_argument("--as", dest="form", choices=FORMS, default="crossray", help="crossray by default")
+            text = "one model's half (saelens), which is not the crosscoder and says so"
+            command.add_argument("--model", choices=("base", "chat"), help=text)
+        else:
+            command.add_argument("repo", help="repository owner/name; made if missing; needs HF_TOKEN or a login")
+            command.add_argument("--private", action="store_true", help="only for whoever may see the repository")
+        _add_root(command)
 
 
 def _add_jobs(commands: "Commands") -> None:

@@ -322,6 +322,7 @@ _COMMANDS = {
     "explore": _explore,
     "compare": _compare,
     "export": doors.export,
+    "push": doors.push,
     "rm": _rm,
     "submit": jobs.submit,
     "status": jobs.status,

@@ -1,4 +1,4 @@
-"""Writes a crosscoder so that others can read it: the published layout, in a folder or on the hub.
+"""Writes a crosscoder so that others can read it: the published layout, in a folder.
 
 crossray keeps its own crosscoders in this form too. `model.safetensors` holds the tensors with the published names and
 axes, `config.json` only the fields that the published code's constructors take (they refuse others); the rest goes into
@@ -28,7 +28,7 @@ from pipeline.checkpoints.layouts import (
     finite_weights,
 )
 from pipeline.checkpoints.published import TRAINER_NAME
-from pipeline.errors import InputError, first_line
+from pipeline.errors import InputError
 from pipeline.numerics.settings import CODE_WEIGHTS
 from pipeline.schema import TABLE_METADATA
 
@@ -131,35 +131,6 @@ def sort_header(path: Path) -> None:
         assert len(header) == size, "the library writes its header without blanks too, but for the end"
         file.seek(8)
         file.write(header)
-
-
-def push_published(repo_id: str, folder: str | Path, *, private: bool = False, revision: str | None = None) -> str:
-    """Uploads a folder that write_published wrote to the hub; returns the commit's address.
-
-    The repository is made if missing. Needs a token with write access (`hf auth login`, or HF_TOKEN).
-    """
-    import huggingface_hub  # only here: everything else works without it
-    from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
-
-    api = huggingface_hub.HfApi()
-    try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        names = ["model.safetensors", "config.json", TRAINER_NAME, "README.md"]
-        info = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=str(folder),
-            allow_patterns=names,
-            revision=revision,
-            commit_message="crosscoder",
-        )
-    except (OSError, HTTPError, HFValidationError, LocalTokenNotFoundError) as error:
-        raise InputError(
-            f"expected to write to the hub repository {repo_id}, came {type(error).__name__}: "
-            f"{first_line(error)}: check the name, the network, and that HF_TOKEN may write there"
-        ) from error
-    return str(info.commit_url)
 
 
 def _standard_deviations(norm: ActivationNorm) -> Tensor:

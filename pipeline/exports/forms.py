@@ -59,10 +59,7 @@ def export(run: Run, crosscoder: str, folder: str | Path, *, form: str = "crossr
 def _checked(asked: Asked, form: str) -> Callable[[Asked, Path], None]:
     if form not in FORMS:
         raise InputError(f"--as: expected one of {', '.join(FORMS)}, got {form!r}")
-    if asked.crosscoder not in asked.run.crosscoders:
-        raise InputError(
-            f"{asked.run.name}: expected one of {', '.join(asked.run.crosscoders)}, got {asked.crosscoder!r}"
-        )
+    require_crosscoder(asked.run, asked.crosscoder)
     if asked.model is not None and (asked.model not in MODEL_NAMES or not FORMS[form].knows_models):
         with_models = ", ".join(name for name, own in FORMS.items() if own.knows_models)
         raise InputError(
@@ -70,6 +67,12 @@ def _checked(asked: Asked, form: str) -> Callable[[Asked, Path], None]:
             f"{form}; leave it out for all models"
         )
     return FORMS[form].write
+
+
+def require_crosscoder(run: Run, name: str) -> None:
+    """InputError unless the run has a crosscoder of this name."""
+    if name not in run.crosscoders:
+        raise InputError(f"{run.name}: expected one of {', '.join(run.crosscoders)}, got {name!r}")
 
 
 @contextmanager
