@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Tells what fine-tuning changed inside a language model, and proves it."
 SHELLS = ("bash", "zsh", "fish")
-FORMS = ("crossray", "saelens")
+FORMS = ("crossray", "saelens", "space")
 """Forms of `crossray export`: those of pipeline/exports/forms.py."""
 _FILES = ("file", "root", "texts", "dialogues", "output", "token_file", "folder")
 """Arguments that a shell completes by the names of files and folders."""
@@ -173,6 +173,8 @@ def _add_doors(commands: "Commands") -> None:
         else:
             command.add_argument("repo", help="repository owner/name; made if missing; needs HF_TOKEN or a login")
             command.add_argument("--private", action="store_true", help="only for whoever may see the repository")
+            text = "a Space that runs the explorer, in place of the weights"
+            command.add_argument("--space", action="store_true", help=text)
         _add_root(command)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from fabricated_models import SENTENCES
 
 from pipeline.library.crosscoder import Crosscoder
 from pipeline.library.pair import Pair
@@ -22,6 +23,9 @@ from pipeline.storage.shards import publish_shard
 from pipeline.storage.tables import TOKEN_SCHEMA, write_table
 
 PART = "part-00000-00000.parquet"
+TEXTS = [f"{first} {second} {number}" for number in range(4) for first in SENTENCES for second in SENTENCES[:3]]
+HOSTILE = "<script>alert(1)</script> | [x](http://evil) `y` \u202egnp\n# title\n---\nkey: !!python/object"
+"""A name that no run file allows, but a record may hold."""
 MODELS = {"base": {"source": "organisation/base"}, "chat": {"source": "organisation/chat"}}
 
 

@@ -23,6 +23,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """The few routes that listing, downloading, creating and committing need; `files` maps repo/path to bytes."""
 
     files: dict[str, bytes]
+    kinds: dict[str, str]
+    """What each of them is: model or space."""
     created: dict[str, bool]
     """Whether each repository that was made is private."""
     token = "hf_test"
@@ -74,6 +76,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if path == "api/repos/create":
             asked = json.loads(body)
             repo_id = f"{asked.get('organization') or 'new'}/{asked['name']}"
+            self.kinds[repo_id] = asked.get("type") or "model"
             self.created[repo_id] = bool(asked.get("private") or asked.get("visibility") == "private")
             answer = {"url": f"http://{self.headers['Host']}/{repo_id}", "id": repo_id}
             self._answer(200, json.dumps(answer).encode())
@@ -110,7 +113,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @contextmanager
 def serving_hub() -> Iterator[str]:
     """The server's address, while it serves Hub.files."""
-    Hub.created, Hub.public = {}, set()
+    Hub.created, Hub.kinds, Hub.public = {}, {}, set()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "storage": {*_PLAIN, "numerics"},
     "report": {*_PLAIN, "analyses", "numerics", "terminal"},
     "explorer": {*_PLAIN, "library", "analyses", "report", "models", "text", "storage", "numerics"},
-    "exports": {*_PLAIN, "library", "report", "checkpoints", "storage", "numerics"},
+    "exports": {*_PLAIN, "library", "explorer", "report", "checkpoints", "storage", "numerics", "cluster"},
     "organisms": {"models"},
     "cluster": {*_PLAIN, "config"},
     "stages": {

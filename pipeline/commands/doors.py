@@ -20,6 +20,6 @@ def push(parsed: argparse.Namespace) -> int:
     from pipeline.library.runs import open_run
 
     run = open_run(parsed.root, parsed.name)
-    address = pushing.push(run, parsed.crosscoder, parsed.repo, private=parsed.private)
+    address = pushing.push(run, parsed.crosscoder, parsed.repo, private=parsed.private, space=parsed.space)
     print(f"hub      {address}")
     return 0

@@ -14,6 +14,7 @@ from pipeline.checkpoints.export import replace_file
 from pipeline.checkpoints.saelens import write_saelens
 from pipeline.errors import InputError, first_line
 from pipeline.exports.card import model_card
+from pipeline.exports.space import write_space
 from pipeline.library.runs import Run
 from pipeline.schema import MODEL_NAMES
 
@@ -44,7 +45,7 @@ def export(run: Run, crosscoder: str, folder: str | Path, *, form: str = "crossr
         run: from `crossray.open` or `crossray.run`.
         crosscoder: its name in the run.
         folder: where to; it must not be there yet, or be empty.
-        form: crossray (the published layout with a model card) or saelens.
+        form: crossray (the published layout with a model card), saelens, or space (the explorer as a Space of the hub).
         model: base or chat, where the form knows one model alone; for saelens its half, which is not the crosscoder.
 
     Raises InputError, before anything is written, for names and combinations that there are not.
@@ -125,7 +126,12 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def _write_space(asked: Asked, folder: Path) -> None:
+    write_space(asked.run, asked.crosscoder, folder)
+
+
 FORMS: Mapping[str, Form] = {
     "crossray": Form(_write_crossray, knows_models=False),
     "saelens": Form(_write_saelens, knows_models=True),
+    "space": Form(_write_space, knows_models=False),
 }

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from fabricated_models import SENTENCES, _one_thread, build_tokenizer, random_model, saved_pairs, tokenizers
-from finished_runs import Fabricated
+from fabricated_models import _one_thread, build_tokenizer, random_model, saved_pairs, tokenizers
+from finished_runs import TEXTS, Fabricated
 
 import crossray
 from pipeline.library.crosscoder import Crosscoder
@@ -16,10 +16,6 @@ from pipeline.library.pair import Pair
 from pipeline.library.rows import Rows
 
 __all__ = ["_one_thread", "build_tokenizer", "random_model", "saved_pairs", "tokenizers"]
-
-TEXTS = [f"{first} {second} {number}" for number in range(4) for first in SENTENCES for second in SENTENCES[:3]]
-HOSTILE = "<script>alert(1)</script> | [x](http://evil) `y` \u202egnp\n# title\n---\nkey: !!python/object"
-"""A name that no run file allows, but a record may hold."""
 
 
 @pytest.fixture(scope="session")

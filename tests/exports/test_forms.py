@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import HOSTILE
+from finished_runs import HOSTILE
 from safetensors.torch import load_file
 
 import crossray
