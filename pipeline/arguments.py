@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Tells what fine-tuning changed inside a language model, and proves it."
 SHELLS = ("bash", "zsh", "fish")
-FORMS = ("crossray", "saelens", "space")
+FORMS = ("crossray", "saelens", "delphi", "space")
 """Forms of `crossray export`: those of pipeline/exports/forms.py."""
 _FILES = ("file", "root", "texts", "dialogues", "output", "token_file", "folder")
 """Arguments that a shell completes by the names of files and folders."""

@@ -28,7 +28,10 @@ MAY_IMPORT = {
     "storage": {*_PLAIN, "numerics"},
     "report": {*_PLAIN, "analyses", "numerics", "terminal"},
     "explorer": {*_PLAIN, "library", "analyses", "report", "models", "text", "storage", "numerics"},
-    "exports": {*_PLAIN, "library", "explorer", "report", "checkpoints", "storage", "numerics", "cluster"},
+    "exports": {
+        *(*_PLAIN, "library", "explorer", "report", "analyses"),
+        *("checkpoints", "storage", "numerics", "cluster"),
+    },
     "organisms": {"models"},
     "cluster": {*_PLAIN, "config"},
     "stages": {

@@ -143,10 +143,14 @@ def _standard_deviations(norm: ActivationNorm) -> Tensor:
 
 
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes under a temporary name in the same folder, then renames: readers see the old file or the new one."""
+    """Writes under a temporary name in the same folder, then renames: readers see the old file or the new one.
+
+    Whoever may read the folder may read the file; safetensors alone would keep it to its owner.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         write(temporary)
+        temporary.chmod(path.parent.stat().st_mode & 0o666)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from pipeline.checkpoints.export import replace_file
 from pipeline.checkpoints.saelens import write_saelens
 from pipeline.errors import InputError, first_line
 from pipeline.exports.card import model_card
+from pipeline.exports.delphi import write_delphi
 from pipeline.exports.space import write_space
 from pipeline.library.runs import Run
 from pipeline.schema import MODEL_NAMES
@@ -45,7 +46,8 @@ def export(run: Run, crosscoder: str, folder: str | Path, *, form: str = "crossr
         run: from `crossray.open` or `crossray.run`.
         crosscoder: its name in the run.
         folder: where to; it must not be there yet, or be empty.
-        form: crossray (the published layout with a model card), saelens, or space (the explorer as a Space of the hub).
+        form: crossray (the published layout with a model card), saelens, delphi (its latent cache), or space (the
+            explorer as a Space of the hub).
         model: base or chat, where the form knows one model alone; for saelens its half, which is not the crosscoder.
 
     Raises InputError, before anything is written, for names and combinations that there are not.
@@ -126,6 +128,10 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def _write_delphi(asked: Asked, folder: Path) -> None:
+    write_delphi(asked.run, asked.crosscoder, folder)
+
+
 def _write_space(asked: Asked, folder: Path) -> None:
     write_space(asked.run, asked.crosscoder, folder)
 
@@ -133,5 +139,6 @@ def _write_space(asked: Asked, folder: Path) -> None:
 FORMS: Mapping[str, Form] = {
     "crossray": Form(_write_crossray, knows_models=False),
     "saelens": Form(_write_saelens, knows_models=True),
+    "delphi": Form(_write_delphi, knows_models=False),
     "space": Form(_write_space, knows_models=False),
 }
