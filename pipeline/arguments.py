@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Tells what fine-tuning changed inside a language model, and proves it."
 SHELLS = ("bash", "zsh", "fish")
-FORMS = ("crossray", "saelens", "delphi", "space")
+FORMS = ("crossray", "saelens", "delphi", "neuronpedia", "space")
 """Forms of `crossray export`: those of pipeline/exports/forms.py."""
 _FILES = ("file", "root", "texts", "dialogues", "output", "token_file", "folder")
 """Arguments that a shell completes by the names of files and folders."""
@@ -168,7 +168,9 @@ def _add_doors(commands: "Commands") -> None:
         if name == "export":
             command.add_argument("folder", help="where to write; new or empty")
             command.add_argument("--as", dest="form", choices=FORMS, default="crossray", help="crossray by default")
-            text = "one model's half (saelens), which is not the crosscoder and says so"
+            text = (
+                "for saelens one model's half, which is not the crosscoder; for neuronpedia the model it is shown under"
+            )
             command.add_argument("--model", choices=("base", "chat"), help=text)
         else:
             command.add_argument("repo", help="repository owner/name; made if missing; needs HF_TOKEN or a login")

@@ -15,6 +15,7 @@ from pipeline.checkpoints.saelens import write_saelens
 from pipeline.errors import InputError, first_line
 from pipeline.exports.card import model_card
 from pipeline.exports.delphi import write_delphi
+from pipeline.exports.neuronpedia import write_neuronpedia
 from pipeline.exports.space import write_space
 from pipeline.library.runs import Run
 from pipeline.schema import MODEL_NAMES
@@ -46,9 +47,10 @@ def export(run: Run, crosscoder: str, folder: str | Path, *, form: str = "crossr
         run: from `crossray.open` or `crossray.run`.
         crosscoder: its name in the run.
         folder: where to; it must not be there yet, or be empty.
-        form: crossray (the published layout with a model card), saelens, delphi (its latent cache), or space (the
-            explorer as a Space of the hub).
-        model: base or chat, where the form knows one model alone; for saelens its half, which is not the crosscoder.
+        form: crossray (the published layout with a model card), saelens, delphi (its latent cache), neuronpedia
+            (requests of its upload), or space (the explorer as a Space of the hub).
+        model: base or chat, where the form knows one model alone: for saelens its half, which is not the crosscoder;
+            for neuronpedia whose latents they are said to be, the chat model's by default.
 
     Raises InputError, before anything is written, for names and combinations that there are not.
     """
@@ -132,6 +134,10 @@ def _write_delphi(asked: Asked, folder: Path) -> None:
     write_delphi(asked.run, asked.crosscoder, folder)
 
 
+def _write_neuronpedia(asked: Asked, folder: Path) -> None:
+    write_neuronpedia(asked.run, asked.crosscoder, folder, model=asked.model)
+
+
 def _write_space(asked: Asked, folder: Path) -> None:
     write_space(asked.run, asked.crosscoder, folder)
 
@@ -140,5 +146,6 @@ FORMS: Mapping[str, Form] = {
     "crossray": Form(_write_crossray, knows_models=False),
     "saelens": Form(_write_saelens, knows_models=True),
     "delphi": Form(_write_delphi, knows_models=False),
+    "neuronpedia": Form(_write_neuronpedia, knows_models=True),
     "space": Form(_write_space, knows_models=False),
 }

@@ -81,7 +81,7 @@ def test_saelens_itself_reads_it(run: crossray.Run, rows: Rows, tmp_path: Path) 
     [
         ({"form": "onnx"}, "expected one of crossray, saelens"),
         ({"crosscoder": "l1"}, "expected one of batch_topk"),
-        ({"model": "base"}, "for the forms saelens"),
+        ({"model": "base"}, "for the forms saelens, neuronpedia"),
         ({"model": "third", "form": "saelens"}, "base or chat"),
     ],
 )
