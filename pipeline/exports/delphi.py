@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 
 from pipeline.analyses.rows import document_slices
-from pipeline.checkpoints.export import replace_file, sort_header
+from pipeline.checkpoints.export import replace_file, replace_text, sort_header
 from pipeline.errors import InputError
 from pipeline.exports.card import models_of
 from pipeline.exports.markdown import plain
@@ -82,10 +82,8 @@ def write_delphi(run: Run, name: str, folder: Path) -> None:
         pairs_P = np.fromfile(path, dtype=_PAIR) if path.exists() else np.zeros(0, dtype=_PAIR)
         _write_range(out / f"{first}_{end - 1}.safetensors", pairs_P, int(first), tokens_NT)
     shutil.rmtree(on_the_way)
-    about = json.dumps(_config(run, tokens_NT, len(with_pairs)), indent=4) + "\n"
-    replace_file(out / "config.json", lambda path: _write_text(path, about))
-    readme = _readme(run, name, num_tokens, tokens_NT)
-    replace_file(folder / "README.md", lambda path: _write_text(path, readme))
+    replace_text(out / "config.json", json.dumps(_config(run, tokens_NT, len(with_pairs)), indent=4) + "\n")
+    replace_text(folder / "README.md", _readme(run, name, num_tokens, tokens_NT))
 
 
 def _index(run: Run) -> pd.DataFrame:
@@ -201,7 +199,3 @@ dataset = LatentDataset("FOLDER/latents", SamplerConfig(), ConstructorConfig())
 - delphi explains no latent with fewer than `min_examples` (200) windows; a small run needs a smaller number.
 - It knows neither verdicts nor which model a latent belongs to; those are in the run's latent table.
 """
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

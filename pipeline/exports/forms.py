@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.checkpoints.export import replace_file
+from pipeline.checkpoints.export import replace_text
 from pipeline.checkpoints.saelens import write_saelens
 from pipeline.errors import InputError, first_line
 from pipeline.exports.card import model_card
@@ -112,8 +112,7 @@ def _write_crossray(asked: Asked, folder: Path) -> None:
 def write_published_with_card(run: Run, name: str, folder: Path, *, source: str | None) -> None:
     """The published layout and its README.md, into a folder; source: hub id under which it will be read."""
     crosscoder = run.crosscoder(name)
-    card = model_card(run, name, crosscoder, source=source or "this/folder")
-    replace_file(folder / "README.md", lambda path: _write_text(path, card))
+    replace_text(folder / "README.md", model_card(run, name, crosscoder, source=source or "this/folder"))
     crosscoder.save_pretrained(folder)
 
 
@@ -124,10 +123,6 @@ def _write_saelens(asked: Asked, folder: Path) -> None:
         name = (origin.base if asked.model == MODEL_NAMES[0] else origin.chat).name
         about |= {"model_name": name or None, "hook_name": f"blocks.{origin.layer}.hook_resid_post"}
     write_saelens(folder, asked.run.crosscoder(asked.crosscoder), model=asked.model, about=about)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _write_delphi(asked: Asked, folder: Path) -> None:

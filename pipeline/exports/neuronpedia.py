@@ -8,15 +8,14 @@ request's own.
 """
 
 import json
-import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from pipeline.checkpoints.export import replace_file
+from pipeline.checkpoints.export import replace_text
 from pipeline.errors import InputError
 from pipeline.exports.card import models_of
 from pipeline.exports.markdown import plain
@@ -45,11 +44,9 @@ def write_neuronpedia(run: Run, name: str, folder: Path, *, model: str | None = 
     number, written = 0, 0
     for features in _batches(run, name, examples, member):
         body = {"modelId": model_id, "source": source, "features": features}
-        text = json.dumps(body, allow_nan=False) + "\n"
-        replace_file(folder / "features" / f"batch-{number}.json", lambda path, text=text: _write_text(path, text))
+        replace_text(folder / "features" / f"batch-{number}.json", json.dumps(body, allow_nan=False) + "\n")
         number, written = number + 1, written + len(features)
-    readme = _readme(run, name, member, written)
-    replace_file(folder / "README.md", lambda path: _write_text(path, readme))
+    replace_text(folder / "README.md", _readme(run, name, member, written))
 
 
 def _ids(run: Run, name: str, member: str) -> tuple[str, str]:
@@ -86,14 +83,14 @@ def _batches(run: Run, name: str, examples: pd.DataFrame, member: str) -> Iterat
         yield features
 
 
-def _by_latent(run: Run, stage: str, name: str, where: tuple[str, Any] | None) -> dict[int, dict[str, Any]]:
+def _by_latent(run: Run, stage: str, name: str, where: tuple[str, Any] | None) -> dict[int, Mapping[Any, Any]]:
     """Rows of a table by latent; empty where its analysis was off."""
     if not run.has(stage, name):
         return {}
     return {int(row["latent"]): row for row in run.table(stage, name, where=where).to_dict("records")}
 
 
-def _logits(row: dict[str, Any] | None) -> dict[str, Any]:
+def _logits(row: Mapping[Any, Any] | None) -> dict[str, Any]:
     """The tokens that the latent's decoder row promotes and suppresses in one model."""
     if row is None:
         return {"topLogits": None, "bottomLogits": None}
@@ -106,7 +103,7 @@ def _logits(row: dict[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def _explanations(row: dict[str, Any] | None) -> list[dict[str, Any]]:
+def _explanations(row: Mapping[Any, Any] | None) -> list[dict[str, Any]]:
     """Without a method and a model: Neuronpedia takes only those that it knows."""
     text = None if row is None else row["explanation"]
     if not isinstance(text, str) or not text.strip():
@@ -120,17 +117,12 @@ def _context(tokens: Sequence[str], values: Sequence[float]) -> dict[str, Any]:
     strongest = max(range(len(values)), key=lambda place: values[place])
     begin = max(0, min(strongest - MAX_TOKENS // 2, len(tokens) - MAX_TOKENS))
     kept = slice(begin, begin + MAX_TOKENS)
-    return {"tokens": [_text(token) for token in tokens[kept]], "values": [_number(value) for value in values[kept]]}
+    return {"tokens": [_text(token) for token in tokens[kept]], "values": [float(value) for value in values[kept]]}
 
 
 def _text(text: str) -> str:
     """A text that is not empty and that its database can hold."""
     return _UNSAFE.sub("\ufffd", text) or "\ufffd"
-
-
-def _number(value: float) -> float:
-    assert math.isfinite(value), "codes are finite"
-    return float(value)
 
 
 def _readme(run: Run, name: str, member: str, num_latents: int) -> str:
@@ -169,7 +161,3 @@ To use other names, change `modelId` and `source` in the files.
 - Neither verdicts and their evidence nor decoder rows have a place there, so it cannot steer with these latents.
 - Empty tokens, NUL and half letters are written as U+FFFD; explanations are cut at {MAX_EXPLANATION} letters.
 """
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -42,14 +42,15 @@ import crossray
 
 run = crossray.open(Path(__file__).resolve().parent / "runs", {name!r})
 pair = None
-{models}explorer = crossray.explore(
+{models}is_space = "SPACE_ID" in os.environ
+explorer = crossray.explore(
     run,
     pair=pair,
-    host=os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0"),
+    host=os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0" if is_space else "127.0.0.1"),
     port=int(os.environ.get("GRADIO_SERVER_PORT", "7860")),
-    without_token=True,  # a Space decides who sees it; with the secret CROSSRAY_EXPLORE_TOKEN it asks for that
+    without_token=is_space,  # a Space decides who sees it; with the secret CROSSRAY_EXPLORE_TOKEN it asks for that
 )
-print(explorer.url, flush=True)
+print(explorer.url, f"token {{explorer.made_token}}" if explorer.made_token else "", flush=True)
 explorer.wait()
 '''
 _MODELS = """if os.environ.get({variable!r}) == "1":
@@ -175,5 +176,6 @@ The explorer of crossray over the crosscoder {plain(crosscoder)} of {plain(base)
 {models}
 
 Whoever sees this Space sees contexts of the texts on which the run was made. With the secret `CROSSRAY_EXPLORE_TOKEN`
-(16 letters or more) it asks for that token. On any machine: `pip install -r requirements.txt`, then `python app.py`.
+(16 letters or more) it asks for that token. On any machine: `pip install -r requirements.txt`, then `python app.py`,
+which listens on 127.0.0.1; with GRADIO_SERVER_NAME set to another interface it prints a token that it asks for.
 """

@@ -73,7 +73,7 @@ def page(process: subprocess.Popen[str], address: str) -> str:
 @pytest.mark.slow
 def test_it_starts_with_its_own_code_and_shows_the_run(folder: Path) -> None:
     pytest.importorskip("gradio", reason="gradio is not installed")
-    shown = page(*started(folder))
+    shown = page(*started(folder, SPACE_ID="new/space"))
     assert "made, crossray" in shown and "organisation/base" in shown and "batch_topk" in shown
     assert "/home/me" not in shown
     code = "import crossray, pipeline; print(pipeline.__path__[0], crossray.__file__)"
@@ -85,7 +85,7 @@ def test_it_starts_with_its_own_code_and_shows_the_run(folder: Path) -> None:
 @pytest.mark.slow
 def test_with_the_secret_it_asks_for_it(folder: Path) -> None:
     pytest.importorskip("gradio", reason="gradio is not installed")
-    shown = page(*started(folder, CROSSRAY_EXPLORE_TOKEN="0123456789abcdef"))
+    shown = page(*started(folder, SPACE_ID="new/space", CROSSRAY_EXPLORE_TOKEN="0123456789abcdef"))
     assert "auth_required" in shown and "organisation/base" not in shown and "0123456789abcdef" not in shown
 
 
@@ -137,14 +137,15 @@ def test_models_of_the_hub_are_loaded_as_the_run_loaded_them_where_that_is_asked
     loaded: dict[str, Any] = {}
     fake = type("crossray", (), {"open": lambda *_: "run", "explore": lambda *_, **own: loaded.update(own) or _Ended})
     fake.ModelSpec, fake.load_pair = crossray.ModelSpec, lambda *models, **own: (models, own)  # type: ignore[attr-defined]
-    lines = program.replace("import crossray\n", "").replace('"0.0.0.0"', '"127.0.0.1"')
-    for asked in ("", "1"):
-        environ = {space.MODELS_VARIABLE: asked}
+    lines = program.replace("import crossray\n", "")
+    for asked, place in (("", {}), ("1", {"SPACE_ID": "new/space"})):
+        environ = {space.MODELS_VARIABLE: asked, **place}
         exec(
             compile(lines.replace("import os\n", ""), "app.py", "exec"),
             {"crossray": fake, "os": type("os", (), {"environ": environ}), "__file__": str(folder / "app.py")},
         )
         assert (loaded["pair"] is None) == (not asked)
+        assert (loaded["host"], loaded["without_token"]) == ("0.0.0.0" if place else "127.0.0.1", bool(place))
     (base, chat), own = loaded["pair"]
     assert base == crossray.ModelSpec("a/b", "main", token_replacements=((1, 2),)) and chat == crossray.ModelSpec("a/c")
     assert own == {"layer": 1, "drop_bos": True, "rows": {"keep": [], "leave_out": []}}
@@ -152,6 +153,7 @@ def test_models_of_the_hub_are_loaded_as_the_run_loaded_them_where_that_is_asked
 
 class _Ended:
     url = ""
+    made_token = None
     wait = staticmethod(lambda: None)
 
 
