@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import crossray
 from pipeline.arguments import FORMS
 from pipeline.cli import main
-from pipeline.exports import forms
+from pipeline.exports import delphi, forms
 from pipeline.exports.forms import export
 from pipeline.exports.markdown import front_matter, plain
 from pipeline.library.rows import Rows
@@ -128,10 +128,15 @@ def test_the_command_writes_the_folder_and_says_where(
 
 
 @pytest.mark.s3
-def test_a_run_on_an_object_store_is_written_from_there(s3_root: str, write_run: Any, tmp_path: Path) -> None:
+def test_a_run_on_an_object_store_is_written_from_there(
+    s3_root: str, write_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_run(f"{s3_root}/exports")
     run = crossray.open(f"{s3_root}/exports", "made")
-    read = crossray.Crosscoder.from_pretrained(export(run, "batch_topk", tmp_path / "cc"))
+    monkeypatch.setattr(delphi, "NUM_TOKENS", 32)
+    for form in FORMS:
+        assert (export(run, "batch_topk", tmp_path / form, form=form) / "README.md").is_file()
+    read = crossray.Crosscoder.from_pretrained(tmp_path / "crossray")
     assert read.W_dec_FMD.equal(run.crosscoder("batch_topk").W_dec_FMD)
 
 

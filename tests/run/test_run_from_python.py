@@ -11,6 +11,7 @@ from jsonschema import Draft202012Validator
 from runs import Finished, contents
 
 import crossray
+from pipeline.arguments import FORMS
 from pipeline.cli import main
 from pipeline.config.resources import StorageSection, TrackingSection
 from pipeline.library.comparison import compare
@@ -152,6 +153,14 @@ def test_a_finished_run_is_logged_later_as_it_was_logged_then(finished: Finished
     silent = finished.config.model_copy(update={"tracking": TrackingSection(kind="none")})
     with pytest.raises(crossray.InputError, match=r"tracking\.kind"):
         runner.track(silent, SilentReporter())
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("form", FORMS)
+def test_a_run_is_written_in_every_form(run: crossray.Run, form: str, tmp_path: Path) -> None:
+    folder = crossray.export(run, "l1", tmp_path / form, form=form)
+    assert ("organism chat" in (folder / "README.md").read_text()) == (form != "saelens")
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 @pytest.mark.ray
