@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from pipeline.errors import CrossrayError as CrossrayError
     from pipeline.errors import InputError as InputError
     from pipeline.explorer.server import explore as explore
+    from pipeline.exports.forms import export as export
+    from pipeline.exports.pushing import push as push
     from pipeline.library import plot as plot
     from pipeline.library.crosscoder import Crosscoder as Crosscoder
     from pipeline.library.dashboard import Dashboard as Dashboard
@@ -46,6 +48,8 @@ SURFACE = {
     "open": "pipeline.library.runs:open_run",
     "run": "pipeline.library.runs",
     "explore": "pipeline.explorer.server",
+    "export": "pipeline.exports.forms",
+    "push": "pipeline.exports.pushing",
     "plot": "pipeline.library.plot:",
     "Crosscoder": "pipeline.library.crosscoder",
     "Dashboard": "pipeline.library.dashboard",

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Tells what fine-tuning changed inside a language model, and proves it."
 SHELLS = ("bash", "zsh", "fish")
-_FILES = ("file", "root", "texts", "dialogues", "output", "token_file")
+FORMS = ("crossray", "saelens", "delphi", "neuronpedia", "space")
+"""Forms of `crossray export`: those of pipeline/exports/forms.py."""
+_FILES = ("file", "root", "texts", "dialogues", "output", "token_file", "folder")
 """Arguments that a shell completes by the names of files and folders."""
 
 
@@ -36,6 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_explore(commands)
     _add_kept(commands)
+    _add_doors(commands)
     _add_jobs(commands)
     command = _add(commands, "schema", "print the JSON schema of run files or benchmark files, for editors")
     command.add_argument("kind", nargs="?", choices=("run", "benchmark", "show"), default="run", help="run by default")
@@ -140,7 +143,7 @@ def _add_kept(commands: "Commands") -> None:
         ("rm", "remove runs by name or age; artifacts that another finished run reads stay"),
     ):
         command = _add(commands, name, text)
-        command.add_argument("--root", default="runs", help="storage root: a folder or URL; runs by default")
+        _add_root(command)
         if name == "show":
             command.add_argument("name", help="name of the run")
             command.add_argument("--json", action="store_true", help="as JSON; `crossray schema show` describes it")
@@ -152,6 +155,29 @@ def _add_kept(commands: "Commands") -> None:
             command.add_argument("names", nargs="*", metavar="name", help="name of a run")
             command.add_argument("--older-than", type=float, metavar="DAYS", help="every run not touched for so long")
             _add_yes(command, "remove without asking")
+
+
+def _add_doors(commands: "Commands") -> None:
+    for name, text in (
+        ("export", "write a crosscoder of a finished run into a new folder, in the form of another tool"),
+        ("push", "upload a crosscoder of a finished run to the hub, with a model card made from the run"),
+    ):
+        command = _add(commands, name, text)
+        command.add_argument("name", help="name of the run")
+        command.add_argument("crosscoder", help="its crosscoder")
+        if name == "export":
+            command.add_argument("folder", help="where to write; new or empty")
+            command.add_argument("--as", dest="form", choices=FORMS, default="crossray", help="crossray by default")
+            text = (
+                "for saelens one model's half, which is not the crosscoder; for neuronpedia the model it is shown under"
+            )
+            command.add_argument("--model", choices=("base", "chat"), help=text)
+        else:
+            command.add_argument("repo", help="repository owner/name; made if missing; needs HF_TOKEN or a login")
+            command.add_argument("--private", action="store_true", help="only for whoever may see the repository")
+            text = "a Space that runs the explorer, in place of the weights"
+            command.add_argument("--space", action="store_true", help=text)
+        _add_root(command)
 
 
 def _add_jobs(commands: "Commands") -> None:
@@ -173,6 +199,10 @@ def _add_pairs(command: argparse.ArgumentParser, option: str, text: str, shape: 
 
 def _add_gpu(command: argparse.ArgumentParser) -> None:
     command.add_argument("--gpu", default="A100", help="GPU to assume for stages that ask for one (A100)")
+
+
+def _add_root(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--root", default="runs", help="storage root: a folder or URL; runs by default")
 
 
 def _add_yes(command: argparse.ArgumentParser, text: str) -> None:

@@ -1,7 +1,8 @@
 """The command line: parsing, printing, exit codes. How to run: `crossray run workloads/demo.yaml`.
 
-The only file that prints. Exit codes: 0 done, 2 the user's input is wrong (one line, no traceback) or `verify`
-found faults (one line each), 130 interrupted, 1 anything else, such as artifacts that `verify` found unfinished.
+Only this file and those of `commands/` print. Exit codes: 0 done, 2 the user's input is wrong (one line, no traceback)
+or `verify` found faults (one line each), 130 interrupted, 1 anything else, such as artifacts that `verify` found
+unfinished.
 """
 
 import argparse
@@ -13,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.arguments import completion, make_parser
+from pipeline.commands import doors, jobs
 from pipeline.errors import MAX_LINE_LETTERS, CrossrayError, InputError, shortened
 
 if TYPE_CHECKING:
-    from pipeline.cluster.jobs import Jobs
     from pipeline.config.run_file import RunConfig
     from pipeline.terminal import Console
 
@@ -285,72 +286,6 @@ def _benchmark(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _submit(parsed: argparse.Namespace) -> int:
-    from pipeline.cluster.jobs import Jobs
-
-    config = _config(parsed)
-    environment = dict(_pair(text) for text in parsed.env)
-    jobs = Jobs(parsed.address)
-    name = jobs.submit(config, name=parsed.name, environment=environment, say=lambda text: print(f"packed   {text}"))
-    print(f"job      {name} on {jobs.address}")
-    print(f"         crossray status {name} | logs {name} --follow | stop {name}", flush=True)
-    return 0 if parsed.detach else _follow(jobs, name)
-
-
-def _follow(jobs: "Jobs", name: str) -> int:
-    """Copy a job's log to the terminal until it ends, then say why it failed if it did; the job's exit code."""
-    try:
-        state = jobs.follow(name, lambda text: print(text, end="", flush=True))
-    except KeyboardInterrupt:
-        print(f"\ncrossray: the job goes on; `crossray logs {name} --follow` shows it again", file=sys.stderr)
-        return 0
-    print(f"job      {name} {state.status}", flush=True)
-    if state.status == "SUCCEEDED":
-        return 0
-    if state.last_line:
-        print(f"crossray: job {name}: {state.last_line}", file=sys.stderr)
-    return state.exit_code or 1
-
-
-def _pair(text: str) -> tuple[str, str]:
-    key, separator, value = text.partition("=")
-    if not separator or not key:
-        raise InputError(f"--env: expected KEY=VALUE, got {text!r}")
-    return key, value
-
-
-def _status(parsed: argparse.Namespace) -> int:
-    from pipeline.cluster.jobs import Jobs
-
-    jobs = Jobs(parsed.address)
-    states = jobs.states(parsed.job)
-    if not states:
-        print(f"no jobs on {jobs.address}")
-    width = max((len(state.name) for state in states), default=0)
-    for state in states:
-        started = f"{state.started:%Y-%m-%d %H:%M:%S}Z" if state.started else "not started"
-        print(f"{state.name:<{width}}  {state.status:<9}  {started}  {state.last_line}".rstrip())
-    return 0
-
-
-def _logs(parsed: argparse.Namespace) -> int:
-    from pipeline.cluster.jobs import Jobs
-
-    jobs = Jobs(parsed.address)
-    if parsed.follow:
-        return _follow(jobs, parsed.job)
-    print(jobs.log(parsed.job), end="")
-    return 0
-
-
-def _stop(parsed: argparse.Namespace) -> int:
-    from pipeline.cluster.jobs import Jobs
-
-    was_running = Jobs(parsed.address).stop(parsed.job)
-    print(f"{parsed.job}: {'asked to end' if was_running else 'had ended already'}; run it again to continue")
-    return 0
-
-
 def _verify(parsed: argparse.Namespace) -> int:
     from pipeline.run.flow import build_flow
     from pipeline.run.runner import with_measured_layer
@@ -386,11 +321,13 @@ _COMMANDS = {
     "show": _show,
     "explore": _explore,
     "compare": _compare,
+    "export": doors.export,
+    "push": doors.push,
     "rm": _rm,
-    "submit": _submit,
-    "status": _status,
-    "logs": _logs,
-    "stop": _stop,
+    "submit": jobs.submit,
+    "status": jobs.status,
+    "logs": jobs.logs,
+    "stop": jobs.stop,
     "schema": _schema,
     "completion": _completion,
 }

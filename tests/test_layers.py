@@ -28,6 +28,10 @@ MAY_IMPORT = {
     "storage": {*_PLAIN, "numerics"},
     "report": {*_PLAIN, "analyses", "numerics", "terminal"},
     "explorer": {*_PLAIN, "library", "analyses", "report", "models", "text", "storage", "numerics"},
+    "exports": {
+        *(*_PLAIN, "library", "explorer", "report", "analyses"),
+        *("checkpoints", "storage", "numerics", "cluster"),
+    },
     "organisms": {"models"},
     "cluster": {*_PLAIN, "config"},
     "stages": {
@@ -76,8 +80,9 @@ def imports_of(path: Path) -> frozenset[str]:
         ("ray,mlflow,pydantic", "pipeline.models,pipeline.text,pipeline.extraction"),
         ("ray,mlflow,pydantic", "pipeline.analyses"),
         ("ray,mlflow,torch,transformers,pandas,fsspec", "pipeline.config,pipeline.schema"),
-        ("ray,mlflow,torch,transformers", "pipeline.cli"),
+        ("ray,mlflow,torch,transformers", "pipeline.cli,pipeline.commands"),
         ("ray,mlflow", "pipeline.library"),
+        ("ray,mlflow,gradio", "pipeline.exports"),
     ],
 )
 def test_a_layer_imports_where_the_packages_above_it_are_missing(blocked: str, modules: str) -> None:
@@ -146,7 +151,7 @@ def test_a_file_says_what_it_is_and_stays_readable(path: Path) -> None:
         if isinstance(node, ast.FunctionDef):
             assert (node.end_lineno or 0) - node.lineno < 55, node.name
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
-            assert path.name == "cli.py"
+            assert path.name == "cli.py" or path.parent.name == "commands"
     if path.name == "__init__.py":
         assert len(tree.body) == 1, "an __init__ holds its docstring alone"
 
@@ -154,7 +159,7 @@ def test_a_file_says_what_it_is_and_stays_readable(path: Path) -> None:
 def test_only_the_flow_and_the_rim_see_the_whole_configuration() -> None:
     seeing = {path for path in FILES if "pipeline.config.run_file" in imports_of(path)}
     rooms = {path.relative_to(PACKAGE).parts[0] for path in seeing}
-    assert rooms <= {"cli.py", "run", "planning", "planted", "tracking", "cluster", "library"}
+    assert rooms <= {"cli.py", "commands", "run", "planning", "planted", "tracking", "cluster", "library"}
     assert {path.name for path in seeing if path.parent.name in ("tracking", "cluster")} == {"run_log.py", "jobs.py"}
 
 

@@ -1,4 +1,4 @@
-"""Writes a crosscoder so that others can read it: the published layout, in a folder or on the hub.
+"""Writes a crosscoder so that others can read it: the published layout, in a folder.
 
 crossray keeps its own crosscoders in this form too. `model.safetensors` holds the tensors with the published names and
 axes, `config.json` only the fields that the published code's constructors take (they refuse others); the rest goes into
@@ -28,7 +28,7 @@ from pipeline.checkpoints.layouts import (
     finite_weights,
 )
 from pipeline.checkpoints.published import TRAINER_NAME
-from pipeline.errors import InputError, first_line
+from pipeline.errors import InputError
 from pipeline.numerics.settings import CODE_WEIGHTS
 from pipeline.schema import TABLE_METADATA
 
@@ -133,35 +133,6 @@ def sort_header(path: Path) -> None:
         file.write(header)
 
 
-def push_published(repo_id: str, folder: str | Path, *, private: bool = False, revision: str | None = None) -> str:
-    """Uploads a folder that write_published wrote to the hub; returns the commit's address.
-
-    The repository is made if missing. Needs a token with write access (`hf auth login`, or HF_TOKEN).
-    """
-    import huggingface_hub  # only here: everything else works without it
-    from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
-
-    api = huggingface_hub.HfApi()
-    try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        names = ["model.safetensors", "config.json", TRAINER_NAME, "README.md"]
-        info = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=str(folder),
-            allow_patterns=names,
-            revision=revision,
-            commit_message="crosscoder",
-        )
-    except (OSError, HTTPError, HFValidationError, LocalTokenNotFoundError) as error:
-        raise InputError(
-            f"expected to write to the hub repository {repo_id}, came {type(error).__name__}: "
-            f"{first_line(error)}: check the name, the network, and that HF_TOKEN may write there"
-        ) from error
-    return str(info.commit_url)
-
-
 def _standard_deviations(norm: ActivationNorm) -> Tensor:
     """[M, D] with the scale they imply; equal in every dimension where only the scale is known."""
     if norm.std_MD is not None:
@@ -172,13 +143,26 @@ def _standard_deviations(norm: ActivationNorm) -> Tensor:
 
 
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes under a temporary name in the same folder, then renames: readers see the old file or the new one."""
+    """Writes under a temporary name in the same folder, then renames: readers see the old file or the new one.
+
+    Whoever may read the folder may read the file; safetensors alone would keep it to its owner.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         write(temporary)
+        temporary.chmod(path.parent.stat().st_mode & 0o666)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """A text file, written as replace_file does."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    replace_file(path, write)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

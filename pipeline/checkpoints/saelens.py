@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pipeline.checkpoints.export import replace_file, sort_header
+from pipeline.checkpoints.export import replace_file, replace_text, sort_header
 from pipeline.errors import InputError
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ def write_saelens(
         },
     }
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / SETTINGS_NAME, lambda path: _write(path, json.dumps(settings, indent=2) + "\n"))
-    replace_file(folder / "README.md", lambda path: _write(path, _readme(crosscoder, model, N)))
+    replace_text(folder / SETTINGS_NAME, json.dumps(settings, indent=2) + "\n")
+    replace_text(folder / "README.md", _readme(crosscoder, model, N))
 
     def write_weights(path: Path) -> None:
         save_file(tensors, str(path), metadata={"format": "pt"})
@@ -149,7 +149,3 @@ def _readme(crosscoder: "Crosscoder", model: str | None, width: int) -> str:
             "BatchTopK selects by one threshold on weighted codes; here it is a JumpReLU with one per latent.",
         ]
     return "\n".join(lines) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -46,13 +46,13 @@ def check_environment(environment: Mapping[str, str]) -> None:
             )
 
 
-def pack_code(folder: Path) -> Packed:
-    """Copy this package's code into a job's folder."""
-    spec = find_spec(_PACKAGE)
-    assert spec is not None, _PACKAGE
+def pack_code(folder: Path, package: str = _PACKAGE) -> Packed:
+    """Copy this package's code, or that of another one, into a job's folder."""
+    spec = find_spec(package)
+    assert spec is not None, package
     source = Path(next(iter(spec.submodule_search_locations or ())))
     files = [file for file in _files(source, "the package") if file.suffix in _CODE_SUFFIXES]
-    return _copy(source, files, folder / _PACKAGE)
+    return _copy(source, files, folder / package)
 
 
 class NamedFiles:

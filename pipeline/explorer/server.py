@@ -53,6 +53,7 @@ def explore(
     host: str = LOOPBACK,
     port: int | None = None,
     token: str | None = None,
+    without_token: bool = False,
 ) -> Explorer:
     """Starts a web application over a finished run and returns; `wait()` stays until it ends.
 
@@ -63,6 +64,8 @@ def explore(
         host: interface to listen on; other machines reach one that is not loopback, with a token.
         port: the first free one from 7860 by default.
         token: of at least 16 letters; CROSSRAY_EXPLORE_TOKEN by default, else one is made where it is needed.
+        without_token: makes none, so that whoever reaches the interface is let in where none was given; for a place
+            that decides itself who reaches it, such as a Space of the hub.
 
     Raises InputError where the run is not finished, Gradio is missing, or the port is taken.
     """
@@ -72,7 +75,7 @@ def explore(
     from pipeline.models.placement import device_here
 
     given = token or os.environ.get(TOKEN_VARIABLE) or None
-    wanted = checked_token(given, host)
+    wanted = None if without_token and given is None else checked_token(given, host)
     if isinstance(run, Run):
         device = "cpu" if pair is None else str(pair.device)
         explored = Explored(run, None if pair is None else lambda: pair, device=device)

@@ -92,7 +92,8 @@ class Run:
         """When its report was written, ISO 8601."""
         self.labels: tuple[str, str] = (str(report.counts.get("base", "")), str(report.counts.get("chat", "")))
         """The base and the chat model, as the report names them; empty in reports of version 0.1."""
-        self._folder = f"{report.stage}/{report.fingerprint}"
+        self.folder = f"{report.stage}/{report.fingerprint}"
+        """Of its report, below the storage root."""
         self._inputs: dict[str, str] = report.identity["inputs"]
 
     def __repr__(self) -> str:
@@ -106,11 +107,11 @@ class Run:
 
     def verdict(self) -> str:
         """The verdict table as text."""
-        return self.storage.read_bytes(f"{self._folder}/verdict.txt").decode()
+        return self.storage.read_bytes(f"{self.folder}/verdict.txt").decode()
 
     def report(self) -> str:
         """Path or URL of the page."""
-        return self.storage.url(f"{self._folder}/report.html")
+        return self.storage.url(f"{self.folder}/report.html")
 
     def crosscoder(self, name: str, *, device: str | torch.device = "cpu") -> Crosscoder:
         """A crosscoder of the run, with its training curve."""
@@ -231,12 +232,13 @@ class Run:
         """Whether the run has an artifact of this stage, for one crosscoder where it has one."""
         return f"{stage} {name}".rstrip() in self._inputs
 
+    def artifacts(self) -> dict[str, str]:
+        """Folder of each step's artifact below the storage root, by stage and crosscoder."""
+        return {role: f"{role.partition(' ')[0]}/{own}" for role, own in self._inputs.items()}
+
     def settings(self) -> dict[str, Mapping[str, Any]]:
         """What was asked of each step, by stage and crosscoder: the sections that its fingerprint covers."""
-        return {
-            role: self._record(f"{role.partition(' ')[0]}/{own}").identity["section"]
-            for role, own in self._inputs.items()
-        }
+        return {role: self._record(folder).identity["section"] for role, folder in self.artifacts().items()}
 
     def summary(self, *, num_latents: int = 10) -> Summary:
         """Verdict, strongest latents, examples, causality and steering as plain values; `.model_dump()` is a dict.
@@ -254,10 +256,11 @@ class Run:
             chat=self.labels[1],
             layer=self.origin.layer,
             is_distinguishable=self.is_distinguishable,
-            crosscoders=tuple(self._summary_of(name, num_latents) for name in self.crosscoders),
+            crosscoders=tuple(self.crosscoder_summary(name, num_latents=num_latents) for name in self.crosscoders),
         )
 
-    def _summary_of(self, name: str, num_latents: int) -> CrosscoderSummary:
+    def crosscoder_summary(self, name: str, *, num_latents: int = 10) -> CrosscoderSummary:
+        """The part of `summary()` that is about one crosscoder."""
         stages = ("examples", "causality", "steering")
         tables = {stage: self._optional(stage, name) for stage in stages}
         return crosscoder_summary(name, self.latents(name), **tables, num_latents=num_latents)

@@ -153,7 +153,7 @@ def latents_text(summary: Summary) -> str:
             one.verdict + " (confident)" * one.is_confident,
             *(fmt.decimal(one.numbers[name], 2).replace(fmt.DASH, "-") for name in ("delta_norm", "nu_eps", "nu_r")),
             fmt.percent(one.numbers["frequency"]).replace(fmt.DASH, "-"),
-            repr(_strongest_token(one))[1:-1],
+            repr(strongest_token(one))[1:-1],
         ]
         for own in summary.crosscoders
         for one in own.latents
@@ -162,7 +162,8 @@ def latents_text(summary: Summary) -> str:
     return text_table(header, rows) + "\n" if rows else ""
 
 
-def _strongest_token(latent: Latent) -> str:
+def strongest_token(latent: Latent) -> str:
+    """The token on which a latent fires most; empty where no context is kept."""
     if not latent.examples:
         return ""
     first = latent.examples[0]

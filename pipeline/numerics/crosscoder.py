@@ -350,7 +350,7 @@ class Crosscoder(nn.Module):
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
         """Uploads what `save_pretrained` writes to the hub; returns the commit's address."""
-        from pipeline.checkpoints.export import push_published
+        from pipeline.checkpoints.hub import push_published
 
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)

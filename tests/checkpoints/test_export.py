@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.checkpoints import export
-from pipeline.checkpoints.export import push_published, write_published
+from pipeline.checkpoints.export import write_published
+from pipeline.checkpoints.hub import push_published
 from pipeline.checkpoints.published import read_published
 from pipeline.errors import InputError
 

@@ -11,6 +11,7 @@ from jsonschema import Draft202012Validator
 from runs import Finished, contents
 
 import crossray
+from pipeline.arguments import FORMS
 from pipeline.cli import main
 from pipeline.config.resources import StorageSection, TrackingSection
 from pipeline.library.comparison import compare
@@ -174,6 +175,14 @@ def test_a_finished_run_is_logged_later_on_a_real_server(finished: Finished, mlf
         assert name in told and names[f"crosscoder {name}"].outputs.model_outputs
         curve = client.get_metric_history(names[f"crosscoder {name}"].info.run_id, "train/loss")
         assert len(curve) > 1 and curve[-1].value < curve[0].value
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("form", FORMS)
+def test_a_run_is_written_in_every_form(run: crossray.Run, form: str, tmp_path: Path) -> None:
+    folder = crossray.export(run, "l1", tmp_path / form, form=form)
+    assert ("organism chat" in (folder / "README.md").read_text()) == (form != "saelens")
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 @pytest.mark.ray

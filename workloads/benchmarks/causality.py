@@ -99,7 +99,8 @@ def make_pair(case: Case) -> ModelPair:
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.02 * seed)
         decoders.append(SplitDecoder(model.requires_grad_(False), case.layer))
-    return ModelPair(*decoders, None)
+    base, chat = decoders
+    return ModelPair(base, chat, None)
 
 
 def make_dialogues(case: Case) -> dict[str, list[Any]]:
@@ -163,7 +164,13 @@ def read(case: Case) -> Reading:
         whole.append(_seconds(measured))
     with _timed(parts, pair, analysis):
         measured()
-    return Reading(*(statistics.median(values) for values in (halves, logits, whole)), dict(parts), num_edits)
+    return Reading(
+        halves=statistics.median(halves),
+        logits=statistics.median(logits),
+        analysis=statistics.median(whole),
+        parts=dict(parts),
+        num_edits=num_edits,
+    )
 
 
 def _halves(case: Case, pair: ModelPair, dialogues: dict[str, list[Any]], num_edits: int) -> None:
@@ -200,7 +207,11 @@ class _timed:  # noqa: N801 (used as a function)
     def __init__(self, parts: dict[str, float], pair: ModelPair, analysis: Causality) -> None:
         editor = analysis._editor
         self.parts = parts
-        self.places = [(pair, "activations", "lower"), (pair, "upper", "upper"), (pair, "head", "head")]
+        self.places: list[tuple[Any, str, str]] = [
+            (pair, "activations", "lower"),
+            (pair, "upper", "upper"),
+            (pair, "head", "head"),
+        ]
         self.places += [(editor, "edited_stream", "edit"), (editor.crosscoder, "encode", "encode")]
 
     def __enter__(self) -> None:
@@ -208,7 +219,7 @@ class _timed:  # noqa: N801 (used as a function)
             object.__setattr__(owner, name, self._timed_call(getattr(owner, name), part))
 
     def __exit__(self, *_: object) -> None:
-        for owner, name, _ in self.places:
+        for owner, name, _part in self.places:
             object.__delattr__(owner, name)
 
     def _timed_call(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:

@@ -60,7 +60,7 @@ def fve_of(store: ActivationStore, x_BMD: Tensor, settings: argparse.Namespace, 
         trainer.step(batch_BMD)
     crosscoder = trainer.crosscoder()
     with torch.no_grad():
-        residual = [part_BMD - crosscoder(part_BMD) for part_BMD in x_BMD.split(4096)]
+        residual = [part_BMD - crosscoder(part_BMD) for part_BMD in torch.split(x_BMD, 4096)]
     return variance_explained(moments_of(x_BMD), moments_of(torch.cat(residual)))
 
 

@@ -16,7 +16,6 @@ import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +32,7 @@ from pipeline.analyses.planted_columns import Scoring
 from pipeline.analyses.rows import Sums, analyse, encoded_batches
 from pipeline.analyses.steering import SteeringOptions, SteeringRequest, steer
 from pipeline.analyses.steering_inputs import Direction, directions_of, random_controls
-from pipeline.checkpoints.export import replace_file
+from pipeline.checkpoints.export import replace_text
 from pipeline.config.analyses import LatentScalingSection
 from pipeline.config.data import OrganismModel
 from pipeline.config.run_file import load
@@ -54,7 +53,7 @@ NUM_DOCUMENTS = 2000
 """Of each corpus, as the run files of the zoo say."""
 VALIDATION_FRAC = 0.2
 NUM_LATENTS, BATCH_ROWS, K = 512, 1024, 16
-COMMON = {"num_latents": NUM_LATENTS, "batch_rows": BATCH_ROWS, "lr": 2e-3, "lr_decay_frac": 0.3}
+COMMON: dict[str, Any] = {"num_latents": NUM_LATENTS, "batch_rows": BATCH_ROWS, "lr": 2e-3, "lr_decay_frac": 0.3}
 TOPK = {"sparsity": {"kind": "batch_topk", "k": K, "dead_after_rows": 100_000, "threshold_decay": 0.98}}
 NO_DICTIONARY = "no dictionary"
 DICTIONARIES: dict[str, dict[str, Any]] = {
@@ -119,7 +118,7 @@ def run_missing(name: str, seed: int, folder: Path, *, num_steps: int) -> None:
         about = {"organism": name, "seed": seed, "num_steps": num_steps}
         text = json.dumps([about | row for row in rows], indent=1)
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, partial(Path.write_text, data=text))
+        replace_text(path, text)
         print(path, flush=True)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoints.export import replace_file
+from pipeline.checkpoints.export import replace_text
 from pipeline.planted.score import mean_interval
 
 START, END = "<!-- methods -->", "<!-- /methods -->"
@@ -25,7 +25,7 @@ def write_page(folder: Path, page: Path) -> None:
     before, _, rest = page.read_text().partition(START)
     _, _, after = rest.partition(END)
     text = f"{before}{START}\n\n{tables(rows)}\n\n{END}{after}"
-    replace_file(page, lambda place: Path(place).write_text(text))
+    replace_text(page, text)
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> str:

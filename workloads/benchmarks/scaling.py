@@ -148,8 +148,8 @@ def print_reading(case: Case, reading: Reading) -> None:
     print(f"\n{size} groups={case.groups} resamples={case.resamples} threads={case.threads}")
     for name, value in reading.seconds.items():
         print(f"  {name:10s} {value:8.3f} s  {case.rows / value:12.0f} rows/s  cpu {reading.cpu_seconds[name]:8.3f} s")
-    for unit, value in (("wall clock", reading.seconds), ("processor time", reading.cpu_seconds)):
-        ratio = (value["sums"] + value["intervals"]) / value["encode"]
+    for unit, taken in (("wall clock", reading.seconds), ("processor time", reading.cpu_seconds)):
+        ratio = (taken["sums"] + taken["intervals"]) / taken["encode"]
         print(f"  Latent Scaling / encoding {ratio:.2f} by {unit}, all ratios with intervals included")
     print(f"  peak memory above the start {reading.peak_bytes / MIB:.0f} MiB")
 

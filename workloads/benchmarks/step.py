@@ -19,7 +19,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class Case(NamedTuple):
     """One size on one device."""
 
     device: str
-    precision: str
+    precision: Literal["float32", "tf32", "bfloat16"]
     kind: str
     models: int
     dim: int

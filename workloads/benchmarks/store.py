@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,14 +135,14 @@ def measure(case: Case, folder: Path) -> None:
         clock.time("raw write", lambda: write_raw(raw, shards))
         clock.time("describe", lambda: describe(shards))
         for kind in case.compression:
-            clock.time(f"write {kind}", lambda kind=kind: write_store(storage, kind, shards, kind))
+            clock.time(f"write {kind}", partial(write_store, storage, kind, shards, kind))
         clock.time("raw read", lambda: read_raw(raw, case))
         for kind in case.compression:
             store = ActivationStore(storage, kind)
-            clock.time(f"first epoch {kind}", lambda store=store: read_store(store, case, 0))
-            clock.time(f"epoch {kind}", lambda store=store: read_store(store, case, 1))
+            clock.time(f"first epoch {kind}", partial(read_store, store, case, 0))
+            clock.time(f"epoch {kind}", partial(read_store, store, case, 1))
             if kind == NONE:
-                clock.time("epoch none, 2 ranks in turn", lambda store=store: read_store(store, case, 2, num_ranks=2))
+                clock.time("epoch none, 2 ranks in turn", partial(read_store, store, case, 2, num_ranks=2))
     print(f"write, {case.gigabytes:.2f} GB, medians of {case.rounds} rounds")
     clock.print_against("raw write", [*(f"write {kind}" for kind in case.compression), "describe"], case.gigabytes)
     print("shuffled read into float32 batches")

@@ -95,7 +95,7 @@ def prepare(folder: Path, case: Case, parts: Sequence[str]) -> dict[str, Path]:
         build_inputs(folder / "extraction", width=case.extraction_width, layers=case.layers, copies=case.copies)
         for workers in (1, 2):
             name = f"extraction-{workers}"
-            settings = {
+            settings: dict[str, Any] = {
                 "tokens": {"num_tokens": case.shards * case.shard_tokens},
                 "activations": {"layer": case.layers - 2, "rows_per_shard": case.shard_tokens},
                 "resources": {**resources, "extraction": {"workers": workers, "cpus": 1}},
@@ -188,13 +188,13 @@ def run(
 
 def middle(readings: Sequence[dict[str, Any]], name: str) -> float:
     """Median of one number."""
-    return median(float(reading[name]) for reading in readings)
+    return median([float(reading[name]) for reading in readings])
 
 
 def ratio(readings: dict[str, list[dict[str, Any]]], name: str, to: str) -> float:
     """Median over the rounds of one contender's rate divided by another's in the same round."""
     pairs = zip(readings[name], readings[to], strict=True)
-    return median(own["rate"] / other["rate"] for own, other in pairs)
+    return median([float(own["rate"] / other["rate"]) for own, other in pairs])
 
 
 def table(part: str, readings: dict[str, list[dict[str, Any]]]) -> str:

@@ -101,7 +101,7 @@ def run_extraction(path: Path) -> dict[str, Any]:
         built = min(shard["built"] for shard in shards)
         return {**own_rates(shards), "pool": built - called, "first_shard": first_shards - called, "items": tokens}
 
-    activations.ExtractShard = TimedShard  # type: ignore[misc]
+    activations.ExtractShard = TimedShard  # type: ignore[misc, assignment]
     return run_stage(path, ActivationsInputs.NAME, after)
 
 
