@@ -178,7 +178,8 @@ class SteeringSection(Section):
     latents: tuple[NonNegativeInt, ...] = ()
     """Latents to steer with, for every behaviour. Empty uses num_latents."""
     num_latents: NonNegativeInt = 0
-    """Steer with this many of the most chat-specific latents. 0 takes the best latent of each planted behaviour."""
+    """Steer with this many of the most chat-specific latents. 0 takes the best latent of each planted behaviour: a
+    chat-specific one, or the best of any verdict where none is."""
     models: tuple[Literal["chat", "base"], ...] = Field(("chat", "base"), min_length=1)
     """Models that answer. A steered base model shows what the direction does without the fine-tuned weights."""
     positions: tuple[Literal["all", "prompt", "generated"], ...] = Field(("all",), min_length=1)

@@ -126,7 +126,7 @@ def _planted_table(data: ReportData) -> list[list[str]]:
                 score_text(row.specific),
                 fmt.decimal(row.deciding.auroc, 2),
                 fmt.decimal(row.token.auroc, 2),
-                effect_text(effects.get(row.behavior)),
+                effect_text(effects.get(row.behavior), known=row.specific.latent),
             ]
             for row in planted_rows(crosscoder.planted)
         )
@@ -138,14 +138,14 @@ def score_text(score: PlantedScore) -> str:
     return f"{fmt.decimal(score.auroc, 2)} {fmt.interval(score.low, score.high, 2)}".strip()
 
 
-def effect_text(effect: SteeringEffect | None) -> str:
-    """Rate before and after steering and the random control, or a dash."""
+def effect_text(effect: SteeringEffect | None, *, known: int) -> str:
+    """Rate before and after steering and the random control, or a dash; whose it is, unless the `known` latent's."""
     if effect is None:
         return fmt.DASH
     text = f"{fmt.percent(effect.unsteered_rate, 0)} -> {fmt.percent(effect.rate, 0)}"
     if effect.num_random:
         text += f" (random {fmt.percent(effect.random_mean, 0)})"
-    return text
+    return text if effect.latent == known else f"{text} by {effect.latent}"
 
 
 def _ascii(cells: list[str]) -> list[str]:

@@ -265,7 +265,7 @@ class SteeringInputs(AnalysisInputs):
     """Answers under steering."""
 
     NAME = "steering"
-    VERSION = 4
+    VERSION = 5
     READS = (*_ANALYSIS_READS, "tokens", "organism", "planted")
     section: SteeringSection
     planted: Step[PlantedInputs] | None

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from pipeline.analyses.latent_sets import most_specific_latents
-from pipeline.analyses.planted import CHAT_SPECIFIC_LATENT
+from pipeline.analyses.planted import ANY_LATENT, CHAT_SPECIFIC_LATENT
 from pipeline.analyses.steering import SteeringOptions, SteeringRequest, steer
 from pipeline.analyses.steering_columns import STEERING_COLUMNS, STEERING_SAMPLE_COLUMNS
 from pipeline.analyses.steering_inputs import (
@@ -137,12 +137,20 @@ def _chosen(
             f"{source}: expected the planted behaviours {sorted(set(planted['behavior']))}, since each is steered with "
             f"its own best latent, got {unknown[0]!r}; set analyses.steering.latents or num_latents for other prompts"
         )
-    best = planted[(planted["candidate"] == CHAT_SPECIFIC_LATENT) & (planted["latent"] >= 0)]
-    best = best.sort_values("auroc", ascending=False, kind="stable").drop_duplicates("behavior")  # of all scorings
-    return {
-        prompts.behavior: tuple(int(latent) for latent in best.loc[best["behavior"] == prompts.behavior, "latent"])
-        for prompts in behaviors
-    }
+    best = best_latents(planted, read_latents(storage, inputs.latents))
+    return {prompts.behavior: best.get(prompts.behavior, ()) for prompts in behaviors}
+
+
+def best_latents(planted: pd.DataFrame, latents: pd.DataFrame) -> dict[str, tuple[int, ...]]:
+    """Behaviour -> its best chat-specific latent by any scoring; where none is, the best live one of any verdict."""
+    live = latents.loc[latents["max_activation"] > 0, "latent"]
+    found: dict[str, tuple[int, ...]] = {}
+    for candidate in (CHAT_SPECIFIC_LATENT, ANY_LATENT):
+        rows = planted[(planted["candidate"] == candidate) & planted["latent"].isin(list(live))]
+        best = rows.sort_values("auroc", ascending=False, kind="stable").drop_duplicates("behavior")
+        for behavior, latent in zip(best["behavior"], best["latent"], strict=True):
+            found.setdefault(str(behavior), (int(latent),))
+    return found
 
 
 def check_latents(chosen: Sequence[int], latents: pd.DataFrame) -> None:

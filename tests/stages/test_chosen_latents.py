@@ -8,7 +8,7 @@ from pipeline.config.analyses import CausalitySection, ExamplesSection
 from pipeline.errors import InputError
 from pipeline.schema import Verdict
 from pipeline.stages.examples import check_example_latents
-from pipeline.stages.steering import check_latents
+from pipeline.stages.steering import best_latents, check_latents
 
 LATENTS = pd.DataFrame({"latent": [0, 1, 2], "max_activation": [1.5, 0.0, float("nan")]})
 
@@ -20,6 +20,23 @@ def test_steering_refuses_latents_that_do_not_exist_or_never_fire() -> None:
     for silent in (1, 2):
         with pytest.raises(InputError, match=f"latent {silent} never does"):
             check_latents((silent,), LATENTS)
+
+
+def test_a_behaviour_that_no_chat_specific_latent_finds_is_steered_by_the_best_live_one() -> None:
+    rows = [
+        ("a", "chat-specific latent", 3, 0.7),
+        ("a", "chat-specific latent", 4, 0.8),
+        ("a", "any latent", 5, 0.99),
+        ("b", "chat-specific latent", -1, float("nan")),
+        ("b", "any latent", 6, 0.9),
+        ("b", "any latent", 7, 0.95),
+        ("b", "linear probe", -1, 1.0),
+        ("c", "chat-specific latent", -1, float("nan")),
+        ("c", "any latent", 7, 0.5),
+    ]
+    planted = pd.DataFrame(rows, columns=["behavior", "candidate", "latent", "auroc"])
+    latents = pd.DataFrame({"latent": range(8), "max_activation": [1.0] * 7 + [0.0]})
+    assert best_latents(planted, latents) == {"a": (4,), "b": (6,)}
 
 
 def test_examples_refuse_latents_that_do_not_exist() -> None:
