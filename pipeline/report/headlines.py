@@ -212,15 +212,17 @@ def _steering_sentences(crosscoder: CrosscoderReport) -> list[str]:
     effects = steering_effects(crosscoder.steering)
     if not effects:
         return []
-    best = max(effects, key=lambda effect: effect.rate)
-    above = sum(effect.num_random > 0 and effect.rate > effect.random_max for effect in effects)
+    best = max(effects, key=lambda effect: effect.rate - effect.unsteered_rate)
+    above = sum(
+        effect.num_random > 0 and effect.rate > max(effect.random_max, effect.unsteered_rate) for effect in effects
+    )
     control = f" (random latents: {fmt.percent(best.random_mean, 0)})" if best.num_random else ""
     sentence = (
         f'Adding latent {best.latent} to the chat model takes "{fmt.words(best.behavior)}" from '
         f"{fmt.percent(best.unsteered_rate, 0)} to {fmt.percent(best.rate, 0)} of neutral prompts{control}"
     )
     if any(effect.num_random for effect in effects):
-        return [f"{sentence}; {above} of {fmt.plural(len(effects), 'behaviour')} end above every random latent."]
+        return [f"{sentence}; {above} of {fmt.plural(len(effects), 'behaviour')} rise above every random latent."]
     return [f"{sentence}."]
 
 
