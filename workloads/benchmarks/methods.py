@@ -32,7 +32,7 @@ from pipeline.analyses.planted import CHAT_SPECIFIC_LATENT, MEAN_DIFFERENCE, Pla
 from pipeline.analyses.planted_columns import Scoring
 from pipeline.analyses.rows import Sums, analyse, encoded_batches
 from pipeline.analyses.steering import SteeringOptions, SteeringRequest, steer
-from pipeline.analyses.steering_inputs import BehaviorPrompts, Direction, directions_of, parse_prompts, random_controls
+from pipeline.analyses.steering_inputs import Direction, directions_of, random_controls
 from pipeline.checkpoints.export import replace_file
 from pipeline.config.analyses import LatentScalingSection
 from pipeline.config.data import OrganismModel
@@ -45,6 +45,7 @@ from pipeline.organisms.build import build, spec_of
 from pipeline.planted.pair import MIN_AUROC, label_score
 from pipeline.planted.trial import called
 from pipeline.schema import BASE, CHAT
+from pipeline.text.prompts import BehaviorPrompts, parse_prompts
 from pipeline.text.tokenise import Tokenise
 from workloads.benchmarks.methods_table import write_page
 
