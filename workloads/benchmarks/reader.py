@@ -5,9 +5,9 @@ sentence each; on other prompts it says which of the chat model's answers are as
 every held-out answer a score of 0 or 1, and is a finding like any other. What an answer shows in truth is decided by
 the organism's markers, never by the language model.
 
-Answers are sent as data: as JSON between marked lines, with the word not to follow them (autointerp_prompts.py). An
-answer of the language model that is not the JSON asked for is asked for once more; then it proposes nothing, or finds
-the sentence in no passage.
+Answers are sent as data: as JSON between marked lines, with the word not to follow them, as in
+pipeline/analyses/autointerp_prompts.py. An answer of the language model that is not the JSON asked for is asked for
+once more; then it proposes nothing, or finds the sentence in no passage.
 """
 
 import json
