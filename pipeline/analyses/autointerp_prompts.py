@@ -55,13 +55,13 @@ def explain_messages(case: InterpTask) -> list[Message]:
     passages = [_marked_text(context) for context in case.explaining]
     strongest = max(max(context.activations) for context in case.explaining)
     notes = [_active_tokens(context, strongest) for context in case.explaining]
-    return _chat(_EXPLAIN, _passages(passages, notes))
+    return chat(_EXPLAIN, passages_text(passages, notes))
 
 
 def detect_messages(explanation: str, contexts: Sequence[TokenWindow]) -> list[Message]:
     """The request to say in which contexts a unit with this explanation is active."""
     passages = ["".join(context.tokens) for context in contexts]
-    return _chat(_DETECT, f"Explanation: {json.dumps(explanation)}\n\n{_passages(passages)}")
+    return chat(_DETECT, f"Explanation: {json.dumps(explanation)}\n\n{passages_text(passages)}")
 
 
 def again_messages(messages: Sequence[Message], answer: str) -> list[Message]:
@@ -71,11 +71,13 @@ def again_messages(messages: Sequence[Message], answer: str) -> list[Message]:
     return [*messages, {"role": "assistant", "content": answer}, {"role": "user", "content": _AGAIN}]
 
 
-def _chat(system: str, user: str) -> list[Message]:
+def chat(system: str, user: str) -> list[Message]:
+    """A request of two messages."""
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
-def _passages(passages: Sequence[str], notes: Sequence[str] = ()) -> str:
+def passages_text(passages: Sequence[str], notes: Sequence[str] = ()) -> str:
+    """Numbered passages between lines with a mark that none of them contains; notes[i] stands below passage i."""
     mark = unused_mark(passages)
     parts = []
     for index, passage in enumerate(passages):
@@ -119,15 +121,15 @@ def _active_tokens(context: TokenWindow, strongest: float) -> str:
 
 def parse_explanation(answer: str) -> str | None:
     """The explanation on one line, cut at MAX_EXPLANATION_LETTERS; None where the answer has none."""
-    value = _json_with(answer, "explanation")
+    value = json_with(answer, "explanation")
     if not isinstance(value, str) or not value.strip():
         return None
     return " ".join(value.split())[:MAX_EXPLANATION_LETTERS]
 
 
-def parse_detection(answer: str, number: int) -> tuple[bool, ...] | None:
+def parse_detection(answer: str, number: int, *, key: str = "active") -> tuple[bool, ...] | None:
     """For each of `number` passages whether the answer names it; None where it is no list of such numbers."""
-    value = _json_with(answer, "active")
+    value = json_with(answer, key)
     if not isinstance(value, list):
         return None
     if any(isinstance(one, bool) or not isinstance(one, int) or not 1 <= one <= number for one in value):
@@ -135,7 +137,7 @@ def parse_detection(answer: str, number: int) -> tuple[bool, ...] | None:
     return tuple(place in value for place in range(1, number + 1))
 
 
-def _json_with(answer: str, key: str) -> Any:
+def json_with(answer: str, key: str) -> Any:
     """The value of `key` in the first JSON object of the answer that has it; some models put prose around JSON."""
     decoder = json.JSONDecoder()
     place, tries = answer.find("{"), 0

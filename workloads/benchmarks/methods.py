@@ -1,11 +1,13 @@
 """Methods of model diffing on the organisms of workloads/zoo/: the same questions, the same rows, the cost beside them.
 
     python -m workloads.benchmarks.methods FOLDER [--organisms full lora ...] [--seeds 0 1 2] [--steps 500]
+    python -m workloads.benchmarks.methods FOLDER --endpoint URL --model NAME [--key-variable OPENAI_API_KEY]
     python -m workloads.benchmarks.methods FOLDER --table docs/methods.md
 
 The organism of each run file is built once per seed and read at its layer; every dictionary is fitted on the same
 training rows (`crossray.fit`, no Ray), and all methods are asked about the same held-out dialogues. What is finished is
-kept in FOLDER, so a stopped benchmark goes on. methods_table.py makes the table.
+kept in FOLDER, so a stopped benchmark goes on. methods_table.py makes the table. With an endpoint a language model
+reads both models' answers too (reader.py); without one nothing is asked.
 
 A method gives findings: called latents, or one score per token. A finding is right if its maximum over an answer ranks
 the answers that show one behaviour above all others with an AUROC of at least 0.9 (pipeline/planted/pair.py). Other
@@ -14,6 +16,7 @@ changes of the chat training have no label, so precision is a lower bound.
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,6 +50,7 @@ from pipeline.schema import BASE, CHAT
 from pipeline.text.prompts import BehaviorPrompts, parse_prompts
 from pipeline.text.tokenise import Tokenise
 from workloads.benchmarks.methods_table import write_page
+from workloads.benchmarks.reader import METHOD, Reader, answered, held_out_prompts, make_reader, planned_text, read
 
 ZOO = Path(__file__).parent.parent / "zoo"
 NUM_DOCUMENTS = 2000
@@ -90,29 +94,50 @@ def main() -> None:
     parser.add_argument("--organisms", nargs="+", default=sorted(path.stem for path in ZOO.glob("*.yaml")))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=500, help="of every fit, 1,024 rows each")
+    parser.add_argument("--endpoint", help="address of an OpenAI-compatible API, such as http://localhost:8000/v1")
+    parser.add_argument("--model", help="language model there that reads both models' answers")
+    parser.add_argument("--key-variable", help="environment variable that holds the key; without it no key is sent")
+    parser.add_argument("--fields", type=json.loads, default={}, help="JSON of further fields of every request")
     parser.add_argument("--table", type=Path, help="page whose table is written from what is finished; nothing is run")
     arguments = parser.parse_args()
     if arguments.table is not None:
         write_page(arguments.folder, arguments.table)
         return
-    for seed in arguments.seeds:
-        for name in arguments.organisms:
-            run_missing(name, seed, arguments.folder, num_steps=arguments.steps)
+    if (arguments.endpoint is None) != (arguments.model is None):
+        parser.error("expected --endpoint and --model together, got one of them")
+    reader = None
+    pairs = [(name, seed) for seed in arguments.seeds for name in arguments.organisms]
+    if arguments.endpoint is not None:
+        reader = make_reader(arguments.endpoint, arguments.model, arguments.key_variable, arguments.fields)
+        print(planned_text(sum(METHOD in missing_cells(*pair, arguments.folder, reader) for pair in pairs)), flush=True)
+    for pair in pairs:
+        run_missing(*pair, arguments.folder, num_steps=arguments.steps, reader=reader)
 
 
-def run_missing(name: str, seed: int, folder: Path, *, num_steps: int) -> None:
+def missing_cells(name: str, seed: int, folder: Path, reader: Reader | None) -> dict[str, Path]:
+    """Method -> the file that is not there yet; the method that asks a language model has one for each."""
+    files = {method: method for method in (NO_DICTIONARY, *DICTIONARIES)}
+    if reader is not None:
+        files[METHOD] = f"{METHOD} {reader.model}"
+    paths = {
+        method: folder / "cells" / f"{name}-{seed}-{re.sub(r'[^A-Za-z0-9.]+', '-', file)}.json"
+        for method, file in files.items()
+    }
+    return {method: path for method, path in paths.items() if not path.is_file()}
+
+
+def run_missing(name: str, seed: int, folder: Path, *, num_steps: int, reader: Reader | None = None) -> None:
     """Every method on one organism of one seed; what is finished is not made again."""
-    missing = {}
-    for method in (NO_DICTIONARY, *DICTIONARIES):
-        path = folder / "cells" / f"{name}-{seed}-{method.replace(' ', '-')}.json"
-        if not path.is_file():
-            missing[method] = path
+    missing = missing_cells(name, seed, folder, reader)
     if not missing:
         return
     world = open_world(name, seed, folder)
     for method, path in missing.items():
         if method == NO_DICTIONARY:
             rows = without_dictionary(world)
+        elif method == METHOD:
+            assert reader is not None
+            rows = [with_language_model(world, reader)]
         else:
             rows = with_dictionary(method, DICTIONARIES[method], world, seed=seed, num_steps=num_steps)
         about = {"organism": name, "seed": seed, "num_steps": num_steps}
@@ -224,6 +249,14 @@ def without_dictionary(world: World) -> list[dict[str, Any]]:
         direction = Direction(-1, difference_D / norm, float(projected_B.max()))
         first["steering"] = {label: _moved(world, label, (direction,), None) for label in world.labels}
     return [first, kl]
+
+
+def with_language_model(world: World, reader: Reader) -> dict[str, Any]:
+    """The language model on both models' answers to prompts of the held-out dialogues."""
+    started = time.monotonic()
+    proposing, judged = (answered(world.pair, prompts) for prompts in held_out_prompts(world.held, world.texts))
+    row = read(proposing, judged, {own.behavior: own.markers for own in world.prompts}, reader)
+    return row | {"seconds": time.monotonic() - started}
 
 
 def _kl_of_rows(world: World) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,8 @@ HEADER = (
     *("method", "called by", "called", "precision", "recall", "AUROC", "steered", "random"),
     *("L0", "FVE", "rows read", "seconds"),
 )
+TOKENS_ASKED = "tokens asked"
+"""Column of methods that ask a language model; there only where one of them was run."""
 
 
 def write_page(folder: Path, page: Path) -> None:
@@ -33,17 +35,21 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
     taught = [row for row in rows if row["organism"] not in CONTROLS]
     names = sorted({str(row["organism"]) for row in taught})
     seeds = sorted({int(row["seed"]) for row in taught})
+    is_asked = any("tokens_asked" in row for row in taught)
+    header = [*HEADER, TOKENS_ASKED] if is_asked else HEADER
     lines = [
         f"{len(names)} organisms ({', '.join(names)}), seeds {', '.join(map(str, seeds))}.",
         "",
-        _line(HEADER),
-        _line(["---"] * len(HEADER)),
+        _line(header),
+        _line(["---"] * len(header)),
     ]
     found = ["Share of the behaviours that are found, by organism:", "", _line(("method", "called by", *names))]
     found.append(_line(["---"] * (2 + len(names))))
     for method, rule in dict.fromkeys((str(row["method"]), str(row["rule"])) for row in taught):
         own = [row for row in taught if (row["method"], row["rule"]) == (method, rule)]
-        lines.append(_line([method, rule, *_numbers(own)]))
+        asked = _mean([row.get("tokens_asked", 0) for row in own])
+        tokens = [f"{asked:,.0f}" if asked else "-"] if is_asked else []
+        lines.append(_line([method, rule, *_numbers(own), *tokens]))
         recalls = [_mean([row["recall"] for row in own if row["organism"] == name]) for name in names]
         found.append(_line([method, rule, *("-" if math.isnan(one) else f"{one:.2f}" for one in recalls)]))
     lines += ["", *found]
