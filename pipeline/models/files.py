@@ -22,6 +22,7 @@ _TOKENIZER = (
     *("*token*.json", "tekken.json", "*.tokenizer", "*.tiktoken", "*.model", "*.spm", "*vocab*", "merges.txt"),
     *("*bpe*", "dict.txt", "normalizer.json", "emoji.json", "byte_maps.json", "chat_template*"),
 )
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
 
 
 def existing_path(source: str) -> Path | None:
@@ -74,6 +75,14 @@ def read_config(source: str, revision: str | None = None) -> dict[str, Any]:
     """config.json of a local folder, or of a hub id in the hub's cache; {} where it is not on this machine."""
     path = _here(source, "config.json", revision)
     return {} if path is None else _json(path)
+
+
+def context_of(source: str, revision: str | None = None) -> int | None:
+    """The longest document that a model reads, by its config.json; None where that does not say or is not here."""
+    found = read_config(source, revision)
+    text = found.get("text_config")
+    settings = found | text if isinstance(text, dict) else found
+    return next((settings[key] for key in _CONTEXT_KEYS if isinstance(settings.get(key), int)), None)
 
 
 def has_chat_template(source: str) -> bool | None:

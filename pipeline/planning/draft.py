@@ -10,10 +10,11 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.config.data import TokensSection
 from pipeline.config.json_schema import FILE_NAME, header, schema_text
 from pipeline.config.run_file import RunConfig, load
 from pipeline.errors import InputError, first_line
-from pipeline.models.files import existing_path, is_adapter_folder
+from pipeline.models.files import context_of, existing_path, is_adapter_folder
 from pipeline.models.known import KNOWN
 from pipeline.models.loading import ModelSpec, check_pair
 from pipeline.storage.filesystem import Storage
@@ -26,6 +27,8 @@ class Shape(NamedTuple):
     width: int
     preset: str | None
     """Family in config/presets.py; None where it has none."""
+    context: int | None = None
+    """The longest document that it reads; None where that is not known here."""
 
 
 _PRESET_OF_TYPE = {
@@ -75,7 +78,8 @@ def draft(base: str, chat: str, corpora: Corpora, machine: Machine, *, name: str
             f"init: expected two models of one width, got {shapes[0].width} for {base!r} and {shapes[1].width} for "
             f"{chat!r}; choose a base model and its fine-tuned version"
         )
-    text = _text(base, chat, shapes[1], corpora, machine, is_adapter=is_adapter, name=name or _name_of(chat))
+    shape = shapes[1]._replace(context=min((own.context for own in shapes if own.context), default=None))
+    text = _text(base, chat, shape, corpora, machine, is_adapter=is_adapter, name=name or _name_of(chat))
     with tempfile.TemporaryDirectory(prefix="crossray-init-") as folder:
         path = Path(folder) / "draft.yaml"
         path.write_text(text, encoding="utf-8")
@@ -99,7 +103,7 @@ def shape_of(source: str, argument: str) -> Shape:
     kind = str(json.loads(path.read_text(encoding="utf-8")).get("model_type"))
     is_llama_3 = kind == "llama" and found.vocab_size == _LLAMA_3_VOCABULARY
     preset = "llama-3.1" if is_llama_3 else _PRESET_OF_TYPE.get(kind)
-    return Shape(found.num_layers[0], found.activation_dim, preset)
+    return Shape(found.num_layers[0], found.activation_dim, preset, context_of(str(folder)))
 
 
 def machine_here(root: str) -> Machine:
@@ -143,6 +147,8 @@ def _text(
     why = "the paper's 100M rows" if num_tokens == _PAPER_TOKENS else "as many as half of the free disk takes"
     if num_tokens == _CPU_TOKENS:
         why = "a start without a GPU; the paper's runs take 102_000_000"
+    is_short = shape.context is not None and shape.context < TokensSection().max_tokens_per_document
+    longest = f", max_tokens_per_document: {shape.context}" if is_short else ""
     chat_model = _quoted(base) + f", adapter: {_quoted(chat)}" if is_adapter else _quoted(chat)
     preset = f"preset: {shape.preset}" if shape.preset else "preset: null"
     k = max(8, min(_PAPER_K, shape.width // 16))
@@ -163,7 +169,7 @@ def _text(
         *_source("web", corpora.texts, "text_column", "text"),
         *_source("chat", corpora.dialogues, "messages_column", "messages"),
         "  validation_frac: 0.05  # held out for all analyses",
-        f"tokens: {{num_tokens: {num_tokens:_}}}  # {why}",
+        f"tokens: {{num_tokens: {num_tokens:_}{longest}}}  # {why}",
         f"activations: {{layer: {shape.num_layers // 2}, compression: lossless}}  # the middle of {shape.num_layers};"
         " auto measures it first",
         f"training: {{batch_rows: 2048, num_rows: {2 * num_tokens:_}{precision}}}  # two epochs",

@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from pipeline.config.crosscoder import CrosscoderSection
 from pipeline.config.data import HubModel, OrganismModel
 from pipeline.config.run_file import RunConfig
-from pipeline.models.files import has_chat_template, read_config
+from pipeline.models.files import context_of, has_chat_template
 from pipeline.numerics.sparsities.base import DEAD_AFTER_ROWS
 
 _TUNED = re.compile(r"(?:^|(?<=[-_.]))(?:it|instruct|instruction|chat|sft|dpo|rlhf|assistant)(?=$|[-_.])")
 _PLAIN = re.compile(r"(?:^|(?<=[-_.]))(?:base|pt|pretrained|pretrain)(?=$|[-_.])")
-_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
 
 
 def advice(config: RunConfig) -> list[str]:
@@ -55,10 +54,7 @@ def _is_swapped_by_name(base: str, chat: str) -> bool:
 def _context(config: RunConfig) -> Iterator[str]:
     longest = config.tokens.max_tokens_per_document
     for name, model in (("base", config.models.base), ("chat", config.models.chat)):
-        found = read_config(model.source, model.revision) if isinstance(model, HubModel) else {}
-        text = found.get("text_config")
-        settings = found | text if isinstance(text, dict) else found
-        context = next((settings[key] for key in _CONTEXT_KEYS if isinstance(settings.get(key), int)), None)
+        context = context_of(model.source, model.revision) if isinstance(model, HubModel) else None
         if context is not None and longest > context:
             yield (
                 f"tokens.max_tokens_per_document: documents of up to {longest:,} tokens, but the {name} model reads at "

@@ -49,7 +49,7 @@ def test_known_pairs_are_planned(base: str, chat: str, machine: Machine, tmp_pat
 @pytest.mark.parametrize(
     ("kind", "preset"),
     [
-        (GPT2Config(n_embd=32, n_layer=4, n_head=2, vocab_size=300), None),
+        (GPT2Config(n_embd=32, n_layer=4, n_head=2, vocab_size=300, n_positions=200), None),
         (LlamaConfig(hidden_size=32, num_hidden_layers=6, num_attention_heads=2, vocab_size=128_256), "llama-3.1"),
     ],
     ids=["gpt2", "llama"],
@@ -67,6 +67,7 @@ def test_local_folders_and_own_texts(
     assert main(command) == 0 and main(command) == 2  # never over a file that is there
     config = load(tmp_path / "my-chat--model.yaml")
     assert config.activations.layer == kind.num_hidden_layers // 2 and config.preset == preset
+    assert config.tokens.max_tokens_per_document == (200 if preset is None else 1024)  # no longer than it reads
     if preset is None:  # one is enough: it measures this machine
         written = (tmp_path / "my-chat--model.yaml").read_text()
         assert main(["diff", *command[1:]]) == 0  # goes on with the file, and asks before it runs; nobody answers
