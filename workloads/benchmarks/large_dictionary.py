@@ -168,11 +168,11 @@ def measure_explorer(
         page.locator("table tbody tr").first.wait_for()
         yield "explorer, a condition over all latents", f"{time.monotonic() - asked:.1f} s"
         page.goto(f"{url}?view=text&crosscoder={crosscoder}")
-        for what in ("first text", "second text"):
-            page.get_by_label("text or dialogue").fill(f"User: can you tell me the {what} of halvia?")
+        for what, word in (("first text", "flag"), ("second text", "capital")):
+            page.get_by_label("text or dialogue").fill(f"User: what is the {word} of halvia?")
             asked = time.monotonic()
             page.get_by_role("button", name="Read", exact=True).click()
-            page.get_by_text(f"the {what}").first.wait_for()
+            page.locator(".typed", has_text=word).wait_for()
             page.get_by_role("heading", name="Strongest latents of the text").wait_for()
             yield f"explorer, {what} read", f"{time.monotonic() - asked:.1f} s"
         yield "explorer, memory", f"{resident(process):.2f} GB"
