@@ -149,7 +149,7 @@ def _text_tab() -> _Tab:
             order = gr.Dropdown(
                 [(names[own], own) for own in ORDERS], value="verdict", label="order of latents", scale=0, min_width=220
             )
-            button = gr.Button("Read", variant="primary", scale=0, min_width=140)
+            button = gr.Button("Read", variant="primary", scale=0, min_width=140, interactive=False)
         return _Tab({"text": text, "order": order}, button, _shown())
 
 
@@ -157,7 +157,7 @@ def _latent_tab() -> _Tab:
     with gr.Tab("Latent", id="latent"):
         with gr.Row(equal_height=True):
             latent = gr.Number(label="latent", value=None, precision=0, minimum=0, scale=0, min_width=160)
-            button = gr.Button("Open", variant="primary", scale=0, min_width=140)
+            button = gr.Button("Open", variant="primary", scale=0, min_width=140, interactive=False)
         return _Tab({"latent": latent}, button, _shown())
 
 
@@ -171,7 +171,7 @@ def _find_tab() -> _Tab:
             fires = gr.Textbox(label="fires on this text", max_length=_MAX_LETTERS)
             silent = gr.Textbox(label="but not on this", max_length=_MAX_LETTERS)
             token = gr.Textbox(label="on this token", scale=0, min_width=160)
-        button = gr.Button("Find", variant="primary", scale=0, min_width=140)
+        button = gr.Button("Find", variant="primary", scale=0, min_width=140, interactive=False)
         return _Tab({"condition": condition, "fires": fires, "silent": silent, "token": token}, button, _shown())
 
 
@@ -185,7 +185,7 @@ def _steer_tab() -> tuple[_Tab, Any]:
             temperature = gr.Slider(0, 2, value=0, step=0.1, label="temperature")
             random = gr.Slider(0, MAX_RANDOM, value=0, step=1, label="random controls")
         with gr.Row():
-            button = gr.Button("Answer", variant="primary", scale=0, min_width=140)
+            button = gr.Button("Answer", variant="primary", scale=0, min_width=140, interactive=False)
             stop = gr.Button("Stop", variant="stop", scale=0, min_width=140)
         named = {"prompt": prompt, "steer": steer, "tokens": tokens, "temperature": temperature, "random": random}
         return _Tab(named, button, _shown()), stop
@@ -215,7 +215,7 @@ class _Events:
         inputs.crosscoder.input(self.through, [inputs.crosscoder, shown], everything).then(**pushed)
         for tab in made.values():
             tab.shown.click(self.followed, list(inputs), everything).then(**pushed)
-        blocks.load(self.opened, None, everything)
+        blocks.load(self.opened, None, [*everything, *(tab.button for tab in made.values())])
         steer = made["steer"]
         steer.button.click(self.answers, list(inputs), [steer.shown, shown]).then(**pushed)
 
@@ -244,11 +244,19 @@ class _Events:
         return self._everything(typed | dict(parse_qsl(str(event.query).removeprefix("?"))))
 
     def opened(self, request: gr.Request) -> tuple[Any, ...]:
-        """What an address leads to; one that asks for nothing leaves what a visitor has typed by now as it is."""
+        """What an address leads to. What it does not name a visitor may have typed by now, and stays as it is.
+
+        Buttons work from here on: an answer to what was asked before would be of another view or crosscoder.
+        """
         query = dict(request.query_params)
-        return (
-            self._everything(query) if query else tuple(gr.skip() for _ in range(2 + len(_Inputs._fields) + len(VIEWS)))
-        )
+        buttons = [gr.update(interactive=True) for _ in VIEWS]
+        if not query:
+            return (*(gr.skip() for _ in range(2 + len(_Inputs._fields) + len(VIEWS))), *buttons)
+        tabs, shown, *rest = self._everything(query)
+        inputs, views = rest[: len(_Inputs._fields)], rest[len(_Inputs._fields) :]
+        named = {*query, "crosscoder"}
+        kept = [own if field in named else gr.skip() for field, own in zip(_Inputs._fields, inputs, strict=True)]
+        return (tabs, shown, *kept, *views, *buttons)
 
     def through(self, crosscoder: str, shown: str) -> tuple[Any, ...]:
         """The open view through another crosscoder."""

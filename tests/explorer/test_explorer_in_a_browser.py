@@ -105,6 +105,15 @@ def test_a_typed_text_leads_to_its_latent_and_to_a_steered_answer(
     assert page.get_by_text("KL 0").count() + page.get_by_text("nats per token").count() > 0
 
 
+def test_what_is_typed_while_an_address_opens_is_read_through_its_crosscoder(page: Any, explorer: Explorer) -> None:
+    page.goto(f"{explorer.url}?view=text&crosscoder=batch_topk")
+    type_text(page, "A text that nobody waited for.")
+    assert page.get_by_label("text or dialogue").input_value() == "A text that nobody waited for."
+    assert page.get_by_label("crosscoder").input_value() == "batch_topk"
+    page.wait_for_url("**crosscoder=batch_topk**")
+    assert page.locator("table").first.locator("tbody tr").count() > 0
+
+
 def test_an_address_opens_its_view_again(page: Any, explorer: Explorer) -> None:
     page.goto(f"{explorer.url}?view=find&crosscoder=batch_topk&condition=frequency%3E0&sort=-frequency")
     page.locator("table tbody tr").first.wait_for()
