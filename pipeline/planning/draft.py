@@ -174,7 +174,9 @@ def _text(
         " auto measures it first",
         f"training: {{batch_rows: 2048, num_rows: {2 * num_tokens:_}{precision}}}  # two epochs",
         "crosscoders:",
-        f"  - {{name: batch_topk, expansion: {expansion}, seeds: 2, sparsity: {{kind: batch_topk, k: {k}}}}}",
+        f"  - {{name: batch_topk, expansion: {expansion}, seeds: 2, power: {{}}, "
+        f"sparsity: {{kind: batch_topk, k: {k}}}}}",
+        "    # seeds: how many of its latents another seed finds; power: how strong a concept must be to be found",
         "resources:",
         f"  extraction: {{workers: {max(1, machine.num_gpus)}, gpus: {gpus}}}",
         f"  training: {{gpus: {gpus}}}",
