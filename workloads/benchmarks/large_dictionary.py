@@ -12,7 +12,6 @@ figures of one machine are in docs/explorer.md.
 import argparse
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -134,7 +133,7 @@ def served(file: str, root: Path) -> Iterator[tuple[str, int]]:
             raise SystemExit(f"the explorer did not start: {line}")
         yield line.split()[1], process.pid
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         process.wait()
 
 
