@@ -58,9 +58,13 @@ def enlarge(folders: Mapping[str, Path], name: str, *, num_latents: int, num_spe
     folder = folders[f"crosscoder {name}"]
     crosscoder = Crosscoder.from_pretrained(folder)
     index_F, generator = torch.from_numpy(source_F), torch.Generator().manual_seed(0)
+    is_first_F = ~pd.Series(source_F).duplicated().to_numpy()
+    scale_F = torch.where(torch.from_numpy(is_first_F), 1.0, torch.rand(num_latents, generator=generator) ** 2)
     for weights in ("W_enc_FMD", "W_dec_FMD"):
         rows = getattr(crosscoder, weights).detach()[index_F]
         rows = rows + 0.05 * rows.std() * torch.randn(rows.shape, generator=generator)
+        if weights == "W_enc_FMD":  # else all copies of a latent fire at once, and L0 is that of no dictionary
+            rows *= scale_F[:, None, None]
         setattr(crosscoder, weights, torch.nn.Parameter(rows, requires_grad=False))
     crosscoder.b_enc_F = torch.nn.Parameter(crosscoder.b_enc_F.detach()[index_F], requires_grad=False)
     crosscoder.save_pretrained(folder)
