@@ -19,7 +19,7 @@ QUANTILES = (1.0, 0.9, 0.75, 0.5, 0.25)
 """Of the activations above 0, for the examples."""
 _NUM_NEAR = 8
 _WINDOW_TOKENS = 20
-_SAMPLE_SECONDS = 3.0
+_SAMPLE_SECONDS = 1.5
 """How long a page waits for the sample to be complete."""
 
 
