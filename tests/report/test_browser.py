@@ -109,6 +109,27 @@ def visit(browser: Any, path: Path) -> Iterator[Callable[..., Visit]]:
         assert {url for url in one.requests if not url.startswith(("file:", "data:"))} == set()
 
 
+def test_the_filters_stand_in_the_address(visit: Callable[..., Visit], path: Path) -> None:
+    page = visit().page
+    everything = page.locator("#f-count").inner_text()
+    page.select_option("#f-verdict", label=Verdict.CHAT_SPECIFIC)
+    page.fill("#f-text", "nu_r<0.3 fires>0.1%")
+    page.check("#f-confident")
+    address, count = page.url, page.locator("#f-count").inner_text()
+    assert "#table?" in address and "nu_r" in address
+    other = visit().page
+    other.goto(address)
+    other.wait_for_selector("html[data-figures=drawn]")
+    assert (
+        other.locator("#f-text").input_value() == "nu_r<0.3 fires>0.1%" and other.locator("#f-confident").is_checked()
+    )
+    assert other.locator("#f-count").inner_text() == count != everything
+    page.fill("#f-text", "")
+    page.uncheck("#f-confident")
+    page.select_option("#f-verdict", "")
+    assert page.url.endswith("#table")
+
+
 def test_page_opens_in_silence_with_every_section_visible(visit: Callable[..., Visit], path: Path) -> None:
     page = visit().page
     for section, title in SECTIONS:

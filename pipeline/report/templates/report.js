@@ -240,8 +240,32 @@
     table.tBodies[0].querySelector("button.open")?.click();
     byId("table").scrollIntoView();
   };
-  byId("filters").addEventListener("input", restart);
+  // The filters stand in the address, so that a reader can pass on what they show.
+  const filters = ["crosscoder", "verdict", "text", "confident", "cards"];
+  const valueOf = (field) => {
+    if (field.type === "checkbox") return field.checked ? "yes" : "";
+    return field.options && field.value !== "" ? field.selectedOptions[0].text : field.value;
+  };
+  const toAddress = () => {
+    const set = filters.map((name) => [name, valueOf(byId(`f-${name}`))]).filter(([, value]) => value);
+    history.replaceState(null, "", set.length ? `#table?${new URLSearchParams(set)}` : "#table");
+  };
+  const fromAddress = () => {
+    if (!location.hash.startsWith("#table?")) return;
+    const given = new URLSearchParams(location.hash.slice("#table?".length));
+    for (const name of filters) {
+      const field = byId(`f-${name}`), value = given.get(name) ?? "";
+      if (field.type === "checkbox") field.checked = value === "yes";
+      else if (field.options) field.value = [...field.options].find((own) => value && own.text === value)?.value ?? "";
+      else field.value = value;
+    }
+    restart();
+    byId("table").scrollIntoView();
+  };
+  window.addEventListener("hashchange", fromAddress);
+  byId("filters").addEventListener("input", () => { restart(); toAddress(); });
   byId("filters").addEventListener("submit", (event) => event.preventDefault());
   byId("f-more").addEventListener("click", () => { state.shown += PAGE; show(); });
   show();
+  fromAddress();
 })();
