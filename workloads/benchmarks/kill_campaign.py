@@ -11,6 +11,7 @@ rows, so weights and what is computed from them are compared by their FVE (withi
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -125,6 +126,14 @@ def marked(mark: str) -> list[int]:
     return found
 
 
+def command_of(pid: int) -> str:
+    """The command line of a process, or that it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return "a process that has ended since"
+
+
 def shared_memory() -> set[str]:
     """Names below /dev/shm."""
     return {entry.name for entry in Path("/dev/shm").iterdir()}
@@ -163,7 +172,9 @@ def disturb(path: Path, number: int, mode: str, arguments: argparse.Namespace) -
         left = remaining(mark)
         counts["left processes"] += len(left)
         for pid in left:
-            os.kill(pid, signal.SIGKILL)
+            print(f"left by run {number}: {command_of(pid)}", flush=True)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         if process.returncode == 0 or num_starts > 2 * arguments.kills_per_run + 3:
             break
     counts["left shared memory"] = len(shared_memory() - before)
