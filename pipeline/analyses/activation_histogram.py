@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pipeline.analyses.activation_bins import EDGES
+from pipeline.analyses.activation_bins import EDGES, bin_of
 from pipeline.analyses.example_columns import HISTOGRAM_COLUMNS
 from pipeline.analyses.rows import RowBatch, Sums, check_codes, merge_sums
 
@@ -22,7 +22,6 @@ class ActivationHistogram:
     def __init__(self, *, num_latents: int, corpora: Sequence[str]) -> None:
         """Corpora as the batches' corpus_B counts them."""
         self.num_latents, self.corpora = num_latents, tuple(corpora)
-        self._inner_ends = torch.from_numpy(EDGES[1:-1].astype(np.float32))
 
     def start(self) -> Sums:
         """counts [F, C, K], int32."""
@@ -33,7 +32,7 @@ class ActivationHistogram:
         codes = batch.codes
         check_codes(codes, self.num_latents)
         values_P, latents_P, row_P = codes.values_P.float().cpu(), codes.latents_P.cpu(), codes.rows_P().cpu()
-        bin_P = torch.bucketize(values_P, self._inner_ends, right=True)
+        bin_P = torch.from_numpy(bin_of(values_P.numpy()))
         _, C, K = sums["counts"].shape
         place_P = (latents_P.long() * C + batch.corpus_B.cpu().long()[row_P]) * K + bin_P
         fired_P = (values_P > 0).int()

@@ -13,11 +13,13 @@ from pipeline.analyses.example_columns import NEIGHBOUR_COLUMNS
 from pipeline.numerics.crosscoder import Crosscoder
 from pipeline.schema import BASE, CHAT
 
+NUM_NEIGHBOURS = 8
+"""Of a latent, as cards show them."""
 _LATENTS_PER_PART = 8192
 _ASKED_AT_ONCE = 64
 
 
-def neighbour_table(crosscoder: Crosscoder, latents: Sequence[int], num: int) -> pd.DataFrame:
+def neighbour_table(crosscoder: Crosscoder, latents: Sequence[int], num: int = NUM_NEIGHBOURS) -> pd.DataFrame:
     """NEIGHBOUR_COLUMNS: up to `num` latents of the largest cosine for each of `latents`, in their order.
 
     Work: L x F x M x D multiplications; the dictionary is read in parts. Latents without decoder rows have none.

@@ -135,6 +135,11 @@ def _shown() -> gr.HTML:
     return gr.HTML("", apply_default_css=False, js_on_load=_FOLLOW)
 
 
+def _asking(text: str) -> gr.Button:
+    """The button that asks for a view; it works once the page's address is read (_Events.opened)."""
+    return gr.Button(text, variant="primary", scale=0, min_width=140, interactive=False)
+
+
 def _text_tab() -> _Tab:
     with gr.Tab("Text", id="text"):
         text = gr.Textbox(
@@ -149,7 +154,7 @@ def _text_tab() -> _Tab:
             order = gr.Dropdown(
                 [(names[own], own) for own in ORDERS], value="verdict", label="order of latents", scale=0, min_width=220
             )
-            button = gr.Button("Read", variant="primary", scale=0, min_width=140, interactive=False)
+            button = _asking("Read")
         return _Tab({"text": text, "order": order}, button, _shown())
 
 
@@ -157,7 +162,7 @@ def _latent_tab() -> _Tab:
     with gr.Tab("Latent", id="latent"):
         with gr.Row(equal_height=True):
             latent = gr.Number(label="latent", value=None, precision=0, minimum=0, scale=0, min_width=160)
-            button = gr.Button("Open", variant="primary", scale=0, min_width=140, interactive=False)
+            button = _asking("Open")
         return _Tab({"latent": latent}, button, _shown())
 
 
@@ -171,7 +176,7 @@ def _find_tab() -> _Tab:
             fires = gr.Textbox(label="fires on this text", max_length=_MAX_LETTERS)
             silent = gr.Textbox(label="but not on this", max_length=_MAX_LETTERS)
             token = gr.Textbox(label="on this token", scale=0, min_width=160)
-        button = gr.Button("Find", variant="primary", scale=0, min_width=140, interactive=False)
+        button = _asking("Find")
         return _Tab({"condition": condition, "fires": fires, "silent": silent, "token": token}, button, _shown())
 
 
@@ -185,7 +190,7 @@ def _steer_tab() -> tuple[_Tab, Any]:
             temperature = gr.Slider(0, 2, value=0, step=0.1, label="temperature")
             random = gr.Slider(0, MAX_RANDOM, value=0, step=1, label="random controls")
         with gr.Row():
-            button = gr.Button("Answer", variant="primary", scale=0, min_width=140, interactive=False)
+            button = _asking("Answer")
             stop = gr.Button("Stop", variant="stop", scale=0, min_width=140)
         named = {"prompt": prompt, "steer": steer, "tokens": tokens, "temperature": temperature, "random": random}
         return _Tab(named, button, _shown()), stop

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from pipeline.analyses.activation_bins import EDGES
+from pipeline.analyses.activation_bins import EDGES, bin_of
 from pipeline.analyses.examples import contexts
 from pipeline.analyses.neighbours import neighbour_table
 from pipeline.explorer.sample import Cofiring, Sampled
@@ -96,7 +96,7 @@ def _histograms(sample: Sampled, latent: int) -> list[Histogram]:
     fired = sample.of(latent)
     if not len(fired.row_N):
         return []
-    corpus_N, bin_N = sample.column("corpus")[fired.row_N], np.searchsorted(EDGES[1:-1], fired.value_N, side="right")
+    corpus_N, bin_N = sample.column("corpus")[fired.row_N], bin_of(fired.value_N)
     counts = pd.Series(1, index=[corpus_N, bin_N]).groupby(level=[0, 1]).sum()
     places = counts.index.get_level_values(1).to_numpy()
     rows = pd.DataFrame(

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pipeline.analyses.rows import document_slices
+from pipeline.analyses.rows import document_slices, document_starts
 from pipeline.checkpoints.export import replace_file, replace_text, sort_header
 from pipeline.errors import InputError
 from pipeline.exports.card import models_of
@@ -108,7 +108,7 @@ def _batches(run: Run, crosscoder: Crosscoder, index: pd.DataFrame) -> Iterator[
         for part in document_slices(rows.doc_id_B, max_rows=max(1, _DENSE_NUMBERS // crosscoder.num_latents)):
             codes = crosscoder.encode(rows.x_BMD[part].float())
             doc_id_B, position_B = rows.doc_id_B[part].numpy(), rows.position_B[part].numpy()
-            start_K = np.flatnonzero(np.r_[True, doc_id_B[1:] != doc_id_B[:-1]])
+            start_K = document_starts(rows.doc_id_B[part]).numpy()
             doc_id_K = doc_id_B[start_K]
             length_K = index.loc[doc_id_K, "num_tokens"].to_numpy(np.int64)
             begin_K = begin + np.cumsum(length_K) - length_K

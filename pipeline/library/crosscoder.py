@@ -131,7 +131,7 @@ class Crosscoder(numerics.Crosscoder):
         table = latent_table(self, rows) if latents is None else latents
         if len(table) != self.num_latents:
             raise InputError(f"latents: expected a table of {self.num_latents} latents, got one of {len(table)}")
-        near = neighbour_table(self, [latent], 8)
+        near = neighbour_table(self, [latent])
         report = CrosscoderReport(name="crosscoder", kind="", latents=table, examples=examples, neighbours=near)
         return Dashboard(report, latent)
 

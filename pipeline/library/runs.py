@@ -175,11 +175,15 @@ class Run:
             raise InputError(
                 f"{stage}: expected a table {wanted}, got {', '.join(found) or 'no tables'} in this artifact"
             )
+        return self._read(f"{folder}/{wanted}", columns, where)
+
+    def _read(self, key: str, columns: Sequence[str] | None, where: tuple[str, Any] | None) -> pd.DataFrame:
+        """A table that is there."""
         try:
-            frame: pd.DataFrame = read_part(self.storage, f"{folder}/{wanted}", columns, where).to_pandas()
+            frame: pd.DataFrame = read_part(self.storage, key, columns, where).to_pandas()
         except KeyError as error:
             raise InputError(
-                f"{folder}/{wanted}: expected columns of this table, got {error.args[0]!r}, which it lacks; "
+                f"{key}: expected columns of this table, got {error.args[0]!r}, which it lacks; "
                 f"pipeline/schema.py names them"
             ) from error
         return frame
@@ -290,9 +294,10 @@ class Run:
         """A table, or the rows of one value; None where its analysis was off, or is older than the table."""
         if not self.has(stage, name):
             return None
-        if file is not None and f"{file}.parquet" not in self.storage.files(self._folder_of(stage, name)):
-            return None
-        return self.table(stage, name, file=file, where=where)
+        if file is None:
+            return self.table(stage, name, where=where)
+        folder, wanted = self._folder_of(stage, name), f"{file}.parquet"
+        return self._read(f"{folder}/{wanted}", None, where) if wanted in self.storage.files(folder) else None
 
     def _folder_of(self, stage: str, name: str) -> str:
         """The artifact of a step; InputError for a name that is not there."""

@@ -9,6 +9,7 @@ come back, as Arrow: the driver's memory depends on the number of contexts, neve
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -44,7 +45,6 @@ HISTOGRAMS_NAME = "histograms.parquet"
 NEIGHBOURS_NAME = "neighbours.parquet"
 EXAMPLE_SCHEMA = arrow_schema(EXAMPLE_COLUMNS)
 
-_NUM_NEIGHBOURS = 8
 _PLACE = "place"
 """Column of a context's place among those asked for; sent along with it and dropped in the end."""
 
@@ -73,16 +73,17 @@ class ExamplesWork:
         started = time.monotonic()
         section, storage = self.step.inputs.section, self.context.storage
         latents = read_latents(storage, self.step.inputs.latents)
-        chosen = listed_latents(
-            latents, named=section.latents, max_latents=section.max_latents, where="analyses.examples.latents"
-        )
+        chosen = self._listed(latents, section.latents)
         strongest = self._examples.table_of(sums["examples"], chosen)
         table = cut_contexts(self.step.inputs, strongest, self._store, self.context)
         write_table(storage, f"{self.step.folder}/{EXAMPLES_NAME}", table, EXAMPLE_SCHEMA)
         histograms = self._histogram.table_of(sums["histogram"], chosen)
         write_frame(storage, f"{self.step.folder}/{HISTOGRAMS_NAME}", histograms, arrow_schema(HISTOGRAM_COLUMNS))
         with open_crosscoder(storage, self.step.inputs.crosscoder.folder) as crosscoder:
-            near = neighbour_table(crosscoder, self._listed(latents), _NUM_NEIGHBOURS)
+            # Of a whole dictionary only the first max_latents by verdict: the work is quadratic.
+            near = neighbour_table(
+                crosscoder, self._listed(latents, () if section.latents == "all" else section.latents)
+            )
         write_frame(storage, f"{self.step.folder}/{NEIGHBOURS_NAME}", near, arrow_schema(NEIGHBOUR_COLUMNS))
         num_latents = int(strongest["latent"].nunique())
         counts = {
@@ -92,11 +93,9 @@ class ExamplesWork:
         }
         self.context.finish(self.step, counts, time.monotonic() - started)
 
-    def _listed(self, latents: pd.DataFrame) -> Sequence[int]:
-        """The chosen latents; of a whole dictionary the first max_latents by verdict, as the work is quadratic."""
-        section = self.step.inputs.section
-        named = () if isinstance(section.latents, str) else section.latents
-        return listed_latents(latents, named=named, max_latents=section.max_latents, where="analyses.examples.latents")
+    def _listed(self, latents: pd.DataFrame, named: Literal["all"] | Sequence[int]) -> Sequence[int]:
+        max_latents = self.step.inputs.section.max_latents
+        return listed_latents(latents, named=named, max_latents=max_latents, where="analyses.examples.latents")
 
 
 def check_example_latents(section: ExamplesSection, num_latents: int) -> None:
